@@ -1,0 +1,1 @@
+"""From files and hub ids to batches."""

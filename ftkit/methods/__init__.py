@@ -1,0 +1,40 @@
+"""Methods: which weights learn.  One file a kind; `Method` is the contract they all fulfil."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from torch import nn
+
+    from ftkit.model import Base
+    from ftkit.recipe.spec import Default
+
+
+class Artifact(NamedTuple):
+    """How a fresh process loads `model/`: the library, and the exact keyword arguments."""
+
+    loads_with: str  # transformers | peft | sentence-transformers | ftkit
+    load_kwargs: dict[str, Any]
+
+
+class Method(Protocol):
+    """How the base is loaded, what is frozen or injected, how the result is saved and merged."""
+
+    kind: str
+    defaults: ClassVar[Mapping[str, Default]]  # dotted recipe key -> value and source
+
+    def load_kwargs(self, head: list[str]) -> dict[str, Any]:
+        """Keyword arguments for `from_pretrained`; `head` names modules that must stay unquantised."""
+        ...
+
+    def apply(self, base: Base) -> nn.Module:
+        """The model that trains: everything frozen but what this method and a new head train."""
+        ...
+
+    def save(self, model: nn.Module, base: Base, directory: Path) -> Artifact:
+        """Write weights that load without ftkit wherever that can be; safetensors and JSON only."""
+        ...

@@ -1,0 +1,20 @@
+"""Objectives: what is minimised.  One file a kind; `Objective` is the contract they all fulfil."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    from ftkit.data.types import Scores
+
+
+class Objective(Protocol):
+    """A loss over supervised items."""
+
+    kind: str
+
+    def loss(self, scores: Scores) -> torch.Tensor:
+        """The weighted SUM of the losses of the items, float32; the loop divides by the sum of the weights."""
+        ...

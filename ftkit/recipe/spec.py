@@ -1,0 +1,148 @@
+"""The shape of a recipe: every key, its type, its default and where the default comes from.
+
+Nothing here may import torch or transformers: `ftkit check` and `ftkit schema` read this file.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Spec(BaseModel):
+    """A frozen value with named fields; an unknown field is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+
+
+class Default(NamedTuple):
+    """A default that a task or a method brings for a key elsewhere in the recipe."""
+
+    value: Any
+    source: str
+
+
+def option(default: Any, doc: str, source: str | None = None, **constraints: Any) -> Any:
+    """A field with its one-line documentation and the source of its default."""
+    extra = {"source": source} if source else None
+    return Field(default, description=doc, json_schema_extra=extra, **constraints)
+
+
+class TrainedTokenizer(Spec):
+    """A tokenizer trained on text before the model sees any."""
+
+    train: str | list[str] = Field(description="text files to train on; `data` means the rows of data.train")
+    kind: Literal["bpe", "wordpiece", "unigram"] = option("bpe", "algorithm", "GPT-2: byte-level BPE never meets an unknown token")
+    vocab_size: int = option(8192, "tokens, special ones included", ge=64)
+
+
+class Model(Spec):
+    """Which weights the run starts from."""
+
+    name: str | None = option(None, "hub id, local directory, or run directory")
+    revision: str | None = option(None, "branch, tag or commit on the hub")
+    tokenizer: str | TrainedTokenizer | None = option(None, "another tokenizer: name, or {train: FILES, kind, vocab_size}")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "dtype of frozen weights; what trains is kept in float32", "mixed precision keeps fp32 master weights (arXiv 1710.03740)"
+    )
+    attention: Literal["sdpa", "eager", "flash_attention_2"] | None = option(None, "attention implementation; the model's own choice if empty")
+    init: Literal["pretrained", "random"] = option("pretrained", "start from stored weights, or from random ones of the same shape")
+    config: dict[str, Any] = Field(default_factory=dict, description="overrides of the model's config; with init: random it may be the whole config")
+    trust_remote_code: bool = option(False, "run Python code from the model's repository; needs a pinned revision (40 hex digits)")
+
+    @model_validator(mode="after")
+    def _complete(self) -> Model:
+        if self.name is None and not (self.init == "random" and "model_type" in self.config):
+            raise ValueError("give model.name, or init: random with config: {model_type: ...}")
+        if self.trust_remote_code and not (self.revision and len(self.revision) == 40 and set(self.revision) <= set("0123456789abcdef")):
+            raise ValueError("trust_remote_code needs revision: a full commit of 40 hex digits, so that the code cannot change later")
+        return self
+
+
+class Data(Spec):
+    """Which rows are trained on and measured."""
+
+    train: str | list[str] = Field(description="csv, tsv, jsonl, json, parquet, txt, a directory, or a hub id org/name[:config][@revision]")
+    validation: str | Annotated[float, Field(gt=0, lt=1)] | dict[str, str] | None = option(
+        None, "file, fraction of train, or a map of names to files; empty: the hub's own validation split, else none"
+    )
+    test: str | None = option(None, "file measured once, after training")
+    format: Literal["csv", "tsv", "jsonl", "json", "parquet", "txt", "lines"] | None = option(
+        None, "format of the files; by ending if empty. txt: the task says whether a row is a line or a file; lines: always a line"
+    )
+    columns: dict[str, str] = Field(default_factory=dict, description="what the task calls a column: what the file calls it; detected if unambiguous")
+    max_length: int | None = option(None, "tokens in a row at most; the smaller of the model's positions and the task's default if empty", ge=4)
+    truncation: Literal["right", "left", "drop", "error"] = option("right", "what happens to a longer row; always counted and reported")
+    limit: int | None = option(None, "use a random sample (by seed) of this many training rows", ge=1)
+    on_bad_rows: Literal["error", "skip"] = option("error", "stop at rows that cannot be used, or leave them out and count them")
+
+
+class EarlyStopping(Spec):
+    """Stop when a validation metric no longer improves; the best checkpoint becomes the model."""
+
+    metric: str = option("loss", "validation metric to watch")
+    patience: int = option(3, "evaluations without improvement before the run stops", ge=1)
+    min_delta: float = option(0.0, "smallest change that counts as an improvement", ge=0)
+
+
+class Train(Spec):
+    """How the weights learn."""
+
+    epochs: float | None = option(3.0, "passes over the training rows", "BERT: 2-4 (arXiv 1810.04805 A.3)", gt=0)
+    steps: int | None = option(None, "optimizer steps, instead of epochs", ge=1)
+    batch_size: int = option(32, "rows one optimizer step sees, over all processes", "BERT: 16 or 32 (arXiv 1810.04805 A.3)", ge=1)
+    accumulate: int = option(1, "parts a batch is computed in on one process, to save memory; the result is the same", ge=1)
+    learning_rate: float = option(2e-5, "peak learning rate", "BERT: 2e-5 to 5e-5 (arXiv 1810.04805 A.3)", gt=0)
+    schedule: Literal["linear", "cosine", "constant", "wsd"] = option("linear", "learning rate over the run, after warm-up", "BERT (arXiv 1810.04805 A.2)")
+    warmup: float = option(0.1, "share of the steps (below 1) or number of steps that the learning rate rises", "arXiv 2006.04884: 10 % stabilises fine-tuning", ge=0)
+    weight_decay: float = option(0.01, "decoupled weight decay, not on biases and norms", "BERT (arXiv 1810.04805 A.2)", ge=0)
+    max_grad_norm: float | None = option(1.0, "clip the global gradient norm; null: never", "BERT's optimization.py", gt=0)
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "lion_8bit", "sgd"] = option("adamw", "adamw is PyTorch's fused AdamW", "arXiv 1711.05101")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "arithmetic of the forward pass; auto: bf16 where the hardware has it")
+    layout: Literal["auto", "padded", "bucketed"] = option("auto", "how rows become batches; auto: bucketed by length")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, about a third slower", "arXiv 1604.06174")
+    processes: Literal["auto"] | Annotated[int, Field(ge=1)] = option("auto", "processes to start here; auto: one a GPU, one on a CPU")
+    parallel: Literal["ddp", "fsdp"] = option("ddp", "how several processes share the work; fsdp is experimental and needs GPUs")
+    eval_every: int | None = option(None, "steps between evaluations; every epoch if empty", ge=1)
+    save_every: int | None = option(None, "steps between checkpoints; every epoch if empty", ge=1)
+    keep: int = option(1, "checkpoints kept besides the best one", ge=1)
+    early_stopping: EarlyStopping | None = option(None, "stop early, and keep the best checkpoint")
+    log_every: int = option(10, "steps between log lines", ge=1)
+    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(default_factory=list, description="also log there")
+    seed: int = option(42, "seed of every random choice", ge=0)
+
+
+class Generation(Spec):
+    """How text is generated."""
+
+    max_new_tokens: int = option(256, "tokens generated at most", ge=1)
+    temperature: float = option(0.0, "0 is greedy", ge=0)
+    top_p: float = option(1.0, "nucleus sampling (arXiv 1904.09751)", gt=0, le=1)
+    num_beams: int = option(1, "beam search", ge=1)
+
+
+class Eval(Spec):
+    """How the model is measured."""
+
+    batch_size: int = option(64, "rows a forward pass", ge=1)
+    metrics: list[str] | None = option(None, "metrics to report; all that the task has if empty")
+    generation: Generation = Field(default_factory=Generation, description="settings of generated text")
+
+
+T = TypeVar("T")
+M = TypeVar("M")
+O = TypeVar("O")
+
+
+class Recipe(Spec, Generic[T, M, O]):
+    """One run: what `ftkit train` does, as a frozen value."""
+
+    model: Model
+    task: T
+    data: Data
+    method: M
+    objective: O
+    train: Train = Field(default_factory=Train)
+    eval: Eval = Field(default_factory=Eval)
+    output: str = Field(description="run directory; runs/<recipe's file name> if empty")

@@ -1,0 +1,90 @@
+"""Tasks: what the data means.  One file a kind; `Task` is the contract they all fulfil."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    import torch
+
+    from ftkit.data.types import Batch, Features, Limits, Row, Scores
+    from ftkit.recipe.spec import Default, Generation
+
+
+class Column:
+    """A column that a task reads: the names it is detected under, most specific first."""
+
+    __slots__ = ("aliases", "doc", "name")
+
+    def __init__(self, name: str, doc: str, *aliases: str) -> None:
+        self.name, self.doc, self.aliases = name, doc, (name, *aliases)
+
+
+class Shape:
+    """One combination of columns that a row may have."""
+
+    __slots__ = ("optional", "required")
+
+    def __init__(self, *required: Column, optional: tuple[Column, ...] = ()) -> None:
+        self.required, self.optional = required, optional
+
+
+class Metrics(Protocol):
+    """Streaming metrics of one evaluation: sums only, so that memory is flat and processes add up."""
+
+    sums: dict[str, torch.Tensor]  # float64; adding those of all processes gives those of the whole set
+
+    def update(self, scores: Scores) -> None: ...
+
+    def compute(self) -> dict[str, float]:
+        """Bare metric names to values, plus `loss` and its denominator `loss_count`."""
+        ...
+
+
+class Task(Protocol):
+    """What a row is, what is supervised in it, and how outputs become metrics and predictions."""
+
+    kind: str
+    shapes: ClassVar[tuple[Shape, ...]]  # combinations of columns, most specific first
+    txt_row: ClassVar[str]  # what one row of a txt file is: "line" or "file"
+    auto_class: ClassVar[str]  # transformers' Auto class that has the head
+    peft_type: ClassVar[str]  # PEFT's task_type
+    new_head: ClassVar[bool]  # the head starts from random weights and always learns
+    defaults: ClassVar[Mapping[str, Default]]  # dotted recipe key -> value and source
+    metric_names: ClassVar[tuple[str, ...]]
+    main_metric: ClassVar[str]  # what the summary leads with; higher is better unless it is `loss` or `perplexity`
+
+    def resolve(self, rows: Iterable[Row]) -> Task:
+        """This task with what only the training rows tell (label names) filled in."""
+        ...
+
+    def check(self, tokenizer: Any) -> None:
+        """Refuse a tokenizer that the task cannot work with (RecipeError)."""
+        ...
+
+    def config_kwargs(self) -> dict[str, Any]:
+        """Overrides for the model's config: num_labels, id2label, ..."""
+        ...
+
+    def encode(self, row: Row, tokenizer: Any, limits: Limits) -> list[Features]:
+        """The row as features: none if it was dropped for its length, several if it is windowed.
+
+        Raises RowError with the reason if the row cannot be used.
+        """
+        ...
+
+    def scores(self, model: Any, batch: Batch) -> Scores:
+        """One forward pass, reduced to the supervised items before the head where the model allows."""
+        ...
+
+    def metrics(self) -> Metrics: ...
+
+    def records(self, scores: Scores) -> list[dict[str, Any]]:
+        """What the model said, one JSON object for each feature in the batch, `feature` being its index."""
+        ...
+
+    def predict(self, model: Any, tokenizer: Any, rows: list[Row], limits: Limits, generation: Generation) -> list[dict[str, Any]]:
+        """Answers for rows without labels, one JSON object a row, in order."""
+        ...
