@@ -25,6 +25,7 @@ class Method(Protocol):
     """How the base is loaded, what is frozen or injected, how the result is saved and merged."""
 
     kind: str
+    frozen_base: ClassVar[bool]  # the base stays as it was and is not saved again
     defaults: ClassVar[Mapping[str, Default]]  # dotted recipe key -> value and source
 
     def load_kwargs(self, head: list[str]) -> dict[str, Any]:

@@ -1,0 +1,47 @@
+"""Where a run computes and in which arithmetic."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from ftkit.errors import MissingDependency
+
+if TYPE_CHECKING:
+    import torch
+
+
+def pick(local_rank: int = 0) -> torch.device:
+    """The device of this process: its own GPU if there is one, else the CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.device("cuda", local_rank)
+    return torch.device("cpu")
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 arithmetic runs in hardware: emulated, it is slower than float32."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def precision(asked: str, device: torch.device) -> str:
+    """fp32, bf16 or fp16.  `auto` is bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU."""
+    if asked == "auto":
+        return "bf16" if has_bf16(device) else "fp16" if device.type == "cuda" else "fp32"
+    if asked == "fp16" and device.type == "cpu":
+        raise MissingDependency("train.precision: fp16 needs a GPU; a CPU computes in fp32 or bf16")
+    return asked
+
+
+def use_all_cores(processes_here: int = 1) -> int:
+    """Set torch's threads to the cores this process may use, shared among the processes of this machine; returns them."""
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes_here))
+    return torch.get_num_threads()

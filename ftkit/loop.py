@@ -1,0 +1,165 @@
+"""The training loop: short enough to read in one sitting.
+
+Losses are sums, tasks give the weights, and the loop divides by the weights of all micro-batches and
+processes: a batch in one piece, in four, or on two processes has the same gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from ftkit.data.batches import collate, epoch_batches, split
+from ftkit.data.types import Batch, Scores
+from ftkit.errors import Diverged
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from ftkit.data.features import FeatureSet
+    from ftkit.objectives import Objective
+    from ftkit.recipe.spec import Train
+    from ftkit.tasks import Task
+
+
+class Trainee(nn.Module):
+    """What accelerate prepares: model, head, task and objective behind one `forward`.
+
+    Nothing outside calls a submodule while training: under DDP that would leave other gradients on every process.
+    """
+
+    def __init__(self, model: nn.Module, inner: nn.Module, task: Task, objective: Objective) -> None:
+        super().__init__()
+        self.model, self.task, self.objective = model, task, objective
+        self._still = frozen_bottom(inner)
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """The summed loss of the batch, float32."""
+        return self.objective.loss(self.task.scores(self.model, batch))
+
+    def scores(self, batch: Batch) -> Scores:
+        """What the model says on the supervised items; for evaluation."""
+        return self.task.scores(self.model, batch)
+
+    def train(self, mode: bool = True) -> Trainee:
+        """Training mode, except for frozen modules below the first one that learns: dropout there only adds noise."""
+        super().train(mode)
+        for module in self._still if mode else ():
+            module.eval()
+        return self
+
+
+def frozen_bottom(model: nn.Module) -> list[nn.Module]:
+    """The largest modules without a learning parameter that come before the first one that learns, in order of definition."""
+    found: list[nn.Module] = []
+
+    def walk(module: nn.Module) -> bool:
+        """Collect; True once something that learns was met."""
+        if not any(p.requires_grad for p in module.parameters()):
+            found.append(module)
+            return False
+        if any(p.requires_grad for p in module.parameters(recurse=False)):
+            return True
+        return any(walk(child) for child in module.children())
+
+    walk(model)
+    return found
+
+
+@dataclass
+class Position:
+    """Where a run is: the next optimizer step is step + 1, on batch `batch` of epoch `epoch`."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+
+
+class Step(NamedTuple):
+    """What one optimizer step did; loss and norm are those of the whole batch on all processes."""
+
+    loss: float
+    grad_norm: float
+    items: float  # sum of the weights of the supervised items: the denominator of the loss
+    tokens: int  # real tokens, padding not counted
+    rows: np.ndarray  # feature indices of the batch
+
+
+def batches(lengths: np.ndarray, train: Train, layout: str, position: Position, num_steps: int) -> Iterator[np.ndarray]:
+    """The batches from `position` on, epoch after epoch; `position` moves along and is that after the batch in hand."""
+    while position.step < num_steps:
+        epoch = epoch_batches(lengths, train.batch_size, layout, train.seed, position.epoch)
+        while position.batch < len(epoch) and position.step < num_steps:
+            batch = epoch[position.batch]
+            position.step += 1
+            position.batch += 1
+            if position.batch == len(epoch):
+                position.epoch, position.batch = position.epoch + 1, 0
+                yield batch
+                break
+            yield batch
+
+
+def train_step(
+    accelerator: Accelerator,
+    trainee: nn.Module,
+    optimizer: Any,
+    micro_batches: list[Batch],
+    max_grad_norm: float | None,
+) -> tuple[float, float, float]:
+    """One optimizer step over `micro_batches`; returns the loss, the gradient norm before clipping and the items.
+
+    Raises Diverged before the weights change if loss or norm is not finite.
+    """
+    device = accelerator.device
+    items = accelerator.reduce(torch.stack([batch.weights.double().sum() for batch in micro_batches]).sum().to(device), "sum")
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for number, batch in enumerate(micro_batches):
+        last = number == len(micro_batches) - 1
+        with nullcontext() if last else accelerator.no_sync(trainee):  # gradients are added up over processes once
+            loss = trainee(batch.to(device)) / items.float()
+            accelerator.backward(loss * accelerator.num_processes)  # DDP averages over processes; the sum is wanted
+        total += loss.detach().double()
+    total = accelerator.reduce(total, "sum")
+    parameters = [p for p in trainee.parameters() if p.requires_grad]
+    norm = accelerator.clip_grad_norm_(parameters, math.inf if max_grad_norm is None else max_grad_norm)
+    value, norm_value = total.item(), float(norm)
+    scaling = accelerator.scaler is not None  # fp16 skips steps whose scaled gradients overflow, and lowers the scale
+    if not math.isfinite(value) or not (math.isfinite(norm_value) or scaling):
+        raise Diverged(f"loss {value}, gradient norm {norm_value}")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return value, norm_value, items.item()
+
+
+def fit(
+    accelerator: Accelerator,
+    trainee: nn.Module,
+    optimizer: Any,
+    factor: Callable[[int], float],
+    features: FeatureSet,
+    train: Train,
+    layout: str,
+    accumulate: int,
+    pad_token_id: int,
+    position: Position,
+    num_steps: int,
+) -> Iterator[Step]:
+    """Train from `position` to `num_steps`; yields after every optimizer step, when it is safe to evaluate or save."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    trainee.train()
+    for rows in batches(features.lengths, train, layout, position, num_steps):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * factor(position.step - 1)
+        parts = split(rows, features.lengths, accumulate, accelerator.num_processes, accelerator.process_index)
+        micro_batches = [collate(features, part, pad_token_id) for part in parts]
+        loss, norm, items = train_step(accelerator, trainee, optimizer, micro_batches, train.max_grad_norm)
+        yield Step(loss, norm, items, int(features.lengths[rows].sum()), rows)
+        trainee.train()

@@ -1,0 +1,43 @@
+"""Full fine-tuning: every weight learns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from ftkit.methods import Artifact
+from ftkit.recipe.spec import Default, Spec
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
+
+    from ftkit.model import Base
+
+
+class Full(Spec):
+    """Every weight learns."""
+
+    kind: Literal["full"] = "full"
+
+    frozen_base: ClassVar[bool] = False
+    defaults: ClassVar[Mapping[str, Default]] = {
+        "train.learning_rate": Default(2e-5, "BERT: 2e-5 to 5e-5 (arXiv 1810.04805 A.3)"),
+    }
+
+    def load_kwargs(self, head: list[str]) -> dict[str, Any]:
+        return {}
+
+    def apply(self, base: Base) -> nn.Module:
+        return base.model.requires_grad_(True)
+
+    def save(self, model: nn.Module, base: Base, directory: Path) -> Artifact:
+        """A complete model in transformers' format."""
+        return save_whole(base, directory)
+
+
+def save_whole(base: Base, directory: Path) -> Artifact:
+    """Write the whole model; plain transformers loads it."""
+    base.model.save_pretrained(directory)
+    return Artifact("transformers", {"dtype": str(base.model.dtype).removeprefix("torch.")})

@@ -1,0 +1,48 @@
+"""Feature extraction: only the head learns, on a frozen model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from ftkit.errors import RecipeError
+from ftkit.methods import Artifact
+from ftkit.methods.full import save_whole
+from ftkit.recipe.spec import Default, Spec
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
+
+    from ftkit.model import Base
+
+
+class Head(Spec):
+    """Only the head learns; the model below it is frozen and runs without dropout."""
+
+    kind: Literal["head"] = "head"
+
+    frozen_base: ClassVar[bool] = True
+    defaults: ClassVar[Mapping[str, Default]] = {
+        "train.learning_rate": Default(1e-3, "a linear probe on frozen features: arXiv 1903.05987 (feature extraction needs larger rates than fine-tuning)"),
+    }
+
+    def load_kwargs(self, head: list[str]) -> dict[str, Any]:
+        return {}
+
+    def apply(self, base: Base) -> nn.Module:
+        base.model.requires_grad_(False)
+        shared = {id(parameter) for parameter in base.inner().parameters()}
+        for name in dict.fromkeys([*base.head, *base.new_modules]):
+            for parameter in base.model.get_submodule(name).parameters():
+                if id(parameter) in shared and name in base.head:
+                    raise RecipeError(
+                        f"method head: {type(base.model).__name__} shares its head {name!r} with the input embeddings, so the base cannot stay frozen; use method: lora"
+                    )
+                parameter.requires_grad_(True)
+        return base.model
+
+    def save(self, model: nn.Module, base: Base, directory: Path) -> Artifact:
+        """A complete model in transformers' format."""
+        return save_whole(base, directory)

@@ -1,0 +1,106 @@
+"""What a model's module tree tells: its layers, its linear modules, and how a recipe names them."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from ftkit.errors import RecipeError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ftkit.model import Base
+
+ATTENTION = re.compile(r"(attn|attention)(\.|$)", re.IGNORECASE)
+
+
+def layers(base: Base) -> list[str]:
+    """Names of the layers of the base model, bottom first: the entries of its longest list of alike modules."""
+    from torch import nn
+
+    lists = [(name, module) for name, module in base.inner().named_modules() if isinstance(module, nn.ModuleList) and len({type(m) for m in module}) == 1]
+    # Nested lists (experts in a layer) are longer names: the outermost wins among equally long ones.
+    lists.sort(key=lambda item: (-len(item[1]), item[0].count(".")))
+    outer = [item for item in lists if not any(item[0].startswith(f"{name}.") for name, _ in lists)]
+    if not outer:
+        raise RecipeError(f"{type(base.model).__name__} has no list of layers to choose from; name parameters with method.pattern")
+    prefix = base.model.base_model_prefix
+    stacks = [item for item in outer if len(item[1]) == len(outer[0][1]) or "layer" in item[0].lower() or "block" in item[0].lower()]
+    return [f"{prefix}.{name}.{i}" for name, module in stacks for i in range(len(module))]
+
+
+def linear_modules(base: Base) -> list[str]:
+    """Names of the linear modules of the base model (nn.Linear, GPT-2's Conv1D, quantised ones), without new modules and poolers."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    skip = (*base.new_modules, *base.head)
+    names = []
+    for name, module in base.model.named_modules():
+        if not isinstance(module, nn.Linear | Conv1D) or not name.startswith(f"{base.model.base_model_prefix}."):
+            continue
+        if any(name == part or name.startswith(f"{part}.") for part in skip) or "pooler" in name.split("."):
+            continue
+        names.append(name)
+    return names
+
+
+def choose_targets(base: Base, targets: str | list[str]) -> list[str]:
+    """The linear modules that `targets` means: `all-linear`, `attention`, a regex, or a list of name endings.
+
+    A target that matches nothing is refused with the names there are.
+    """
+    names = linear_modules(base)
+    if targets == "all-linear":
+        chosen = set(names)
+    elif targets == "attention":
+        chosen = {name for name in names if ATTENTION.search(name)}
+    elif isinstance(targets, str):
+        chosen = {name for name in names if _pattern("targets", targets).search(name)}
+    else:
+        chosen = set()
+        for target in targets:
+            hits = {name for name in names if name == target or name.endswith(f".{target}")}
+            if not hits:
+                raise RecipeError(f"method.targets: {target!r} matches no linear module of {type(base.model).__name__}; there are {_endings(names)}")
+            chosen |= hits
+    if not chosen:
+        raise RecipeError(f"method.targets: {targets!r} matches no linear module of {type(base.model).__name__}; there are {_endings(names)}")
+    return [name for name in names if name in chosen]
+
+
+def shortest_endings(chosen: list[str], model: nn.Module) -> list[str]:
+    """The fewest words that name exactly the chosen modules: what an adapter's config can carry to other checkpoints."""
+    others = [name for name, _ in model.named_modules() if name and name not in set(chosen)]
+    endings: set[str] = set()
+    for name in chosen:
+        if any(name == e or name.endswith(f".{e}") for e in endings):
+            continue
+        parts = name.split(".")
+        for length in range(1, len(parts) + 1):
+            ending = ".".join(parts[-length:])
+            if not any(other == ending or other.endswith(f".{ending}") for other in others):
+                break
+        endings.add(ending)
+    return sorted(endings)
+
+
+def matching_parameters(model: nn.Module, pattern: str) -> list[str]:
+    """Names of the parameters that the regex `pattern` finds; none is refused."""
+    found = [name for name, _ in model.named_parameters() if _pattern("pattern", pattern).search(name)]
+    if not found:
+        examples = ", ".join(name for name, _ in list(model.named_parameters())[:3])
+        raise RecipeError(f"method.pattern: {pattern!r} matches no parameter of {type(model).__name__} (they are called {examples}, ...)")
+    return found
+
+
+def _pattern(field: str, pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise RecipeError(f"method.{field}: {pattern!r} is no regular expression: {error}") from error
+
+
+def _endings(names: list[str]) -> str:
+    return ", ".join(sorted({name.rpartition(".")[2] for name in names})) or "none"

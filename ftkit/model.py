@@ -1,0 +1,319 @@
+"""From a name in a recipe to a model and a tokenizer: finding, checking, loading, counting."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import transformers
+from torch import nn
+
+from ftkit.errors import FtkitError, HubError, MissingDependency, RecipeError
+
+if TYPE_CHECKING:
+    from ftkit.methods import Method
+    from ftkit.recipe.spec import Model, TrainedTokenizer
+    from ftkit.tasks import Task
+
+# Families whose positions start after the padding token: two of max_position_embeddings cannot be used.
+OFFSET_POSITIONS = {"camembert", "data2vec-text", "ibert", "longformer", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"}
+MAX_TOKENIZER_LENGTH = 1_000_000  # transformers says "no limit" with 1e30
+
+
+class Source(NamedTuple):
+    """Where weights or a tokenizer come from: what `from_pretrained` takes."""
+
+    name: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        return {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
+
+    @property
+    def local(self) -> bool:
+        return Path(self.name).is_dir()
+
+
+@dataclass
+class Base:
+    """A loaded model before any method touched it, and what a method must know about it."""
+
+    model: transformers.PreTrainedModel
+    tokenizer: transformers.PreTrainedTokenizerBase
+    source: Source | None  # None: random weights that exist nowhere on disk
+    task: Task
+    head: list[str]  # names of the modules above the base model, outermost first
+    new: set[str] = field(default_factory=set)  # names of parameters that no checkpoint gave a value
+    load_kwargs: dict[str, Any] = field(default_factory=dict)  # JSON-able: what the method added to from_pretrained
+    initial: dict[str, torch.Tensor] = field(default_factory=dict)  # what a method's save needs of the state that its apply made
+
+    @property
+    def new_modules(self) -> list[str]:
+        """The modules that must always learn and always be saved: new heads, and whatever else started random."""
+        if self.source is None:  # everything is random; only what the task calls new is a head
+            return list(self.head) if self.task.new_head else []
+        owners = {name.rpartition(".")[0] for name in self.new}
+        heads = self.head if self.task.new_head else []
+        return [*heads, *sorted(owner for owner in owners if not any(owner == h or owner.startswith(f"{h}.") for h in heads))]
+
+    def inner(self) -> nn.Module:
+        """The base model below the head."""
+        return getattr(self.model, self.model.base_model_prefix)
+
+
+def locate(model: Model) -> Source | None:
+    """Where the weights are: a directory, the model of a run directory, or a hub id; None for random ones without a name."""
+    if model.name is None:
+        return None
+    path = Path(model.name)
+    if path.is_dir():
+        if (path / "manifest.json").is_file() and (path / "model").is_dir():
+            path = path / "model"
+        if (path / "adapter_config.json").is_file():
+            raise RecipeError(f"model.name: {model.name} holds an adapter; merge it first: ftkit merge-adapter {model.name} -o DIR")
+        if not (path / "config.json").is_file():
+            raise RecipeError(f"model.name: {model.name} is a directory without config.json, so it holds no model")
+        return Source(str(path), None, model.trust_remote_code)
+    if path.is_absolute() or model.name.startswith((".", "~")) or model.name.count("/") > 1 or path.is_file():
+        raise RecipeError(f"model.name: there is no directory {model.name}")
+    return Source(model.name, model.revision, model.trust_remote_code)
+
+
+def load_config(model: Model, source: Source | None, tokenizer: Any = None) -> transformers.PreTrainedConfig:
+    """The model's config with the recipe's overrides; an unknown override is refused with the nearest known key.
+
+    A tokenizer trained for this run decides the vocabulary size and the special tokens.
+    """
+    overrides = dict(model.config)
+    if source is None:
+        kind = overrides.pop("model_type")
+        if kind not in transformers.CONFIG_MAPPING:
+            raise RecipeError(f"model.config.model_type: unknown {kind!r}{_nearest(kind, list(transformers.CONFIG_MAPPING))}")
+        config = transformers.CONFIG_MAPPING[kind]()
+    else:
+        with _hub(source):
+            config = transformers.AutoConfig.from_pretrained(source.name, **source.kwargs)
+    for key, value in overrides.items():
+        if key not in config.to_dict() and key not in config.attribute_map:
+            raise RecipeError(f"model.config: {type(config).__name__} has no {key!r}{_nearest(key, list(config.to_dict()))}")
+        setattr(config, key, value)
+    if model.init == "random" and tokenizer is not None:
+        config.vocab_size = max(len(tokenizer), overrides.get("vocab_size", 0))
+        for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            setattr(config, key, getattr(tokenizer, key))
+    return config
+
+
+def load_tokenizer(model: Model, source: Source | None, train: TrainedTokenizer | None, texts: Iterable[str]) -> Any:
+    """The tokenizer of the recipe: trained on `texts`, named, or the model's own; it always has a padding token."""
+    if train is not None:
+        from ftkit.tokenizer import train_tokenizer
+
+        return train_tokenizer(train, texts)
+    if isinstance(model.tokenizer, str):
+        source = Source(model.tokenizer, None)
+    if source is None:
+        raise RecipeError("a model from nothing needs model.tokenizer: a name, or {train: data, vocab_size: 8192}")
+    with _hub(source):
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source.name, **source.kwargs)
+        except (ValueError, TypeError, KeyError) as error:
+            raise RecipeError(f"{source.name} has no tokenizer that can be loaded ({_first_line(error)}); name one in model.tokenizer") from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise RecipeError(f"{source.name} has no tokenizer files; name a tokenizer in model.tokenizer")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def max_positions(config: transformers.PreTrainedConfig, tokenizer: Any) -> int | None:
+    """Tokens in a row that the model has positions for; None if it has no limit."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and config.model_type in OFFSET_POSITIONS:
+        positions -= (config.pad_token_id or 0) + 1
+    if tokenizer.model_max_length < MAX_TOKENIZER_LENGTH:
+        positions = min(positions or tokenizer.model_max_length, tokenizer.model_max_length)
+    return positions
+
+
+def model_class(config: transformers.PreTrainedConfig, task: Task) -> Any:
+    """The class with the task's head for this architecture; refused with the heads there are."""
+    auto = getattr(transformers, task.auto_class)
+    if type(config) in auto._model_mapping:
+        return auto
+    others = [name for name in dir(transformers) if name.startswith("AutoModelFor") and hasattr(getattr(transformers, name), "_model_mapping")]
+    heads = [name.removeprefix("AutoModelFor") for name in others if type(config) in getattr(transformers, name)._model_mapping]
+    raise RecipeError(
+        f"task {task.kind}: {config.model_type} has no head for it ({task.auto_class} does not know {type(config).__name__}); it has {', '.join(heads) or 'none'}"
+    )
+
+
+def skeleton(config: transformers.PreTrainedConfig, task: Task) -> transformers.PreTrainedModel:
+    """The model without weights, on the meta device: names and shapes only."""
+    with torch.device("meta"):
+        return model_class(config, task).from_config(config)
+
+
+def head_of(model: transformers.PreTrainedModel) -> list[str]:
+    """Names of the modules with parameters above the base model."""
+    children = model.named_children()
+    return [name for name, module in children if name != model.base_model_prefix and next(module.parameters(), None) is not None]
+
+
+def load(model: Model, source: Source | None, config: Any, tokenizer: Any, task: Task, method: Method, dtype: torch.dtype, seed: int, device: torch.device) -> Base:
+    """The base model with the task's head, in `dtype`, without any method applied.
+
+    New parameters are drawn from `seed`.  Weights are read from safetensors only.
+    """
+    for key, value in task.config_kwargs().items():
+        setattr(config, key, value)
+    if config.get_text_config().pad_token_id is None:
+        config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    cls = model_class(config, task)
+    plain = skeleton(config, task)
+    if not hasattr(plain, plain.base_model_prefix):
+        raise RecipeError(f"{type(plain).__name__} does not tell its head from its base; it cannot be fine-tuned here")
+    if len(tokenizer) > plain.get_input_embeddings().weight.shape[0]:
+        raise RecipeError(
+            f"the tokenizer has {len(tokenizer)} tokens but the model has embeddings for {plain.get_input_embeddings().weight.shape[0]}: they do not belong together"
+        )
+    head = head_of(plain)
+    extra = method.load_kwargs(head)
+    attention = {"attn_implementation": model.attention} if model.attention else {}
+    torch.manual_seed(seed)
+    if model.init == "random":
+        if extra:
+            raise RecipeError(f"method {method.kind} loads stored weights in few bits; with init: random there are none (train them first, then name that run)")
+        built = cls.from_config(config, dtype=dtype, **attention)
+        return Base(built, tokenizer, None, task, head)
+    assert source is not None
+    placement = {"device_map": {"": device}} if extra else {}
+    with _hub(source):
+        loaded, info = cls.from_pretrained(
+            source.name,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            ignore_mismatched_sizes=task.new_head,
+            output_loading_info=True,
+            **source.kwargs,
+            **attention,
+            **placement,
+            **_objects(extra),
+        )
+    missing = set(info["missing_keys"])
+    resized = {entry[0] for entry in info["mismatched_keys"]}
+    if wrong := sorted(name for name in resized if not any(name.startswith(f"{h}.") for h in head)):
+        raise RecipeError(f"{source.name}: the config gives {', '.join(wrong)} another shape than the stored weights have")
+    base_prefix = f"{loaded.base_model_prefix}."
+    stored_base = [name for name in loaded.state_dict() if name.startswith(base_prefix) and name not in missing]
+    if not stored_base:
+        raise RecipeError(f"{source.name} holds no weights of {type(loaded).__name__}: every parameter of the base would be random")
+    return Base(loaded, tokenizer, source, task, head, missing | resized, extra)
+
+
+def _objects(extra: dict[str, Any]) -> dict[str, Any]:
+    """A method's JSON-able load arguments as transformers takes them."""
+    if "quantization_config" not in extra:
+        return extra
+    return extra | {"quantization_config": transformers.BitsAndBytesConfig(**extra["quantization_config"])}
+
+
+def steady_4bit(model: nn.Module) -> None:
+    """Keep 4-bit layers from rewriting their weights in an eval-mode forward on avx512_bf16 CPUs.
+
+    bitsandbytes <= 0.50 repacks weight.data and its quant_state in place there, which changes what a
+    later training step, save or dequantisation sees (bitsandbytes issue 2078).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def parameters_by_group(model: nn.Module, head: list[str]) -> dict[str, dict[str, int]]:
+    """Trainable and total parameters of embeddings, layers, head and what a method added, counted once each.
+
+    4-bit tensors are packed, two values a byte: they count as the values they hold.
+    """
+    embeddings = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    groups: dict[str, dict[str, int]] = {}
+    for name, parameter in model.named_parameters():
+        if ".original_module." in name:  # PEFT keeps the head it replaced; it computes nothing
+            continue
+        if ".lora_" in name:
+            group = "adapter"
+        elif id(parameter) in embeddings:
+            group = "embeddings"
+        elif any(f".{part}." in f".{name}" for part in head):
+            group = "head"
+        else:
+            group = "layers"
+        count = num_values(parameter)
+        entry = groups.setdefault(group, {"trainable": 0, "total": 0})
+        entry["total"] += count
+        entry["trainable"] += count if parameter.requires_grad else 0
+    return groups
+
+
+def num_values(parameter: torch.Tensor) -> int:
+    """How many numbers a tensor stands for: 4-bit tensors hold two in a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return state.shape.numel() if state is not None else parameter.numel()
+
+
+class _hub:
+    """Turn what loading from disk or the hub raises into our errors."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None or isinstance(error, FtkitError) or not isinstance(error, OSError | ValueError | ImportError):
+            return
+        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+        name, chain = self.source.name, []
+        link: BaseException | None = error
+        while link is not None:
+            chain.append(link)
+            link = link.__cause__ or link.__context__
+        if isinstance(error, ImportError):
+            raise MissingDependency(f"{name}: {_first_line(error)}") from error
+        if "trust_remote_code" in str(error):
+            raise RecipeError(f"{name} needs Python code from its repository; read it, then set model.trust_remote_code: true and model.revision") from error
+        if self.source.local:
+            if isinstance(error, json.JSONDecodeError) or "not a valid JSON" in str(error):
+                raise RecipeError(f"{name}: a JSON file is broken ({_first_line(error)})") from error
+            if "safetensors" in str(error):
+                raise RecipeError(f"{name} has no safetensors weights; pickled ones (.bin, .pt) are not read: convert them with transformers first") from error
+            if isinstance(error, OSError) and error.errno is None:
+                raise RecipeError(f"{name}: {_first_line(error)}") from error
+            return
+        if any(isinstance(link, GatedRepoError) for link in chain):
+            raise HubError(f"{name} is gated: accept its terms on the hub, then log in with `hf auth login`") from error
+        if any(isinstance(link, RevisionNotFoundError) for link in chain):
+            raise HubError(f"{name} has no revision {self.source.revision!r} on the hub") from error
+        if any(isinstance(link, RepositoryNotFoundError) for link in chain):
+            raise HubError(f"{name} is neither a local directory nor a model on the hub (or it is private: `hf auth login`)") from error
+        if isinstance(error, OSError):
+            if "safetensors" in str(error):
+                raise HubError(f"{name} has no safetensors weights on the hub; pickled ones are not read") from error
+            raise HubError(f"{name} is no local directory, and the hub cannot be reached or lacks it: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

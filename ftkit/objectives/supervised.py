@@ -1,0 +1,27 @@
+"""The model should say what the data says."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from ftkit.recipe.spec import Spec
+
+if TYPE_CHECKING:
+    import torch
+
+    from ftkit.data.types import Scores
+
+
+class Supervised(Spec):
+    """Cross-entropy against the data's own targets."""
+
+    kind: Literal["supervised"] = "supervised"
+
+    def loss(self, scores: Scores) -> torch.Tensor:
+        """Weighted sum of cross-entropies over the n supervised items, in float32."""
+        from torch.nn import functional as F
+
+        if len(scores.targets) == 0:  # keep the graph, so that every process has gradients to add up
+            return scores.logits.float().sum()
+        losses = F.cross_entropy(scores.logits.float(), scores.targets, reduction="none")
+        return (losses * scores.weights).sum()

@@ -1,0 +1,182 @@
+"""Text classification: one label a row, for a text or a pair of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from ftkit.data.types import Features, Limits, Row, RowError, Scores
+from ftkit.errors import DataError, RecipeError
+from ftkit.recipe.spec import Default, Generation, Spec, option
+from ftkit.tasks import Column, Shape
+
+if TYPE_CHECKING:
+    import torch
+
+    from ftkit.data.types import Batch
+
+TEXT = Column("text", "the text to classify", "sentence", "sentence1", "premise", "question1", "content", "review", "document")
+PAIR = Column("text_pair", "a second text", "sentence2", "hypothesis", "question2")
+LABEL = Column("label", "its class: a word or a number", "labels", "class", "category", "intent", "target", "gold_label")
+
+
+class TextClassification(Spec):
+    """Which class a text, or a pair of texts, belongs to."""
+
+    kind: Literal["text-classification"] = "text-classification"
+    labels: list[str] | None = option(None, "class names in the order of the model's outputs; those of the training rows, sorted, if empty")
+
+    shapes: ClassVar[tuple[Shape, ...]] = (Shape(TEXT, PAIR, LABEL), Shape(TEXT, LABEL))
+    txt_row: ClassVar[str] = "line"
+    auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
+    peft_type: ClassVar[str] = "SEQ_CLS"
+    new_head: ClassVar[bool] = True
+    defaults: ClassVar[Mapping[str, Default]] = {
+        "data.max_length": Default(512, "the positions of BERT (arXiv 1810.04805)"),
+    }
+    metric_names: ClassVar[tuple[str, ...]] = ("accuracy", "f1", "f1_binary", "mcc", "loss")
+    main_metric: ClassVar[str] = "accuracy"
+
+    def resolve(self, rows: Iterable[Row]) -> TextClassification:
+        """With the label names of the training rows, numbers in numeric order and words in alphabetic order."""
+        found = {_name(row.values["label"]) for row in rows}
+        if self.labels is None:
+            numeric = all(name.lstrip("-").isdigit() for name in found)
+            labels = sorted(found, key=int) if numeric else sorted(found)
+        else:
+            labels = self.labels
+            if missing := sorted(found - set(labels)):
+                raise DataError(f"task.labels lacks labels of the training rows: {_some(missing)}")
+        if len(found) < 2:
+            raise DataError(f"the training rows have one label only ({_some(sorted(found))}): there is nothing to tell apart")
+        if len(set(labels)) < len(labels):
+            raise RecipeError(f"task.labels repeats a label: {_some(sorted({x for x in labels if labels.count(x) > 1}))}")
+        return self.model_copy(update={"labels": labels})
+
+    def check(self, tokenizer: Any) -> None:
+        """Every tokenizer will do."""
+
+    def config_kwargs(self) -> dict[str, Any]:
+        names = self._names
+        return {
+            "num_labels": len(names),
+            "id2label": dict(enumerate(names)),
+            "label2id": {name: i for i, name in enumerate(names)},
+            "problem_type": "single_label_classification",
+        }
+
+    @property
+    def _names(self) -> list[str]:
+        assert self.labels is not None, "resolve() comes first"
+        return self.labels
+
+    def encode(self, row: Row, tokenizer: Any, limits: Limits) -> list[Features]:
+        name = _name(row.values["label"]) if "label" in row.values else self._names[0]
+        if name not in self._names:
+            raise RowError(f"label {name!r} does not occur in the training rows (known: {_some(self._names)})")
+        texts = [row.values["text"], *([row.values["text_pair"]] if "text_pair" in row.values else [])]
+        encoded = tokenizer(*texts, truncation=False, verbose=False)
+        excess = len(encoded["input_ids"]) - limits.max_length
+        if excess > 0:
+            if limits.truncation == "drop":
+                return []
+            if limits.truncation == "error":
+                raise RowError(f"{len(encoded['input_ids'])} tokens, more than data.max_length: {limits.max_length}")
+            side, tokenizer.truncation_side = tokenizer.truncation_side, limits.truncation
+            encoded = tokenizer(*texts, truncation="longest_first", max_length=limits.max_length)
+            tokenizer.truncation_side = side
+        if not encoded["input_ids"]:
+            raise RowError("no tokens")
+        return [
+            Features(
+                input_ids=encoded["input_ids"],
+                token_type_ids=encoded.get("token_type_ids"),
+                targets=[self._names.index(name)],
+                weights=[1.0],
+                truncated=max(excess, 0),
+            )
+        ]
+
+    def scores(self, model: Any, batch: Batch) -> Scores:
+        """Logits [B, C] of every row."""
+        types = {} if batch.token_type_ids is None else {"token_type_ids": batch.token_type_ids}
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **types).logits
+        return Scores(logits=logits, targets=batch.targets, weights=batch.weights, rows=batch.row_ids)
+
+    def metrics(self) -> ClassificationMetrics:
+        return ClassificationMetrics(len(self._names))
+
+    def records(self, scores: Scores) -> list[dict[str, Any]]:
+        probabilities = scores.logits.float().softmax(-1)
+        best, index = probabilities.max(-1)
+        columns = zip(scores.rows.tolist(), scores.targets.tolist(), index.tolist(), best.tolist(), strict=True)
+        return [{"feature": row, "label": self._names[gold], "prediction": self._names[said], "probability": p} for row, gold, said, p in columns]
+
+    def predict(self, model: Any, tokenizer: Any, rows: list[Row], limits: Limits, generation: Generation) -> list[dict[str, Any]]:
+        """The likeliest label of each row, its probability, and the probabilities of all labels."""
+        import numpy as np
+        import torch
+
+        from ftkit.data.batches import collate
+        from ftkit.data.features import FeatureSet
+
+        features = FeatureSet.of([self.encode(row, tokenizer, limits) for row in rows])
+        batch = collate(features, np.arange(len(features)), tokenizer.pad_token_id).to(model.device)
+        with torch.inference_mode():
+            probabilities = self.scores(model, batch).logits.float().softmax(-1).tolist()
+        answers = [dict(zip(self._names, row, strict=True)) for row in probabilities]
+        return [{"label": max(scores, key=scores.__getitem__), "probability": max(scores.values()), "scores": scores} for scores in answers]
+
+
+class ClassificationMetrics:
+    """Accuracy, F1 and MCC from one confusion matrix; loss with its denominator."""
+
+    def __init__(self, num_labels: int) -> None:
+        import torch
+
+        # float64 sums: counts stay exact, and those of several processes add up
+        self.sums: dict[str, torch.Tensor] = {
+            "confusion": torch.zeros(num_labels, num_labels, dtype=torch.float64),  # [gold, predicted]
+            "loss": torch.zeros((), dtype=torch.float64),
+        }
+
+    def update(self, scores: Scores) -> None:
+        from torch.nn import functional as F
+
+        gold, said = scores.targets.cpu(), scores.logits.argmax(-1).cpu()
+        self.sums["confusion"].index_put_((gold, said), scores.weights.double().cpu(), accumulate=True)
+        losses = F.cross_entropy(scores.logits.float(), scores.targets, reduction="none")
+        self.sums["loss"] += (losses.double() * scores.weights).sum().cpu()
+
+    def compute(self) -> dict[str, float]:
+        """Fractions from 0 to 1; `f1` is macro-averaged over the labels that occur or were predicted."""
+        confusion = self.sums["confusion"]
+        total, correct = confusion.sum().item(), confusion.trace().item()
+        gold, said, hits = confusion.sum(1), confusion.sum(0), confusion.diagonal()
+        f1 = (2 * hits / (gold + said).clamp(min=1e-12))[(gold + said) > 0]
+        # R_K of Gorodkin 2004 (doi:10.1016/j.compbiolchem.2004.09.006); two classes: Matthews 1975
+        covariance = correct * total - (gold @ said).item()
+        spread = ((total**2 - (said @ said).item()) * (total**2 - (gold @ gold).item())) ** 0.5
+        metrics = {"accuracy": correct / total, "f1": f1.mean().item(), "mcc": covariance / spread if spread else 0.0}
+        if len(confusion) == 2:
+            metrics["f1_binary"] = (2 * hits[1] / (gold[1] + said[1]).clamp(min=1e-12)).item()
+        return metrics | {"loss": self.sums["loss"].item() / total, "loss_count": total}
+
+
+def _name(label: Any) -> str:
+    """The name of a label as data files spell it: 1, 1.0, "1" and " 1" are one label."""
+    if isinstance(label, bool) or label is None or isinstance(label, list | dict):
+        raise RowError(f"label {label!r} is neither a word nor a number")
+    if isinstance(label, float):
+        if not label.is_integer():
+            raise RowError(f"label {label!r} is not a whole number; for regression use a regression task")
+        label = int(label)
+    name = str(label).strip()
+    if not name:
+        raise RowError("the label is empty")
+    return name
+
+
+def _some(names: list[str], limit: int = 10) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(repr(name) for name in names[:limit]) + more
