@@ -1,0 +1,70 @@
+"""Stop requests: noted, not died of; restored afterwards; not inherited by workers."""
+
+import contextlib
+import os
+import signal
+import threading
+
+import pytest
+
+from ftkit.errors import Interrupted, Preempted
+from ftkit.signals import STOP_SIGNALS, listening
+
+
+@pytest.mark.parametrize(
+    ("signum", "error", "code"),
+    [(signal.SIGTERM, Preempted, 75), (signal.SIGUSR1, Preempted, 75), (signal.SIGINT, Interrupted, 130)],
+)
+def test_a_signal_is_noted_and_raised_by_poll(signum, error, code):
+    with listening() as stop:
+        stop.poll()
+        assert not stop.requested
+        os.kill(os.getpid(), signum)
+        assert stop.requested
+        with pytest.raises(error, match=signal.Signals(signum).name) as caught:
+            stop.poll()
+    assert caught.value.code == code
+
+
+def test_the_second_interrupt_is_immediate_but_a_second_sigterm_is_not():
+    with listening() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signum == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_handlers_are_restored_after_an_error():
+    before = [signal.getsignal(signum) for signum in STOP_SIGNALS]
+    with contextlib.suppress(Preempted), listening() as stop:
+        stop.signum = signal.SIGTERM
+        assert [signal.getsignal(signum) for signum in STOP_SIGNALS] != before
+        stop.poll()
+    assert [signal.getsignal(signum) for signum in STOP_SIGNALS] == before
+
+
+def test_a_forked_worker_dies_of_the_signal():
+    with listening() as stop:
+        worker = os.fork()
+        if worker == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+        _, status = os.waitpid(worker, 0)
+        assert os.waitstatus_to_exitcode(status) == -signal.SIGTERM
+        assert not stop.requested
+
+
+def test_outside_the_main_thread_nothing_is_installed():
+    before = signal.getsignal(signal.SIGTERM)
+    seen = []
+
+    def work():
+        with listening() as stop:
+            seen.append((stop.requested, signal.getsignal(signal.SIGTERM)))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [(False, before)]
