@@ -1,0 +1,102 @@
+"""The last word of a run, on stdout: base against tuned, what was written, how it was verified."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ftkit.progress import open_console, print_line
+from ftkit.quantities import denominator, duration, number, size
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+LOWER_IS_BETTER = {"loss", "perplexity"}
+
+
+def print_summary(summary: Mapping[str, Any]) -> None:
+    """Print what there is of: metrics (as in metrics.json), baselines (name -> accuracy on the first set),
+    parameters, seconds, tokens_per_second, peak_memory_bytes, verification, notes, output, files.
+    """
+    console = open_console(sys.stdout)
+    if metrics := summary.get("metrics"):
+        console.print(_table(metrics))
+        console.print()
+    for line in _facts(summary):
+        print_line(console, line)
+    if notes := summary.get("notes"):
+        print_line(console, "notes")
+        for note in notes:
+            print_line(console, note, indent=2)
+    if files := summary.get("files"):
+        output = Path(summary.get("output", "."))
+        console.print(f"written to {output}", soft_wrap=True)  # paths are never wrapped: they are for copying
+        sizes = [size(count) for _, count in files]
+        width = max(map(len, sizes))
+        for (path, _), text in zip(files, sizes, strict=True):
+            inside = Path(path).is_relative_to(output)
+            console.print(f"  {text:>{width}}  {Path(path).relative_to(output) if inside else path}", soft_wrap=True)
+
+
+def _table(metrics: Mapping[str, Mapping[str, Any]]) -> Table:
+    """A row for each set and metric, a column for the base and one for the tuned model; the better one stands out."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    base = metrics.get("base", {})
+    tuned = {split: values for split, values in metrics.items() if split != "base"}
+    columns = [name for name, measured in (("base", base), ("tuned", tuned)) if measured]
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right", min_width=7, no_wrap=True)
+    for split in dict.fromkeys((*tuned, *base)):
+        values = {"base": base.get(split, {}), "tuned": tuned.get(split, {})}
+        table.add_row(Text(split, style="bold"))
+        for metric in dict.fromkeys((*values["tuned"], *values["base"])):
+            if metric == "loss_count":
+                continue
+            row = {name: values[name].get(metric) for name in columns}
+            best = _best(metric, [value for value in row.values() if value is not None])
+            cells = [Text(number(value), style="bold green" if value == best else "") for value in row.values()]
+            table.add_row(f"  {metric}{denominator(values[columns[-1]]) if metric == 'loss' else ''}", *cells)
+    return table
+
+
+def _best(metric: str, values: list[float]) -> float:
+    """The best of several values; NaN, which equals nothing, where there is no better one."""
+    if len(set(values)) < 2:
+        return math.nan
+    return min(values) if metric in LOWER_IS_BETTER else max(values)
+
+
+def _facts(summary: Mapping[str, Any]) -> list[str]:
+    """How the run went, in a line each."""
+    facts = []
+    if baselines := summary.get("baselines"):
+        named = (f"{name.replace('_', ' ')} {number(value)}" for name, value in baselines.items())
+        facts.append(f"baselines {', '.join(named)} (accuracy)")
+    if counts := summary.get("parameters"):
+        facts.append(f"trained   {counts['trainable']:,} of {counts['total']:,} parameters ({counts['trainable'] / counts['total']:.2%})")
+    cost = [
+        text.format(show(summary[key]))
+        for key, text, show in (
+            ("seconds", "{}", duration),
+            ("tokens_per_second", "{} tokens/s", "{:,.0f}".format),
+            ("peak_memory_bytes", "peak memory {}", size),
+        )
+        if summary.get(key) is not None
+    ]
+    if cost:
+        facts.append(f"took      {', '.join(cost)}")
+    if check := summary.get("verification"):
+        same = "the same" if check["max_difference"] <= check["tolerance"] else "OTHER"
+        facts.append(
+            f"verified  a fresh {check['loads_with']} load gives {same} outputs "
+            f"(largest difference {check['max_difference']:.2g}, tolerance {check['tolerance']:.2g})"
+        )
+    return facts
