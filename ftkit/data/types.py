@@ -15,7 +15,7 @@ class Row:
 
     values: dict[str, Any]
     file: str
-    number: int  # 1-based row in the file: what an editor or a spreadsheet shows for it
+    number: int  # from 1: the line in jsonl and txt files; in other formats the record, the header not counted
 
     @property
     def where(self) -> str:
@@ -58,6 +58,7 @@ class Features:
     weights: list[float]  # 0 where nothing is supervised
     token_type_ids: list[int] | None = None
     truncated: int = 0  # tokens that did not fit into max_length
+    untrained_answers: int = 0  # of a chat: answers that its template shows differently once the chat goes on
 
 
 @dataclass(slots=True)

@@ -1,0 +1,289 @@
+"""The data of a recipe -> rows under the task's column names, by split, with every flaw said."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import random
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ftkit.data import files, formats, hub
+from ftkit.data.types import Row, RowError, Rows
+from ftkit.errors import DataError, RecipeError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from ftkit.data.files import Table
+    from ftkit.recipe.spec import Data
+    from ftkit.tasks import Shape, Task
+
+    Note = Callable[[str], None]
+
+SHOWN = 10  # bad rows that a message names; all are counted
+
+
+class ColumnMap(NamedTuple):
+    """How the records of a table become the values of a row."""
+
+    columns: dict[str, str]  # what the task calls a column -> what the file calls it
+    required: frozenset[str]  # of those, under the task's names
+    conversion: formats.Conversion | None = None
+
+    @property
+    def needed(self) -> list[str]:
+        """The columns that a file must have, under its names."""
+        return list(self.conversion.required) if self.conversion else [self.columns[name] for name in self.columns if name in self.required]
+
+    @property
+    def used(self) -> set[str]:
+        """The columns that are read where a file has them, under its names."""
+        return {*self.conversion.required, *self.conversion.optional} if self.conversion else set(self.columns.values())
+
+    def values(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Raises RowError with the reason if the record cannot be used."""
+        if self.conversion:
+            empty = [name for name in self.conversion.required if formats.is_empty(record.get(name))]
+            if empty:
+                raise RowError(f"{empty[0]} is empty")
+            return {"messages": self.conversion.messages(record)}
+        values = {}
+        for name, theirs in self.columns.items():
+            value = record.get(theirs)
+            if not formats.is_empty(value):
+                values[name] = formats.checked(name, value)
+            elif name in self.required:
+                raise RowError(f"{theirs} is {'null' if value is None else 'empty'}")
+        return values
+
+
+def load_rows(data: Data, task: Task, seed: int, note: Note) -> Rows:
+    """Read everything that `data` names.
+
+    Random choices (a validation fraction, the sample of `limit`) depend on the seed and the number of
+    rows alone.  Raises DataError for files and rows that cannot be used, HubError for the hub,
+    RecipeError for columns that the task does not know.
+    """
+
+    def source(name: str, split: str) -> _Source:
+        return _Source(name, split, data.format, task.txt_row, note)
+
+    names = [data.train] if isinstance(data.train, str) else data.train
+    sources = [source(name, "train") for name in names]
+    tables = [table for each in sources for table in each.tables("train")]
+    if not any(table.records for table in tables):
+        raise DataError(_listed([line for table in tables for line in table.flaws()], f"{', '.join(names)}: no row can be read"))
+    columns = _column_map(tables, data.columns, task)
+    note(f"columns: {_described(columns, tables)}")
+    reader = _Reader(columns)
+    train = reader.rows(tables)
+
+    own = sources[0] if len(sources) == 1 else None  # whose further splits belong to this training split
+    validation: dict[str, list[Row]] = {}
+    if isinstance(data.validation, float):
+        train, validation["validation"] = _split(train, data.validation, seed)
+    elif isinstance(data.validation, dict):
+        validation = {name: reader.rows(source(file, "validation").tables("validation")) for name, file in data.validation.items()}
+    elif given := source(data.validation, "validation") if data.validation else own:
+        validation = {name: reader.rows(given.tables(name)) for name in given.validation_splits(required=bool(data.validation))}
+    test: list[Row] = []
+    if data.test:
+        test = reader.rows(source(data.test, "test").tables("test"))
+    elif own and not own.on_hub and "test" in own.splits:  # the labels of test splits on the hub are often withheld
+        test = reader.rows(own.tables("test"))
+
+    report_bad(reader.bad, data.on_bad_rows, note)
+    for name, rows in {"train": train, **validation}.items():
+        if not rows:
+            raise DataError(f"{name}: no row is left")
+    if not validation:
+        note("no validation data: nothing is measured beside the training loss (data.validation: a file, or a fraction such as 0.1)")
+    if data.limit and data.limit < len(train):
+        note(f"data.limit: a random sample of {data.limit} of {len(train)} training rows")
+        train = [train[i] for i in _sample(len(train), data.limit, f"limit {seed}")]
+    _report_leaks(train, {**validation, "test": test}, note)
+    return Rows(train, validation, test, reader.sha256, columns.columns, reader.bad)
+
+
+def report_bad(bad: list[str], on_bad_rows: str, note: Note) -> None:
+    """Stop at bad rows (DataError), or say what is left out."""
+    if bad and on_bad_rows == "error":
+        raise DataError(_listed(bad, f"{len(bad)} rows cannot be used") + "\nRepair them, or leave them out with data.on_bad_rows: skip")
+    if bad:
+        note(_listed(bad, f"{len(bad)} bad rows are left out"))
+
+
+def _listed(bad: list[str], summary: str) -> str:
+    more = [f"and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
+    return "\n  ".join([f"{summary}:", *bad[:SHOWN], *more]) if bad else summary
+
+
+# --- sources and splits -------------------------------------------------------------------------
+
+
+class _Source:
+    """A file, a directory or a hub id; its splits are known at once and read when asked for."""
+
+    def __init__(self, name: str, split: str, format: str | None, txt_row: str, note: Note) -> None:
+        self.name, self.on_hub = name, hub.is_hub_id(name)
+        self.splits: dict[str, Callable[[], list[Table]]]
+        if self.on_hub:
+            data = hub.load(name, note)
+            self.splits = {key: partial(_hub_tables, name, key, data) for key in data.splits}
+        else:
+            found = files.find(name, split, format, note)
+            self.splits = {key: partial(_file_tables, paths, format, txt_row, note) for key, paths in found.items()}
+
+    def tables(self, split: str) -> list[Table]:
+        if split not in self.splits:
+            raise DataError(f"{self.name}: has no split {split!r}; there are: {', '.join(self.splits)}")
+        return self.splits[split]()
+
+    def validation_splits(self, required: bool) -> list[str]:
+        """`validation`, or all of its kind (`validation_matched`, ...)."""
+        if "validation" in self.splits or not any(name.startswith("validation") for name in self.splits):
+            return ["validation"] if required or "validation" in self.splits else []
+        return [name for name in self.splits if name.startswith("validation")]
+
+
+def _hub_tables(name: str, split: str, data: hub.HubData) -> list[Table]:
+    return [hub.table(name, split, data)]
+
+
+def _file_tables(paths: list[Path], format: str | None, txt_row: str, note: Note) -> list[Table]:
+    return [files.read(path, format, txt_row, note) for path in paths]
+
+
+def _split(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+    if len(rows) < 2:
+        raise DataError(f"data.validation: {fraction} of {len(rows)} rows leaves nothing to train on")
+    size = min(max(1, round(len(rows) * fraction)), len(rows) - 1)
+    chosen = set(_sample(len(rows), size, f"validation {seed}"))
+    return [row for i, row in enumerate(rows) if i not in chosen], [rows[i] for i in sorted(chosen)]
+
+
+def _sample(n: int, size: int, seed: str) -> list[int]:
+    """`size` of the numbers below n, ascending; only `random()` gives the same sequence in every Python."""
+    generator = random.Random(seed)
+    draws = [generator.random() for _ in range(n)]
+    return sorted(sorted(range(n), key=draws.__getitem__)[:size])
+
+
+def _report_leaks(train: list[Row], others: dict[str, list[Row]], note: Note) -> None:
+    seen = {_inputs_digest(row) for row in train}
+    for split, rows in others.items():
+        if leaked := sum(_inputs_digest(row) in seen for row in rows):
+            note(f"{split}: {leaked} of {len(rows)} rows have the same inputs as a training row")
+
+
+def _inputs_digest(row: Row) -> bytes:
+    inputs = {name: value for name, value in row.values.items() if name not in formats.OUTPUTS}
+    return hashlib.blake2b(json.dumps(inputs, sort_keys=True, default=str).encode(), digest_size=16).digest()
+
+
+# --- columns ------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Reader:
+    """Tables -> rows, keeping account of what was read and what could not be used."""
+
+    columns: ColumnMap
+    bad: list[str] = field(default_factory=list)
+    sha256: dict[str, str] = field(default_factory=dict)
+
+    def rows(self, tables: list[Table]) -> list[Row]:
+        rows: list[Row] = []
+        for table in tables:
+            absent = [name for name in self.columns.needed if name not in table.columns]
+            if absent and table.records:
+                raise DataError(
+                    f"{table.source}: lacks the column {absent[0]!r}{_nearest(absent[0], table.columns)}\n"
+                    f"  there are: {', '.join(table.columns)}\n  needed, as in the training data: {', '.join(self.columns.needed)}"
+                )
+            self.sha256[table.source] = table.sha256
+            for number, record in table.records:
+                try:
+                    rows.append(Row(self.columns.values(record), table.source, number))
+                except RowError as error:
+                    table.reject(number, str(error))
+            self.bad += table.flaws()
+        return rows
+
+
+def _column_map(tables: list[Table], given: dict[str, str], task: Task) -> ColumnMap:
+    """Find the task's columns in the files: the recipe's words first, then the most specific shape that fits."""
+    source = tables[0].source
+    theirs = list(dict.fromkeys(name for table in tables for name in table.columns))
+    known = list(dict.fromkeys(column.name for shape in task.shapes for column in (*shape.required, *shape.optional)))
+    for name, mapped in given.items():
+        if name not in known:
+            raise RecipeError(f"data.columns.{name}: {task.kind} has no such column{_nearest(name, known)} (known: {', '.join(known)})")
+        if mapped not in theirs:
+            raise DataError(_undecided(source, f"there is no column {mapped!r}{_nearest(mapped, theirs)}", theirs, task, given))
+    first = next(record for table in tables for _, record in table.records)
+    if not given and (conversion := formats.detect(theirs, first, "messages" in known, "prompt" in known)):
+        used = [*conversion.required, *(name for name in conversion.optional if name in theirs)]
+        return ColumnMap({"messages": ", ".join(used)}, frozenset({"messages"}), conversion)
+    for shape in _shapes(task, given):
+        candidates = _candidates(shape, theirs, given)
+        required = frozenset(column.name for column in shape.required)
+        if any(not candidates[name] for name in required):
+            continue
+        for name, found in candidates.items():
+            if len(found) > 1:
+                raise DataError(_undecided(source, f"{name} could be {' or '.join(map(repr, found))}", theirs, task, given))
+        return ColumnMap({name: found[0] for name, found in candidates.items() if found}, required)
+    raise DataError(_undecided(source, f"its columns are not those of {task.kind}", theirs, task, given))
+
+
+def _shapes(task: Task, given: dict[str, str]) -> list[Shape]:
+    """The shapes that have the given columns; if one needs no other, only that."""
+    fitting = [shape for shape in task.shapes if set(given) <= {column.name for column in (*shape.required, *shape.optional)}]
+    complete = [shape for shape in fitting if given and {column.name for column in shape.required} <= set(given)]
+    return complete or fitting
+
+
+def _candidates(shape: Shape, theirs: list[str], given: dict[str, str]) -> dict[str, list[str]]:
+    """The file's columns that could be each of the task's: the given one, else its own name, else an alias."""
+    columns = (*shape.required, *shape.optional)
+    own = {column.name: [name for name in theirs if name.lower() == column.name] for column in columns}
+    taken = {*given.values(), *(name for found in own.values() for name in found)}
+    aliased = {column.name: [name for name in theirs if name.lower() in column.aliases and name not in taken] for column in columns}
+    return {column.name: [given[column.name]] if column.name in given else own[column.name] or aliased[column.name] for column in columns}
+
+
+def _undecided(source: str, problem: str, theirs: list[str], task: Task, given: dict[str, str]) -> str:
+    shape = (_shapes(task, given) or task.shapes)[-1]
+    found = _candidates(shape, theirs, {name: mapped for name, mapped in given.items() if mapped in theirs})
+    free = [name for name in theirs if not any(name in names for names in found.values())]
+    only = free[0] if len(free) == 1 else "COLUMN"
+    guesses = {column.name: found[column.name][0] if found[column.name] else only for column in shape.required}
+    needed = ", or ".join(" + ".join(column.name for column in each.required) for each in task.shapes)
+    pairs = ", ".join(f"{name}: {mapped if mapped.isidentifier() else json.dumps(mapped)}" for name, mapped in guesses.items())
+    return "\n".join(
+        [
+            f"{source}: {problem}",
+            f"  there are: {', '.join(theirs) or 'none'}",
+            f"  needed: {needed}",
+            "  say in the recipe which is which:",
+            f"    data: {{columns: {{{pairs}}}}}",
+        ]
+    )
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    lowered = {each.lower(): each for each in names}
+    close = difflib.get_close_matches(name.lower(), lowered, n=1)
+    return f"; did you mean {lowered[close[0]]!r}?" if close else ""
+
+
+def _described(columns: ColumnMap, tables: list[Table]) -> str:
+    how = f" ({columns.conversion.name})" if columns.conversion else ""
+    used = "; ".join(f"{name} from {theirs}{how}" for name, theirs in columns.columns.items())
+    unused = sorted({name for table in tables for name in table.columns} - columns.used)
+    return used + (f"; not used: {', '.join(unused)}" if unused else "")
