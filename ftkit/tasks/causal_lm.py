@@ -1,0 +1,288 @@
+"""Causal language modelling: the next token of plain text, of completions, and of answers in chats."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from ftkit.data.types import Features, Limits, Row, RowError, Scores
+from ftkit.errors import DataError, RecipeError
+from ftkit.recipe.spec import Default, Generation, Spec
+from ftkit.tasks import Column, Shape, chat
+
+if TYPE_CHECKING:
+    import torch
+
+    from ftkit.data.types import Batch
+
+MESSAGES = Column("messages", "a chat: a list of {role, content}; assistant messages are learned", "conversation", "chat", "dialogue")
+PROMPT = Column("prompt", "text that is given", "instruction", "input", "question", "query")
+COMPLETION = Column("completion", "its continuation, which is learned", "response", "output", "answer")
+TEXT = Column("text", "plain text, all of it learned", "content", "document")
+
+GENERATED_ROWS = 16  # rows generated together: the cache of keys and values grows with them
+JUDGED_POSITIONS = 1024  # positions whose logits are held in float32 at a time
+
+
+class CausalLM(Spec):
+    """What comes next: plain text, completions of prompts, or answers in chats."""
+
+    kind: Literal["causal-lm"] = "causal-lm"
+
+    shapes: ClassVar[tuple[Shape, ...]] = (Shape(MESSAGES), Shape(PROMPT, COMPLETION), Shape(TEXT))
+    txt_row: ClassVar[str] = "file"
+    auto_class: ClassVar[str] = "AutoModelForCausalLM"
+    peft_type: ClassVar[str] = "CAUSAL_LM"
+    new_head: ClassVar[bool] = False
+    defaults: ClassVar[Mapping[str, Default]] = {
+        "data.max_length": Default(1024, "TRL's SFTConfig"),
+        "train.schedule": Default("cosine", "Stanford Alpaca's training command"),
+        "train.warmup": Default(0.03, "Stanford Alpaca's training command"),
+        "train.weight_decay": Default(0.0, "Stanford Alpaca's training command"),
+        "eval.batch_size": Default(8, "logits of 8 x 1024 positions x 32,000 tokens are 1 GB in float32"),
+    }
+    metric_names: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy")
+    main_metric: ClassVar[str] = "loss"
+
+    def resolve(self, rows: Iterable[Row]) -> CausalLM:
+        return self
+
+    def check(self, tokenizer: Any) -> None:
+        """Refuse a tokenizer without any way to say that a text or a turn ends."""
+        if tokenizer.eos_token_id is None and tokenizer.chat_template is None:
+            raise _no_end(tokenizer)
+
+    def config_kwargs(self) -> dict[str, Any]:
+        return {}
+
+    def encode(self, row: Row, tokenizer: Any, limits: Limits) -> list[Features]:
+        """Tokens whose successors are the targets; prompts have weight 0.
+
+        Text: whole documents, beginning as the tokenizer begins them and ending in the end-of-text token.
+        Longer ones become windows that overlap by one token, so that each token but the first is
+        predicted once; `truncation: drop` and `error` look at documents.
+        Prompt and completion are tokenised each by itself: generation sees the prompt so, too.
+        Chats: see `ftkit.tasks.chat`; `truncation: left` drops the oldest exchanges first.
+        """
+        if "messages" in row.values:
+            return self._encode_chat(row.values["messages"], tokenizer, limits)
+        if tokenizer.eos_token_id is None:
+            raise _no_end(tokenizer)
+        if "prompt" in row.values:
+            prompt = _opening_ids(row.values["prompt"], tokenizer)
+            completion = _ended(_plain_ids(row.values["completion"], tokenizer), tokenizer)
+            if not prompt or completion == [tokenizer.eos_token_id]:
+                raise RowError(f"the {'completion' if prompt else 'prompt'} is empty")
+            trained = [False] * len(prompt) + [True] * len(completion)
+            return _fit(prompt + completion, trained, limits, tokenizer)
+        input_ids = _ended(_opening_ids(row.values["text"], tokenizer), tokenizer)
+        if len(input_ids) < 2:
+            raise RowError("the text is empty")
+        if len(input_ids) > limits.max_length + 1 and limits.truncation in ("drop", "error"):
+            return _fit(input_ids, [True] * len(input_ids), limits, tokenizer)
+        starts = range(0, len(input_ids) - 1, limits.max_length)
+        windows = [input_ids[start : start + limits.max_length + 1] for start in starts]
+        return [_features(window, [True] * len(window)) for window in windows]
+
+    def _encode_chat(self, messages: list[dict[str, Any]], tokenizer: Any, limits: Limits) -> list[Features]:
+        whole = rendered = chat.render(messages, tokenizer)
+        while len(rendered.input_ids) > limits.max_length + 1 and limits.truncation == "left":
+            shorter = chat.without_oldest_exchange(messages)
+            if shorter is None:
+                break
+            messages, rendered = shorter, chat.render(shorter, tokenizer)
+        fitted = _fit(rendered.input_ids, rendered.trained, limits, tokenizer)
+        for features in fitted:
+            features.truncated += len(whole.input_ids) - len(rendered.input_ids)
+            features.untrained_answers = rendered.untrained_answers
+        return fitted
+
+    def scores(self, model: Any, batch: Batch) -> Scores:
+        """Logits of the n supervised positions only: the output head never sees the others.
+
+        Where a model does not call its output embeddings as a module, all logits are computed and the
+        supervised ones taken.  n may be 0: empty logits still lead back to the parameters, with zero gradients.
+        """
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        index = batch.weights.flatten().nonzero().squeeze(1)
+        calls = []
+
+        def gather(head: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            calls.append(head)
+            return (args[0].flatten(0, 1)[index].unsqueeze(0), *args[1:])  # [B, L, H] -> [1, n, H]
+
+        head = base.get_output_embeddings()
+        hook = head.register_forward_pre_hook(gather) if head is not None else None
+        # Positions that start from 0 are the default in a row of its own, where families such as RoBERTa count differently
+        packed = len(batch.row_ids) > len(batch.input_ids)
+        try:
+            logits = model(
+                input_ids=batch.input_ids,
+                attention_mask=None if bool((batch.segments > 0).all()) else batch.attention_mask,
+                use_cache=False,
+                **({"position_ids": batch.position_ids} if packed else {}),
+            ).logits
+        finally:
+            if hook is not None:
+                hook.remove()
+        assert len(calls) <= 1, f"{type(base).__name__} calls its output embeddings {len(calls)} times"
+        logits = logits.squeeze(0) if calls else logits.flatten(0, 1)[index]
+        return Scores(
+            logits=logits,
+            targets=batch.targets.flatten()[index],
+            weights=batch.weights.flatten()[index],
+            rows=batch.row_ids[batch.segments.flatten()[index] - 1],
+        )
+
+    def metrics(self) -> LanguageModelMetrics:
+        return LanguageModelMetrics()
+
+    def records(self, scores: Scores) -> list[dict[str, Any]]:
+        """Mean loss of each feature's supervised tokens, and how many they are."""
+        losses, _ = _judged(scores)
+        found: dict[int, list[float]] = {}
+        for row, loss in zip(scores.rows.tolist(), losses.tolist(), strict=True):
+            found.setdefault(row, []).append(loss)
+        return [{"feature": row, "loss": sum(values) / len(values), "tokens": len(values)} for row, values in found.items()]
+
+    def predict(self, model: Any, tokenizer: Any, rows: list[Row], limits: Limits, generation: Generation) -> list[dict[str, Any]]:
+        """Continuations: `text`, and whether it `finished` by itself; of a prompt that is too long the end is kept (`truncated` says how much was not)."""
+        import torch
+
+        prompts = [_prompt(row, tokenizer) for row in rows]
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+        longest = min(limits.max_length, positions - 1) if positions else limits.max_length
+        if limits.truncation == "error":
+            for row, prompt in zip(rows, prompts, strict=True):
+                if len(prompt) > longest:
+                    raise DataError(f"{row.where}: {len(prompt)} tokens, more than data.max_length: {longest}")
+        stops = chat.stop_token_ids(tokenizer)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        answers: list[dict[str, Any]] = [{} for _ in rows]
+        was_training = model.training
+        model.eval()
+        for start in range(0, len(order), GENERATED_ROWS):
+            chosen = order[start : start + GENERATED_ROWS]
+            batch = [prompts[i][-longest:] for i in chosen]
+            with torch.inference_mode():
+                generated = _generate(model, batch, stops, tokenizer, generation, positions)
+            for i, ids in zip(chosen, generated, strict=True):
+                end = next((place for place, token in enumerate(ids) if token in stops), None)
+                answers[i] = {"text": tokenizer.decode(ids[:end], skip_special_tokens=True), "finished": end is not None}
+                if len(prompts[i]) > longest:
+                    answers[i]["truncated"] = len(prompts[i]) - longest
+        model.train(was_training)
+        return answers
+
+
+class LanguageModelMetrics:
+    """Token-weighted loss, perplexity and token accuracy."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self.sums: dict[str, torch.Tensor] = {name: torch.zeros((), dtype=torch.float64) for name in ("loss", "correct", "count")}
+
+    def update(self, scores: Scores) -> None:
+        losses, correct = _judged(scores)
+        weights = scores.weights.double()
+        self.sums["loss"] += (losses.double() * weights).sum().cpu()
+        self.sums["correct"] += (correct.double() * weights).sum().cpu()
+        self.sums["count"] += weights.sum().cpu()
+
+    def compute(self) -> dict[str, float]:
+        """Not a number where nothing was supervised: `loss_count` is 0 then."""
+        count = self.sums["count"]
+        loss = self.sums["loss"] / count
+        accuracy = self.sums["correct"] / count
+        return {"loss": loss.item(), "perplexity": loss.exp().item(), "token_accuracy": accuracy.item(), "loss_count": count.item()}
+
+
+def _judged(scores: Scores) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss (float32 [n]) of each position, and whether its likeliest token is the right one (bool [n])."""
+    import torch
+    from torch.nn import functional as F
+
+    parts = list(zip(scores.logits.split(JUDGED_POSITIONS), scores.targets.split(JUDGED_POSITIONS), strict=True))
+    losses = torch.cat([F.cross_entropy(logits.float(), targets, reduction="none") for logits, targets in parts])
+    correct = torch.cat([logits.argmax(-1) == targets for logits, targets in parts])
+    return losses, correct
+
+
+def _generate(model: Any, prompts: list[list[int]], stops: list[int], tokenizer: Any, generation: Generation, positions: int | None) -> list[list[int]]:
+    """The tokens that the model writes after each prompt, the stop token included, padding after it."""
+    import torch
+    from transformers import GenerationConfig
+
+    length = max(len(prompt) for prompt in prompts)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
+    input_ids = torch.tensor([[pad] * (length - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    sampled = generation.temperature > 0
+    config = GenerationConfig(
+        max_new_tokens=min(generation.max_new_tokens, positions - length) if positions else generation.max_new_tokens,
+        num_beams=generation.num_beams,
+        do_sample=sampled,
+        **({"temperature": generation.temperature, "top_p": generation.top_p, "top_k": 0} if sampled else {}),
+        eos_token_id=stops,
+        pad_token_id=pad,
+        use_cache=True,
+    )
+    return model.generate(input_ids=input_ids, attention_mask=mask, generation_config=config)[:, length:].tolist()
+
+
+def _prompt(row: Row, tokenizer: Any) -> list[int]:
+    try:
+        if "messages" in row.values:
+            return chat.prompt_ids(row.values["messages"], tokenizer)
+        ids = _opening_ids(row.values.get("prompt") or row.values["text"], tokenizer)
+        if not ids:
+            raise RowError("the prompt is empty")
+        return ids
+    except RowError as error:
+        raise DataError(f"{row.where}: {error}") from error
+
+
+def _plain_ids(text: str, tokenizer: Any) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _opening_ids(text: str, tokenizer: Any) -> list[int]:
+    """The tokens of a text that more follows: with a beginning-of-text token if the tokenizer adds one, never two, and no end."""
+    ids = _plain_ids(text, tokenizer)
+    bos = tokenizer.bos_token_id
+    opens = bos is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [bos]
+    return [bos, *ids] if opens and ids[:1] != [bos] else ids
+
+
+def _ended(ids: list[int], tokenizer: Any) -> list[int]:
+    return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
+
+
+def _no_end(tokenizer: Any) -> RecipeError:
+    return RecipeError(
+        f"the tokenizer of {tokenizer.name_or_path or 'this run'} has no end-of-text token (eos_token), so the model could never learn to stop; "
+        "name another one (model.tokenizer: that of a causal language model)"
+    )
+
+
+def _fit(input_ids: list[int], trained: list[bool], limits: Limits, tokenizer: Any) -> list[Features]:
+    """One feature of at most max_length positions; the last token is only a target."""
+    excess = len(input_ids) - 1 - limits.max_length
+    if excess <= 0:
+        return [_features(input_ids, trained)]
+    if limits.truncation == "drop":
+        return []
+    if limits.truncation == "error":
+        raise RowError(f"{len(input_ids)} tokens, more than data.max_length: {limits.max_length}")
+    if limits.truncation == "right":
+        return [_features(input_ids[:-excess], trained[:-excess], truncated=excess)]
+    keep = int(input_ids[0] == tokenizer.bos_token_id)
+    cut = slice(keep, keep + excess)
+    del input_ids[cut], trained[cut]
+    return [_features(input_ids, trained, truncated=excess)]
+
+
+def _features(input_ids: list[int], trained: list[bool], truncated: int = 0) -> Features:
+    return Features(input_ids[:-1], input_ids[1:], [float(mark) for mark in trained[1:]], truncated=truncated)
