@@ -1,0 +1,346 @@
+"""Rows -> tokens: the feature set of a split, cached, with an account of what tokenising did."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import tempfile
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+import ftkit
+from ftkit.data import cache
+from ftkit.data.rows import report_bad
+from ftkit.data.types import Features, Limits, Row, RowError
+from ftkit.errors import DiskError
+from ftkit.recipe.spec import Spec
+
+if TYPE_CHECKING:
+    from ftkit.tasks import Task
+
+# What tokenizers write about how they were last called or loaded, not about what they do
+CALL_STATE = {
+    "tokenizer.json": ("truncation", "padding"),
+    "tokenizer_config.json": ("max_length", "stride", "truncation_strategy", "is_local", "local_files_only"),
+}
+NOT_TEXT = frozenset({"label", "score", "tags", "answers"})
+PROGRESS_ROWS = 64  # between two reports of progress
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """The tokenised rows of a split, one after the other in flat arrays: n features of T tokens in all.
+
+    Targets and weights have an entry a token, or an entry a feature (`per_row`).
+    """
+
+    input_ids: np.ndarray  # int32 [T]
+    offsets: np.ndarray  # int64 [n + 1]: feature i has the tokens from offsets[i] to offsets[i + 1]
+    targets: np.ndarray  # int32 or float32, [T] or [n]
+    weights: np.ndarray  # float32, as targets
+    row: np.ndarray  # int64 [n]: index of the row that a feature came from
+    token_type_ids: np.ndarray | None = None  # int8 [T]
+
+    @classmethod
+    def of(cls, rows: Iterable[list[Features]]) -> FeatureSet:
+        """From the features of each row."""
+        builder = _Builder()
+        for index, features in enumerate(rows):
+            builder.add(index, features)
+        return builder.build()
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """int64 [n]: tokens of each feature."""
+        return np.diff(self.offsets)
+
+    @cached_property
+    def per_row(self) -> bool:
+        """Whether a feature, rather than each of its tokens, has a target.
+
+        Where every feature is one token long the two look alike; only a row can be classified then.
+        """
+        return len(self.targets) == len(self)
+
+    def get(self, index: int) -> dict[str, np.ndarray | None]:
+        """Views of one feature's input_ids, targets, weights and token_type_ids."""
+        tokens = slice(self.offsets[index], self.offsets[index + 1])
+        supervised = slice(index, index + 1) if self.per_row else tokens
+        return {
+            "input_ids": self.input_ids[tokens],
+            "targets": self.targets[supervised],
+            "weights": self.weights[supervised],
+            "token_type_ids": None if self.token_type_ids is None else self.token_type_ids[tokens],
+        }
+
+    def save(self, path: Path, metadata: dict[str, Any]) -> None:
+        """One safetensors file with a JSON header.  Raises DiskError if it cannot be written."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import save_file
+
+        arrays = {name: value for name, value in vars(self).items() if name in self.__dataclass_fields__ and value is not None}
+        try:
+            save_file(arrays, path, metadata={"ftkit": json.dumps(metadata)})
+        except SafetensorError as error:
+            raise DiskError(f"{path}: cannot be written: {error}") from error
+
+    @classmethod
+    def load(cls, path: Path) -> tuple[FeatureSet, dict[str, Any]]:
+        """A set and its metadata; the arrays are mapped, so that pages are read when they are needed."""
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as file:  # the numpy framework would copy the file into memory
+            arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118 - not a dict
+            return cls(**arrays), json.loads(file.metadata()["ftkit"])
+
+
+class _Builder:
+    """Feature sets grow in compact arrays: a list of Python numbers takes ten times the memory."""
+
+    def __init__(self) -> None:
+        self.input_ids, self.offsets, self.row = array("i"), array("q", [0]), array("q")
+        self.targets, self.weights, self.token_type_ids = array("d"), array("f"), array("b")
+        self.real_targets = False
+
+    def add(self, row: int, features: list[Features]) -> None:
+        for each in features:
+            assert len(each.targets) == len(each.weights), "targets and weights go in pairs"
+            assert each.token_type_ids is None or len(each.token_type_ids) == len(each.input_ids)
+            self.row.append(row)
+            self.input_ids.extend(each.input_ids)
+            self.offsets.append(len(self.input_ids))
+            self.targets.extend(each.targets)
+            self.weights.extend(each.weights)
+            self.token_type_ids.extend(each.token_type_ids or ())
+            self.real_targets = self.real_targets or any(isinstance(target, float) for target in each.targets)
+
+    def build(self) -> FeatureSet:
+        num_tokens, n = len(self.input_ids), len(self.row)
+        assert len(self.targets) in (num_tokens, n), "a target for each token, or one for each feature"
+        assert len(self.token_type_ids) in (0, num_tokens), "token types for all features, or for none"
+        return FeatureSet(
+            input_ids=np.array(self.input_ids, np.int32),
+            offsets=np.array(self.offsets, np.int64),
+            targets=np.array(self.targets, np.float32 if self.real_targets else np.int32),
+            weights=np.array(self.weights, np.float32),
+            row=np.array(self.row, np.int64),
+            token_type_ids=np.array(self.token_type_ids, np.int8) if len(self.token_type_ids) else None,
+        )
+
+
+@dataclass
+class Audit:
+    """What tokenising did to the rows of a split.  Rows are indices into the split."""
+
+    rows: int = 0
+    features: int = 0
+    tokens: int = 0
+    supervised: int = 0  # tokens, or rows, that have a weight
+    lengths: dict[str, int] = field(default_factory=dict)  # tokens of a feature: p50, p95, p99, max
+    truncated_rows: int = 0
+    truncated_tokens: int = 0  # lost by truncation
+    dropped_rows: int = 0  # left out for their length
+    unsupervised_rows: list[int] = field(default_factory=list)  # nothing in them is learned or measured
+    untrained_answers: int = 0  # of chats: answers that the template shows differently once the chat goes on
+    bad: list[tuple[int, str]] = field(default_factory=list)  # row and reason
+    unknown_tokens: int | None = None  # none: the tokenizer has no token for the unknown
+    text_tokens: int = 0  # tokens that are not special
+    tokens_per_word: float | None = None  # text tokens a whitespace-separated word, of the rows not truncated
+    characters_per_token: float | None = None
+
+    @property
+    def unknown_rate(self) -> float | None:
+        return None if self.unknown_tokens is None or not self.text_tokens else self.unknown_tokens / self.text_tokens
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; lists of rows as their numbers."""
+        counts = {"unsupervised_rows": len(self.unsupervised_rows), "bad": len(self.bad)}
+        return asdict(self) | counts | {"unknown_rate": self.unknown_rate}
+
+
+class Encoded(NamedTuple):
+    """A split's features, and the account of them."""
+
+    features: FeatureSet
+    audit: Audit
+
+
+def encode(
+    rows: Sequence[Row],
+    task: Task,
+    tokenizer: Any,
+    limits: Limits,
+    *,
+    split: str,
+    on_bad_rows: str,
+    note: Callable[[str], None],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    poll: Callable[[], None] = lambda: None,
+) -> Encoded:
+    """Tokenise rows, or take them from the cache.
+
+    In the split `train`, a row in which nothing is supervised is a bad row.  `progress(done, total)`
+    is told of rows; `poll` is called between rows and may raise to stop.  Raises DataError for bad rows
+    where `on_bad_rows` is `error`.
+    """
+    training = split == "train"
+
+    def load(path: Path) -> Encoded:
+        features, audit = FeatureSet.load(path)
+        return Encoded(features, Audit(**audit | {"bad": [(row, reason) for row, reason in audit["bad"]]}))
+
+    def save(encoded: Encoded, path: Path) -> None:
+        encoded.features.save(path, asdict(encoded.audit))
+
+    encoded = cache.cached(
+        _key(rows, task, tokenizer, limits, training),
+        lambda: _tokenise(rows, task, tokenizer, limits, training, progress, poll),
+        load,
+        save,
+        note,
+        poll,
+    )
+    progress(len(rows), len(rows))
+    report_bad([f"{rows[row].where}: {reason}" for row, reason in encoded.audit.bad], on_bad_rows, note)
+    return encoded
+
+
+def describe(split: str, audit: Audit) -> list[str]:
+    """The account in lines for the log; those that ask for attention begin with WARNING."""
+    lengths = ", ".join(f"{name} {value}" for name, value in audit.lengths.items())
+    lines = [f"{split}: {audit.rows:,} rows, {audit.features:,} features, {audit.tokens:,} tokens, {audit.supervised:,} supervised; length {lengths}"]
+    if audit.tokens_per_word is not None:
+        lines.append(f"{split}: {audit.tokens_per_word:.2f} tokens a word, {audit.characters_per_token:.2f} characters a token")
+    if audit.unknown_rate:
+        warning = "WARNING " if audit.unknown_rate > 0.01 else ""
+        lines.append(f"{warning}{split}: {audit.unknown_rate:.2%} of the tokens are unknown to the tokenizer")
+    if cut := audit.truncated_rows + audit.dropped_rows:
+        warning = "WARNING " if cut > 0.05 * audit.rows else ""
+        lost = f"{audit.truncated_rows:,} truncated (losing {audit.truncated_tokens:,} tokens), {audit.dropped_rows:,} dropped"
+        lines.append(f"{warning}{split}: {cut / audit.rows:.1%} of the rows are longer than data.max_length: {lost}")
+    if audit.unsupervised_rows:
+        lines.append(f"WARNING {split}: in {len(audit.unsupervised_rows):,} rows nothing is supervised: they count for nothing")
+    if audit.untrained_answers:
+        lines.append(f"WARNING {split}: {audit.untrained_answers:,} answers are not learned, since the chat template shows them differently later on")
+    return lines
+
+
+def _tokenise(
+    rows: Sequence[Row], task: Task, tokenizer: Any, limits: Limits, training: bool, progress: Callable[[int, int], None], poll: Callable[[], None]
+) -> Encoded:
+    builder, audit = _Builder(), Audit(rows=len(rows))
+    measured: list[int] = []  # rows whose tokens are all there
+    for index, row in enumerate(rows):
+        poll()
+        if index % PROGRESS_ROWS == 0:
+            progress(index, len(rows))
+        try:
+            features = task.encode(row, tokenizer, limits)
+        except RowError as error:
+            audit.bad.append((index, str(error)))
+            continue
+        lost = sum(each.truncated for each in features)
+        audit.dropped_rows += not features
+        audit.truncated_rows += lost > 0
+        audit.truncated_tokens += lost
+        if features and not any(weight for each in features for weight in each.weights):
+            audit.unsupervised_rows.append(index)
+            if training:  # measuring such a row does no harm; training on it is a mistake to be told
+                cut = f" ({lost} tokens of it are cut off: data.max_length is {limits.max_length})" if lost else ""
+                audit.bad.append((index, f"nothing in this row is learned{cut}"))
+                continue
+        if features and not lost:
+            measured.append(index)
+        audit.untrained_answers += sum(each.untrained_answers for each in features)
+        builder.add(index, features)
+    result = builder.build()
+    _measure(result, [rows[index] for index in measured], np.isin(result.row, measured), tokenizer, audit)
+    return Encoded(result, audit)
+
+
+def _measure(features: FeatureSet, whole: list[Row], is_whole: np.ndarray, tokenizer: Any, audit: Audit) -> None:
+    """Fill in what the finished arrays tell; `whole` are the rows, `is_whole` [n] the features, that lost no token."""
+    audit.features, audit.tokens = len(features), len(features.input_ids)
+    audit.supervised = int(np.count_nonzero(features.weights))
+    if not len(features):
+        return
+    audit.lengths = {f"p{q}": int(np.percentile(features.lengths, q, method="nearest")) for q in (50, 95, 99)} | {"max": int(features.lengths.max())}
+    special = set(tokenizer.all_special_ids)
+    unknown = tokenizer.unk_token_id
+    structural = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.cls_token_id}
+    if unknown in structural:  # byte-level vocabularies name some token as unknown and never need it
+        unknown = None
+    is_text = ~np.isin(features.input_ids, list(special - {unknown}))
+    audit.text_tokens = int(is_text.sum())
+    if unknown is not None:
+        audit.unknown_tokens = int((features.input_ids == unknown).sum())
+    texts = [text for row in whole for name, value in row.values.items() if name not in NOT_TEXT for text in _texts(value)]
+    words, characters = sum(len(text.split()) for text in texts), sum(map(len, texts))
+    tokens = int(is_text[np.repeat(is_whole, features.lengths)].sum())
+    if words and tokens:
+        audit.tokens_per_word, audit.characters_per_token = tokens / words, characters / tokens
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item.get("content") if isinstance(item, dict) else item)
+
+
+# --- what the cached features depend on ---------------------------------------------------------
+
+
+def _key(rows: Sequence[Row], task: Task, tokenizer: Any, limits: Limits, training: bool) -> str:
+    assert isinstance(task, Spec), "a plugin class is its own spec"
+    content = hashlib.sha256()
+    for row in rows:
+        content.update(json.dumps(row.values, sort_keys=True, default=str).encode() + b"\n")
+    return cache.key_of(
+        rows=content.hexdigest(),
+        tokenizer=_tokenizer_digests(tokenizer),
+        task=task.model_dump(mode="json"),
+        limits=limits._asdict(),
+        training=training,
+        code=_code_digest(type(task)),
+    )
+
+
+def _tokenizer_digests(tokenizer: Any) -> dict[str, str]:
+    """The files that the tokenizer writes of itself, special tokens and chat template included."""
+    digests = {"class": f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__}"}
+    with tempfile.TemporaryDirectory() as directory:
+        tokenizer.save_pretrained(directory)
+        for path in sorted(Path(directory).rglob("*")):
+            if path.is_file():
+                content = path.read_bytes()
+                if path.name in CALL_STATE:
+                    settings = {name: value for name, value in json.loads(content).items() if name not in CALL_STATE[path.name]}
+                    content = json.dumps(settings).encode()
+                digests[path.name] = hashlib.sha256(content).hexdigest()
+    return digests
+
+
+def _code_digest(task: type) -> str:
+    """The code that turns rows into features: ours, the task's own, and the libraries' versions."""
+    import tokenizers
+    import transformers
+
+    package = Path(ftkit.__file__).parent
+    task_file = inspect.getsourcefile(task)
+    sources = {*(package / "data").glob("*.py"), *(package / "tasks").glob("*.py"), *([Path(task_file)] if task_file else [])}
+    code = hashlib.sha256(f"{ftkit.__version__} {transformers.__version__} {tokenizers.__version__} {task.__qualname__}".encode())
+    for source in sorted(sources):
+        code.update(source.read_bytes())
+    return code.hexdigest()
