@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import difflib
 from importlib import import_module
-from importlib.metadata import entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from ftkit.errors import RecipeError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 BUILTIN: dict[str, dict[str, str]] = {
     "task": {
@@ -31,19 +35,24 @@ BUILTIN: dict[str, dict[str, str]] = {
 
 def known(axis: str) -> list[str]:
     """Every kind of `axis` (task, method, objective): built-ins first, then what is installed."""
-    return [*BUILTIN[axis], *sorted({point.name for point in entry_points(group=f"ftkit.{axis}")} - set(BUILTIN[axis]))]
+    return [*BUILTIN[axis], *sorted(_installed(axis))]
 
 
 def find(axis: str, kind: str) -> type[Any]:
-    """The class of a kind.  Raises KeyError, whose message names the nearest and all known kinds."""
-    target = BUILTIN[axis].get(kind)
-    if target is None:
-        for point in entry_points(group=f"ftkit.{axis}"):
-            if point.name == kind:
-                return point.load()
-        names = known(axis)
-        close = difflib.get_close_matches(kind, names, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise KeyError(f"unknown {axis} {kind!r}{hint} (known: {', '.join(names)})")
-    module, _, name = target.partition(":")
-    return getattr(import_module(module), name)
+    """The class of a kind.  Raises RecipeError, which names the nearest and all known kinds."""
+    if kind in BUILTIN[axis]:
+        module, _, name = BUILTIN[axis][kind].partition(":")
+        return getattr(import_module(module), name)
+    installed = _installed(axis)
+    if kind in installed:
+        return installed[kind].load()
+    names = [*BUILTIN[axis], *sorted(installed)]
+    close = difflib.get_close_matches(kind, names, n=1)
+    hint = f"; did you mean `{close[0]}`?" if close else ""
+    raise RecipeError(f"unknown {axis} `{kind}`{hint} (known: {', '.join(names)})")
+
+
+def _installed(axis: str) -> dict[str, EntryPoint]:
+    from importlib.metadata import entry_points  # reads every installed package: only for what is not built in
+
+    return {point.name: point for point in entry_points(group=f"ftkit.{axis}") if point.name not in BUILTIN[axis]}

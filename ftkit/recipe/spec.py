@@ -5,6 +5,7 @@ Nothing here may import torch or transformers: `ftkit check` and `ftkit schema` 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -13,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 class Spec(BaseModel):
     """A frozen value with named fields; an unknown field is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
 
 class Default(NamedTuple):
@@ -25,7 +26,7 @@ class Default(NamedTuple):
 
 def option(default: Any, doc: str, source: str | None = None, **constraints: Any) -> Any:
     """A field with its one-line documentation and the source of its default."""
-    extra = {"source": source} if source else None
+    extra: Any = {"source": source} if source else None
     return Field(default, description=doc, json_schema_extra=extra, **constraints)
 
 
@@ -48,7 +49,7 @@ class Model(Spec):
     )
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = option(None, "attention implementation; the model's own choice if empty")
     init: Literal["pretrained", "random"] = option("pretrained", "start from stored weights, or from random ones of the same shape")
-    config: dict[str, Any] = Field(default_factory=dict, description="overrides of the model's config; with init: random it may be the whole config")
+    config: dict[str, Any] = option({}, "overrides of the model's config; with init: random it may be the whole config")
     trust_remote_code: bool = option(False, "run Python code from the model's repository; needs a pinned revision (40 hex digits)")
 
     @model_validator(mode="after")
@@ -71,7 +72,7 @@ class Data(Spec):
     format: Literal["csv", "tsv", "jsonl", "json", "parquet", "txt", "lines"] | None = option(
         None, "format of the files; by ending if empty. txt: the task says whether a row is a line or a file; lines: always a line"
     )
-    columns: dict[str, str] = Field(default_factory=dict, description="what the task calls a column: what the file calls it; detected if unambiguous")
+    columns: dict[str, str] = option({}, "what the task calls a column: what the file calls it; detected if unambiguous")
     max_length: int | None = option(None, "tokens in a row at most; the smaller of the model's positions and the task's default if empty", ge=4)
     truncation: Literal["right", "left", "drop", "error"] = option("right", "what happens to a longer row; always counted and reported")
     limit: int | None = option(None, "use a random sample (by seed) of this many training rows", ge=1)
@@ -95,7 +96,9 @@ class Train(Spec):
     accumulate: int = option(1, "parts a batch is computed in on one process, to save memory; the result is the same", ge=1)
     learning_rate: float = option(2e-5, "peak learning rate", "BERT: 2e-5 to 5e-5 (arXiv 1810.04805 A.3)", gt=0)
     schedule: Literal["linear", "cosine", "constant", "wsd"] = option("linear", "learning rate over the run, after warm-up", "BERT (arXiv 1810.04805 A.2)")
-    warmup: float = option(0.1, "share of the steps (below 1) or number of steps that the learning rate rises", "arXiv 2006.04884: 10 % stabilises fine-tuning", ge=0)
+    warmup: float = option(
+        0.1, "share of the steps (below 1) or number of steps that the learning rate rises", "10 % stabilises fine-tuning (arXiv 2006.04884)", ge=0
+    )
     weight_decay: float = option(0.01, "decoupled weight decay, not on biases and norms", "BERT (arXiv 1810.04805 A.2)", ge=0)
     max_grad_norm: float | None = option(1.0, "clip the global gradient norm; null: never", "BERT's optimization.py", gt=0)
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "lion_8bit", "sgd"] = option("adamw", "adamw is PyTorch's fused AdamW", "arXiv 1711.05101")
@@ -109,8 +112,16 @@ class Train(Spec):
     keep: int = option(1, "checkpoints kept besides the best one", ge=1)
     early_stopping: EarlyStopping | None = option(None, "stop early, and keep the best checkpoint")
     log_every: int = option(10, "steps between log lines", ge=1)
-    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(default_factory=list, description="also log there")
+    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = option([], "also log there")
     seed: int = option(42, "seed of every random choice", ge=0)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Train:
+        if self.epochs is None and self.steps is None:
+            raise ValueError("give train.epochs or train.steps")
+        if {"epochs", "steps"} <= self.model_fields_set and None not in (self.epochs, self.steps):
+            raise ValueError("give train.epochs or train.steps, not both")
+        return self
 
 
 class Generation(Spec):
@@ -127,7 +138,19 @@ class Eval(Spec):
 
     batch_size: int = option(64, "rows a forward pass", ge=1)
     metrics: list[str] | None = option(None, "metrics to report; all that the task has if empty")
-    generation: Generation = Field(default_factory=Generation, description="settings of generated text")
+    generation: Generation = option({}, "settings of generated text", validate_default=True)
+
+
+DEFAULT_KINDS: Mapping[str, Default] = {
+    "method": Default("full", "every weight learns, as in BERT (arXiv 1810.04805)"),
+    "objective": Default("supervised", "the data holds the answers"),
+}
+
+FROM_SCRATCH: Mapping[str, Default] = {  # with model.init: random, over the defaults of task and method
+    "train.learning_rate": Default(
+        5e-4, "GPT-2 from scratch in huggingface.co/learn/nlp-course/chapter7/6; GPT-3 125M took 6e-4 (arXiv 2005.14165, table 2.1)"
+    ),
+}
 
 
 T = TypeVar("T")
@@ -138,11 +161,11 @@ O = TypeVar("O")
 class Recipe(Spec, Generic[T, M, O]):
     """One run: what `ftkit train` does, as a frozen value."""
 
-    model: Model
-    task: T
-    data: Data
-    method: M
-    objective: O
-    train: Train = Field(default_factory=Train)
-    eval: Eval = Field(default_factory=Eval)
+    model: Model = Field(description="which weights the run starts from")
+    task: T = Field(description="what the data means")
+    data: Data = Field(description="which rows are trained on and measured")
+    method: M = Field(description="which weights learn")
+    objective: O = Field(description="what is minimised")
+    train: Train = option({}, "how the weights learn", validate_default=True)
+    eval: Eval = option({}, "how the model is measured", validate_default=True)
     output: str = Field(description="run directory; runs/<recipe's file name> if empty")
