@@ -1,0 +1,173 @@
+"""README.md of a run: what the hub wants to know of a model, and what a reader does."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from pprint import pformat
+from typing import TYPE_CHECKING, Any
+
+from ftkit.quantities import denominator, number
+
+if TYPE_CHECKING:
+    from ftkit.recipe.spec import Recipe
+
+PIPELINE_TAGS = {  # transformers' Auto class -> the hub's name for what a model with that head does
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForSeq2SeqLM": "text2text-generation",
+}
+
+
+def model_card(recipe: Recipe[Any, Any, Any], manifest: Mapping[str, Any], metrics: Mapping[str, Mapping[str, float]]) -> str:
+    """The card of a finished run; `manifest` and `metrics` are what manifest.json and metrics.json hold.
+
+    Nothing in it tells where on this machine anything lies: a local model or file goes by its own name.
+    """
+    import yaml
+
+    front = yaml.safe_dump(_front_matter(recipe, manifest, metrics), sort_keys=False, allow_unicode=True)
+    sections = [
+        f"---\n{front}---",
+        f"# {Path(recipe.output).name}",
+        _story(recipe, manifest, metrics),
+        f"## Load it\n\nFrom inside the run directory:\n\n```python\n{_loading_code(manifest['artifact'])}\n```",
+        f"## Results\n\n{_results(metrics)}",
+        f"## Training\n\n{_hyperparameters(recipe, manifest)}",
+    ]
+    if check := manifest.get("verification"):
+        sections.append(
+            f"## Verification\n\nA fresh process loaded `model/` with {manifest['artifact']['loads_with']} and compared its outputs with those "
+            f"before saving: largest difference {check['max_difference']:.2g}, tolerance {check['tolerance']:.2g}."
+        )
+    versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items() if version)
+    sections.append(f"## Versions\n\n{versions}. `recipe.yaml` beside this file repeats the run.")
+    return "\n\n".join(sections) + "\n"
+
+
+def public_name(name: str) -> str:
+    """A hub id as it is; of a path only the last part, for a run's `model` folder the run's."""
+    path = Path(name)
+    if not path.is_absolute():
+        return name
+    return path.parent.name if path.name == "model" else path.name
+
+
+def _front_matter(recipe: Recipe[Any, Any, Any], manifest: Mapping[str, Any], metrics: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """What the hub reads, in its own words: huggingface.co/docs/hub/model-cards."""
+    artifact, name = manifest["artifact"], recipe.model.name
+    adapter = artifact["loads_with"] == "peft"
+    front: dict[str, Any] = {}
+    if name and not Path(name).is_absolute() and recipe.model.init == "pretrained":
+        front |= {"base_model": name, "base_model_relation": "adapter" if adapter else "finetune"}
+    front["library_name"] = artifact["loads_with"]
+    if tag := PIPELINE_TAGS.get(artifact["auto_class"]):
+        front["pipeline_tag"] = tag
+    if hub := [re.sub("[:@].*", "", source) for source in _sources(recipe) if not Path(source).is_absolute()]:
+        front["datasets"] = hub
+    front["tags"] = ["ftkit", recipe.task.kind, recipe.method.kind]
+    results = [
+        {
+            "task": {"type": front.get("pipeline_tag", recipe.task.kind)},
+            "dataset": {"name": ", ".join(map(public_name, _sources(recipe))), "type": hub[0] if hub else "local", "split": split},
+            "metrics": [{"type": metric, "value": value} for metric, value in values.items() if metric != "loss_count"],
+        }
+        for split, values in _tuned(metrics).items()
+    ]
+    if results:
+        front["model-index"] = [{"name": Path(recipe.output).name, "results": results}]
+    return front
+
+
+def _sources(recipe: Recipe[Any, Any, Any]) -> list[str]:
+    train = recipe.data.train
+    return [train] if isinstance(train, str) else list(train)
+
+
+def _tuned(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, Mapping[str, float]]:
+    return {split: values for split, values in metrics.items() if split != "base"}
+
+
+def _story(recipe: Recipe[Any, Any, Any], manifest: Mapping[str, Any], metrics: Mapping[str, Mapping[str, float]]) -> str:
+    """Two sentences: what was trained on what, and what that changed."""
+    counts, model, train = manifest["parameters"], recipe.model, recipe.train
+    start = f"`{public_name(model.name)}`" if model.name else f"a new `{manifest['model']['architecture']}`"
+    if model.init == "random":
+        start += ", from random weights,"
+    rows = f"{manifest['data']['audit']['train']['rows']:,} rows of {', '.join(f'`{public_name(source)}`' for source in _sources(recipe))}"
+    length = f"{train.steps:,} steps" if train.steps else f"{train.epochs:g} epochs"
+    done = (
+        f"{start[0].upper()}{start[1:]} was trained for `{recipe.task.kind}` with method `{recipe.method.kind}`, which changes "
+        f"{counts['trainable']:,} of {counts['total']:,} parameters, on {rows} for {'at most ' if train.early_stopping else ''}{length}."
+    )
+    tuned = _tuned(metrics)
+    if not tuned:
+        return f"{done} How good it is was not measured: there were no rows to measure it on."
+    split, values = next(iter(tuned.items()))
+    metric = recipe.task.main_metric if recipe.task.main_metric in values else next(iter(values))
+    before = metrics.get("base", {}).get(split, {}).get(metric)
+    return f"{done} Its {metric} on {split} is {number(values[metric])}; before training it was {'not measured' if before is None else number(before)}."
+
+
+def _loading_code(artifact: Mapping[str, Any]) -> str:
+    """Python that does what the verification did."""
+    auto, kwargs = artifact["auto_class"], dict(artifact["load_kwargs"])
+    if "id2label" in kwargs:
+        kwargs["id2label"] = {int(index): label for index, label in kwargs["id2label"].items()}
+    imports = [auto, "AutoTokenizer"]
+    adapter = artifact["loads_with"] == "peft"
+    if adapter and artifact.get("revision"):
+        kwargs["revision"] = artifact["revision"]
+    arguments = [f"{key}={pformat(value, width=100, compact=True, sort_dicts=False)}" for key, value in kwargs.items() if key != "quantization_config"]
+    if quantization := kwargs.get("quantization_config"):
+        imports.append("BitsAndBytesConfig")
+        inner = ", ".join(f"{key}={value!r}" for key, value in quantization.items())
+        arguments += [f"quantization_config=BitsAndBytesConfig({inner})", 'device_map="auto"']
+    name = "model"
+    if adapter:
+        name = "model/base" if artifact["base"] == "base" else public_name(artifact["base"])
+    loaded = "".join(f"    {argument},\n" for argument in [repr(name), *arguments])
+    lines = [f"from transformers import {', '.join(sorted(imports))}", ""]
+    if adapter:
+        lines = ["from peft import PeftModel", *lines, f"base = {auto}.from_pretrained(\n{loaded})", 'model = PeftModel.from_pretrained(base, "model")']
+    else:
+        lines.append(f"model = {auto}.from_pretrained(\n{loaded})")
+    return "\n".join([*lines, 'tokenizer = AutoTokenizer.from_pretrained("model")'])
+
+
+def _results(metrics: Mapping[str, Mapping[str, float]]) -> str:
+    """A table of base and tuned; the loss with what it is a mean over."""
+    tuned, base = _tuned(metrics), metrics.get("base", {})
+    rows = [
+        (split, f"{metric}{denominator(values) if metric == 'loss' else ''}", number(base.get(split, {}).get(metric)), number(value))
+        for split, values in tuned.items()
+        for metric, value in values.items()
+        if metric != "loss_count"
+    ]
+    return _table(("set", "metric", "base", "tuned"), rows) if rows else "None: there were no validation and no test rows."
+
+
+def _hyperparameters(recipe: Recipe[Any, Any, Any], manifest: Mapping[str, Any]) -> str:
+    """The settings that others will want to compare; recipe.yaml has all of them."""
+    train = recipe.train
+    settings = {
+        "learning rate": f"{train.learning_rate:g}, {train.schedule}, warm-up {train.warmup:g}",
+        "length": f"{train.steps:,} steps" if train.steps else f"{train.epochs:g} epochs",
+        "batch size": f"{train.batch_size} rows a step",
+        "max length": f"{recipe.data.max_length} tokens",
+        "optimizer": f"{train.optimizer}, weight decay {train.weight_decay:g}",
+        "precision": manifest["precision"],
+        "seed": train.seed,
+        **{f"{recipe.method.kind}: {key}": value for key, value in recipe.method.model_dump().items() if key != "kind" and value is not None},
+    }
+    return _table(("setting", "value"), settings.items())
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Markdown."""
+    lines = (" | ".join(str(cell).replace("|", "\\|") for cell in row) for row in (header, ["---"] * len(header), *rows))
+    return "\n".join(f"| {line} |" for line in lines)
