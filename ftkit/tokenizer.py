@@ -39,9 +39,6 @@ def train_tokenizer(spec: TrainedTokenizer, texts: Iterable[str]) -> PreTrainedT
     Raises RecipeError for a vocabulary too small for its bytes, DataError for texts too few to fill it.
     """
     tokenizer, names, extra, template = _wordpiece(spec, texts) if spec.kind == "wordpiece" else _bytes(spec, texts)
-    found = tokenizer.get_vocab_size()
-    if found < spec.vocab_size:
-        raise DataError(f"model.tokenizer: the text gives {found} tokens, fewer than vocab_size: {spec.vocab_size}; give more text, or vocab_size: {found}")
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(
@@ -51,6 +48,12 @@ def train_tokenizer(spec: TrainedTokenizer, texts: Iterable[str]) -> PreTrainedT
         chat_template=template,
         clean_up_tokenization_spaces=False,
     )
+
+
+def _check_size(tokenizer: Tokenizer, spec: TrainedTokenizer) -> None:
+    found = tokenizer.get_vocab_size()
+    if found < spec.vocab_size:
+        raise DataError(f"model.tokenizer: the text gives {found} tokens, fewer than vocab_size: {spec.vocab_size}; give more text, or vocab_size: {found}")
 
 
 Trained = tuple["Tokenizer", dict[str, str], tuple[str, ...], str | None]  # special tokens by role, and others; chat template
@@ -68,12 +71,13 @@ def _wordpiece(spec: TrainedTokenizer, texts: Iterable[str]) -> Trained:
     # for the same result every time the characters are chosen here, and the inner ones go in as special tokens.
     sentences = [tokenizer.normalizer.normalize_str(text) for text in texts]
     counts = Counter(chain.from_iterable(sentences))
-    kept = {c for c in sorted(counts, key=lambda c: (-counts[c], c))[:MAX_ALPHABET]}
-    rare = {ord(c): None for c in counts.keys() - kept}
+    ranked = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))
+    rare = {ord(c): None for c in ranked[MAX_ALPHABET:]}
     sentences = [sentence.translate(rare) for sentence in sentences]
     inner = sorted({f"##{c}" for sentence in sentences for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(sentence) for c in word[1:]})
     trainer = trainers.WordPieceTrainer(vocab_size=spec.vocab_size, special_tokens=[*special, *inner], limit_alphabet=MAX_ALPHABET, show_progress=False)
     tokenizer.train_from_iterator(sentences, trainer)
+    _check_size(tokenizer, spec)
     state = json.loads(tokenizer.to_str())
     state["added_tokens"] = state["added_tokens"][: len(special)]
     tokenizer = Tokenizer.from_str(json.dumps(state))
@@ -89,7 +93,7 @@ def _bytes(spec: TrainedTokenizer, texts: Iterable[str]) -> Trained:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     special = [*TEXT_TOKENS.values(), *TURN_TOKENS]
-    if spec.vocab_size < BYTES + len(special):
+    if spec.vocab_size <= BYTES + len(special):
         raise RecipeError(f"model.tokenizer.vocab_size: {spec.vocab_size} is too small: {BYTES} bytes and {len(special)} special tokens come first")
     options: dict[str, Any] = {
         "vocab_size": spec.vocab_size,
@@ -102,6 +106,7 @@ def _bytes(spec: TrainedTokenizer, texts: Iterable[str]) -> Trained:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(**options) if bpe else trainers.UnigramTrainer(**options))
+    _check_size(tokenizer, spec)
     return tokenizer if bpe else _canonical(tokenizer, special), TEXT_TOKENS, TURN_TOKENS, CHAT_TEMPLATE
 
 
