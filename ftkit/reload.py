@@ -1,0 +1,113 @@
+"""Load a saved model the way its users will, and say what it holds and answers.
+
+    python -P reload.py REQUEST
+
+reads REQUEST/request.json and rows.safetensors and writes REQUEST/facts.json and answers.safetensors.
+Nothing of ftkit is imported here: what loads in this process loads with the named library alone.
+`verify.py` calls the same functions on the model in memory, so that both sides compute alike.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+POSITIONS = 16  # of a row's outputs are compared, the last ones: in a language model they depend on all before
+
+Row = Mapping[str, torch.Tensor]  # keyword arguments of the model's forward: int64 [L]
+
+
+def load(directory: Path, artifact: Mapping[str, Any], device: str) -> tuple[Any, Any]:
+    """The model and the tokenizer of `directory`, with exactly what `artifact` (of a run's manifest) says."""
+    adapter = artifact["loads_with"] == "peft"
+    model = load_base(directory, artifact, device) if adapter else _from_pretrained(str(directory), artifact, None, device)
+    if adapter:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, directory)
+    return model.eval(), transformers.AutoTokenizer.from_pretrained(directory)
+
+
+def load_base(directory: Path, artifact: Mapping[str, Any], device: str) -> Any:
+    """The model that the adapter in `directory` belongs on; its name may be relative to `directory`."""
+    beside = directory / artifact["base"]
+    name = str(beside) if (beside / "config.json").is_file() else artifact["base"]
+    return _from_pretrained(name, artifact, artifact.get("revision"), device)
+
+
+def _from_pretrained(name: str, artifact: Mapping[str, Any], revision: str | None, device: str) -> Any:
+    kwargs = dict(artifact["load_kwargs"])
+    if "id2label" in kwargs:  # JSON has no integer keys
+        kwargs["id2label"] = {int(index): label for index, label in kwargs["id2label"].items()}
+    if "quantization_config" in kwargs:
+        kwargs["quantization_config"] = transformers.BitsAndBytesConfig(**kwargs["quantization_config"])
+        kwargs["device_map"] = {"": device}
+    if revision:
+        kwargs["revision"] = revision
+    model = getattr(transformers, artifact["auto_class"]).from_pretrained(name, use_safetensors=True, **kwargs)
+    for module in model.modules():
+        # On avx512_bf16 CPUs an eval-mode forward of bitsandbytes <= 0.50 repacks 4-bit weights in place, and what
+        # the model answers changes with it (bitsandbytes issue 2078).
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model if getattr(model, "is_quantized", False) else model.to(device)
+
+
+@torch.no_grad()
+def answers(model: Any, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+    """Every output of the model for each row by itself (no padding), float32, at the last positions."""
+    found = {}
+    for number, row in enumerate(rows):
+        inputs = {name: values[None].to(model.device) for name, values in row.items()}
+        if model.config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = inputs["input_ids"]
+        for name, value in model(**inputs).items():
+            if isinstance(value, torch.Tensor):
+                kept = value[:, -POSITIONS:] if value.dim() == 3 else value
+                found[f"row {number}: {name}"] = kept.float().cpu().contiguous()
+    return found
+
+
+def digests(model: Any) -> dict[str, str]:
+    """sha256 of every tensor by name; not of the heads that PEFT replaced, which compute nothing."""
+    return {name: _sha256(tensor) for name, tensor in model.state_dict().items() if ".original_module." not in name}
+
+
+def _sha256(tensor: torch.Tensor) -> str:
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def facts(model: Any, tokenizer: Any, texts: Sequence[str]) -> dict[str, Any]:
+    """What must survive a save beside the weights, JSON-able: labels, and all that the tokenizer does."""
+    return {
+        "labels": {str(index): label for index, label in (model.config.id2label or {}).items()},
+        "token ids": [tokenizer(text)["input_ids"] for text in texts],
+        "special tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "chat template": tokenizer.chat_template,
+    }
+
+
+def main(request: Path) -> None:
+    asked = json.loads((request / "request.json").read_text(encoding="utf-8"))
+    torch.set_num_threads(asked["threads"])  # another number of threads adds in another order
+    torch.set_float32_matmul_precision(asked["float32_matmul_precision"])
+    tensors = load_file(request / "rows.safetensors")
+    rows = [{name.partition(".")[2]: tensors[name] for name in tensors if name.startswith(f"{i}.")} for i in range(asked["rows"])]
+    model, tokenizer = load(Path(asked["directory"]), asked["artifact"], asked["device"])
+    found = facts(model, tokenizer, asked["texts"]) | {"digests": digests(model)}
+    save_file(answers(model, rows), request / "answers.safetensors")
+    (request / "facts.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
