@@ -82,27 +82,32 @@ def find(source: str, split: str, format: str | None, note: Callable[[str], None
     """The data files behind a path, by split.
 
     A file, or a directory whose entries are not named after splits, is all `split`.  Raises DataError
-    if there is nothing to read, or if several formats lie side by side.
+    if there is nothing to read, or if several formats lie side by side; DiskError if the disk does not tell.
     """
     path = Path(source).expanduser()
+    with _clear_errors(path):
+        return _find(path, split, format, note)
+
+
+def _find(path: Path, split: str, format: str | None, note: Callable[[str], None]) -> dict[str, list[Path]]:
     if path.is_file():
         return {split: [path]}
     if not path.is_dir():
-        raise DataError(f"{source}: {'is not a regular file' if path.exists() else _missing(path)}")
+        raise DataError(f"{path}: {'is not a regular file' if path.exists() else _missing(path)}")
     by_split: dict[str, list[Path]] = {}
     for entry in sorted(path.iterdir()):
         if (match := _SPLIT_NAME.fullmatch(entry.name)) and (files := _data_files(entry, format)):
-            by_split.setdefault(SPLITS[match[1].lower()], []).extend(_one_format(source, files, format))
+            by_split.setdefault(SPLITS[match[1].lower()], []).extend(_one_format(path, files, format))
     files = _data_files(path, format)
     if by_split:
         rest = [file.name for file in files if not _SPLIT_NAME.fullmatch(file.name)]
         if rest:
-            note(f"{source}: left out, since other files are named after splits: {', '.join(rest)}")
+            note(f"{path}: left out, since other files are named after splits: {', '.join(rest)}")
         return by_split
     if not files:
         wanted = format or ", ".join(FORMATS)
-        raise DataError(f"{source}: no data files in this directory (looked for {wanted})")
-    return {split: _one_format(source, files, format)}
+        raise DataError(f"{path}: no data files in this directory (looked for {wanted})")
+    return {split: _one_format(path, files, format)}
 
 
 def _data_files(path: Path, format: str | None) -> list[Path]:
@@ -112,10 +117,10 @@ def _data_files(path: Path, format: str | None) -> list[Path]:
     return [entry for entry in found if (name := format_of(entry)) and wanted in (None, name)]
 
 
-def _one_format(source: str, files: list[Path], format: str | None) -> list[Path]:
+def _one_format(path: Path, files: list[Path], format: str | None) -> list[Path]:
     formats = sorted({format_of(file) or "" for file in files})
     if len(formats) > 1 and format is None:
-        raise DataError(f"{source}: this directory mixes {', '.join(formats)} files; choose with\n  data: {{format: {formats[0]}}}")
+        raise DataError(f"{path}: this directory mixes {', '.join(formats)} files; choose with\n  data: {{format: {formats[0]}}}")
     return files
 
 
@@ -125,7 +130,7 @@ def _missing(path: Path) -> str:
         return f"no such file (there is no directory {parent} either)"
     close = difflib.get_close_matches(path.name, [entry.name for entry in parent.iterdir()], n=1)
     hint = f"; did you mean {parent / close[0]}?" if close else ""
-    hub = "; a data set on the hub is written org/name" if len(path.parts) == 1 and not path.suffix else ""
+    hub = "" if path.suffix else "; a data set on the hub is written org/name"
     return f"no such file or directory{hint}{hub}"
 
 
@@ -233,7 +238,7 @@ def _read_jsonl(file: BinaryIO, table: Table, note: Callable[[str], None]) -> No
         if not data.strip():
             continue
         try:
-            record = _parse(_decode(data, offset))
+            record = _parse(_decode(data, offset).rstrip("\r\n"))
         except json.JSONDecodeError as error:
             table.reject(number, f"not JSON: {error.msg} at column {error.colno}")
         except ValueError as error:

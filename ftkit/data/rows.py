@@ -112,14 +112,18 @@ def load_rows(data: Data, task: Task, seed: int, note: Note) -> Rows:
 def report_bad(bad: list[str], on_bad_rows: str, note: Note) -> None:
     """Stop at bad rows (DataError), or say what is left out."""
     if bad and on_bad_rows == "error":
-        raise DataError(_listed(bad, f"{len(bad)} rows cannot be used") + "\nRepair them, or leave them out with data.on_bad_rows: skip")
+        raise DataError(_listed(bad, f"{_plural(len(bad), 'row')} cannot be used") + "\nRepair them, or leave them out with data.on_bad_rows: skip")
     if bad:
-        note(_listed(bad, f"{len(bad)} bad rows are left out"))
+        note(_listed(bad, f"{_plural(len(bad), 'bad row')} left out"))
 
 
 def _listed(bad: list[str], summary: str) -> str:
     more = [f"and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
     return "\n  ".join([f"{summary}:", *bad[:SHOWN], *more]) if bad else summary
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 # --- sources and splits -------------------------------------------------------------------------
@@ -132,6 +136,8 @@ class _Source:
         self.name, self.on_hub = name, hub.is_hub_id(name)
         self.splits: dict[str, Callable[[], list[Table]]]
         if self.on_hub:
+            if format:
+                note(f"{name}: data.format is about files and does not change how the hub's data is read")
             data = hub.load(name, note)
             self.splits = {key: partial(_hub_tables, name, key, data) for key in data.splits}
         else:
@@ -177,7 +183,7 @@ def _report_leaks(train: list[Row], others: dict[str, list[Row]], note: Note) ->
     seen = {_inputs_digest(row) for row in train}
     for split, rows in others.items():
         if leaked := sum(_inputs_digest(row) in seen for row in rows):
-            note(f"{split}: {leaked} of {len(rows)} rows have the same inputs as a training row")
+            note(f"{split}: {leaked:,} of {_plural(len(rows), 'row')} with the same inputs as a training row")
 
 
 def _inputs_digest(row: Row) -> bytes:
