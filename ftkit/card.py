@@ -13,6 +13,8 @@ from ftkit.quantities import denominator, number
 if TYPE_CHECKING:
     from ftkit.recipe.spec import Recipe
 
+Measured = Mapping[str, Mapping[str, float]]  # split -> metric -> value
+
 PIPELINE_TAGS = {  # transformers' Auto class -> the hub's name for what a model with that head does
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForTokenClassification": "token-classification",
@@ -23,20 +25,22 @@ PIPELINE_TAGS = {  # transformers' Auto class -> the hub's name for what a model
 }
 
 
-def model_card(recipe: Recipe[Any, Any, Any], manifest: Mapping[str, Any], metrics: Mapping[str, Mapping[str, float]]) -> str:
+def model_card(recipe: Recipe[Any, Any, Any], manifest: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     """The card of a finished run; `manifest` and `metrics` are what manifest.json and metrics.json hold.
 
     Nothing in it tells where on this machine anything lies: a local model or file goes by its own name.
     """
     import yaml
 
-    front = yaml.safe_dump(_front_matter(recipe, manifest, metrics), sort_keys=False, allow_unicode=True)
+    base = metrics.get("base", {})
+    tuned = {split: values for split, values in metrics.items() if split != "base"}
+    front = yaml.safe_dump(_front_matter(recipe, manifest, tuned), sort_keys=False, allow_unicode=True)
     sections = [
         f"---\n{front}---",
         f"# {Path(recipe.output).name}",
-        _story(recipe, manifest, metrics),
+        _story(recipe, manifest, base, tuned),
         f"## Load it\n\nFrom inside the run directory:\n\n```python\n{_loading_code(manifest['artifact'])}\n```",
-        f"## Results\n\n{_results(metrics)}",
+        f"## Results\n\n{_results(base, tuned)}",
         f"## Training\n\n{_hyperparameters(recipe, manifest)}",
     ]
     if check := manifest.get("verification"):
@@ -57,7 +61,7 @@ def public_name(name: str) -> str:
     return path.parent.name if path.name == "model" else path.name
 
 
-def _front_matter(recipe: Recipe[Any, Any, Any], manifest: Mapping[str, Any], metrics: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+def _front_matter(recipe: Recipe[Any, Any, Any], manifest: Mapping[str, Any], tuned: Measured) -> dict[str, Any]:
     """What the hub reads, in its own words: huggingface.co/docs/hub/model-cards."""
     artifact, name = manifest["artifact"], recipe.model.name
     adapter = artifact["loads_with"] == "peft"
@@ -76,7 +80,7 @@ def _front_matter(recipe: Recipe[Any, Any, Any], manifest: Mapping[str, Any], me
             "dataset": {"name": ", ".join(map(public_name, _sources(recipe))), "type": hub[0] if hub else "local", "split": split},
             "metrics": [{"type": metric, "value": value} for metric, value in values.items() if metric != "loss_count"],
         }
-        for split, values in _tuned(metrics).items()
+        for split, values in tuned.items()
     ]
     if results:
         front["model-index"] = [{"name": Path(recipe.output).name, "results": results}]
@@ -88,11 +92,7 @@ def _sources(recipe: Recipe[Any, Any, Any]) -> list[str]:
     return [train] if isinstance(train, str) else list(train)
 
 
-def _tuned(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, Mapping[str, float]]:
-    return {split: values for split, values in metrics.items() if split != "base"}
-
-
-def _story(recipe: Recipe[Any, Any, Any], manifest: Mapping[str, Any], metrics: Mapping[str, Mapping[str, float]]) -> str:
+def _story(recipe: Recipe[Any, Any, Any], manifest: Mapping[str, Any], base: Measured, tuned: Measured) -> str:
     """Two sentences: what was trained on what, and what that changed."""
     counts, model, train = manifest["parameters"], recipe.model, recipe.train
     start = f"`{public_name(model.name)}`" if model.name else f"a new `{manifest['model']['architecture']}`"
@@ -104,12 +104,11 @@ def _story(recipe: Recipe[Any, Any, Any], manifest: Mapping[str, Any], metrics: 
         f"{start[0].upper()}{start[1:]} was trained for `{recipe.task.kind}` with method `{recipe.method.kind}`, which changes "
         f"{counts['trainable']:,} of {counts['total']:,} parameters, on {rows} for {'at most ' if train.early_stopping else ''}{length}."
     )
-    tuned = _tuned(metrics)
     if not tuned:
         return f"{done} How good it is was not measured: there were no rows to measure it on."
     split, values = next(iter(tuned.items()))
     metric = recipe.task.main_metric if recipe.task.main_metric in values else next(iter(values))
-    before = metrics.get("base", {}).get(split, {}).get(metric)
+    before = base.get(split, {}).get(metric)
     return f"{done} Its {metric} on {split} is {number(values[metric])}; before training it was {'not measured' if before is None else number(before)}."
 
 
@@ -139,9 +138,8 @@ def _loading_code(artifact: Mapping[str, Any]) -> str:
     return "\n".join([*lines, 'tokenizer = AutoTokenizer.from_pretrained("model")'])
 
 
-def _results(metrics: Mapping[str, Mapping[str, float]]) -> str:
+def _results(base: Measured, tuned: Measured) -> str:
     """A table of base and tuned; the loss with what it is a mean over."""
-    tuned, base = _tuned(metrics), metrics.get("base", {})
     rows = [
         (split, f"{metric}{denominator(values) if metric == 'loss' else ''}", number(base.get(split, {}).get(metric)), number(value))
         for split, values in tuned.items()

@@ -39,7 +39,7 @@ class Stage:
     def count(self) -> str:
         """`120/300`, or what is known of it."""
         if self.total is not None:
-            return f"{self.done:,}/{self.total:,}"
+            return f"{min(self.done, self.total):,}/{self.total:,}"  # several processes count in equal shares, the last one short
         return f"{self.done:,}" if self.done else ""
 
     @property
@@ -80,7 +80,7 @@ def print_line(console: Console, text: str, style: str = "", indent: int = 0) ->
     from rich.padding import Padding
     from rich.text import Text
 
-    if console.is_terminal:
+    if console.file.isatty():
         console.print(Padding(Text(text, style=style), (0, 0, 0, indent), expand=False))
     else:
         console.print(" " * indent + text, soft_wrap=True)

@@ -36,13 +36,13 @@ class Reporter:
     `notes` collects notes and warnings for the manifest.
     """
 
-    def __init__(self, log: Path | None, trackers: Sequence[Tracker] = (), quiet: bool = False, main: bool = True) -> None:
+    def __init__(self, log: Path | None, quiet: bool = False, main: bool = True) -> None:
         self.notes: list[str] = []
         self._main = main
         self._quiet = quiet or not main
         self._log = log
         self._log_file: BinaryIO | None = None  # opened by the first line: a run that is refused leaves no file
-        self._trackers = list(trackers)
+        self._trackers: list[Tracker] = []
         self._display = open_display(sys.stderr)
         self._stages: list[Stage] = []
         self._watch = OverfittingWatch()
@@ -54,6 +54,10 @@ class Reporter:
         for tracker in list(self._trackers):
             self._guard(tracker, tracker.close)
         self._close_log()
+
+    def track(self, trackers: Sequence[Tracker]) -> None:
+        """Tell these trackers, too, and close them at the end; one that fails is dropped with a warning."""
+        self._trackers += trackers if self._main else []
 
     def note(self, text: str) -> None:
         """Say what was applied, changed or substituted."""

@@ -127,7 +127,7 @@ def without_secrets(value: Any) -> Any:
     """A copy of nested maps and lists in which whatever looks like a credential reads `[redacted]`."""
     if isinstance(value, dict):
         return {key: "[redacted]" if SECRET_KEY.fullmatch(str(key)) else without_secrets(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [without_secrets(item) for item in value]
     return URL_LOGIN.sub("[redacted]", value) if isinstance(value, str) else value
 
