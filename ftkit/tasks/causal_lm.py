@@ -279,9 +279,8 @@ def _fit(input_ids: list[int], trained: list[bool], limits: Limits, tokenizer: A
     if limits.truncation == "right":
         return [_features(input_ids[:-excess], trained[:-excess], truncated=excess)]
     keep = int(input_ids[0] == tokenizer.bos_token_id)
-    cut = slice(keep, keep + excess)
-    del input_ids[cut], trained[cut]
-    return [_features(input_ids, trained, truncated=excess)]
+    rest = keep + excess
+    return [_features(input_ids[:keep] + input_ids[rest:], trained[:keep] + trained[rest:], truncated=excess)]
 
 
 def _features(input_ids: list[int], trained: list[bool], truncated: int = 0) -> Features:

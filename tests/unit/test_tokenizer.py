@@ -7,8 +7,8 @@ from ftkit.errors import DataError, RecipeError
 from ftkit.recipe.spec import TrainedTokenizer
 from ftkit.tokenizer import CHAT_TEMPLATE, train_tokenizer
 
-NOUNS = "fox bird river child teacher garden letter window winter summer kitchen bridge engine harbour mountain station".split()
-VERBS = "runs flies sings waits wanders listens answers returns".split()
+NOUNS = ["fox", "bird", "river", "child", "teacher", "garden", "letter", "window", "winter", "summer", "kitchen", "bridge", "engine", "harbour"]
+VERBS = ["runs", "flies", "sings", "waits", "wanders", "listens", "answers", "returns"]
 TEXTS = [f"The {noun} {verb} over the {place}, quietly {verb}ing again.\n" for noun in NOUNS for verb in VERBS for place in NOUNS[::3]]
 UNSEEN = "Xylophon 漢字 안녕 🙂\n\n  two spaces\tand a tab \x00 q"
 SIZES = {"bpe": 340, "unigram": 270, "wordpiece": 120}
