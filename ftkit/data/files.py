@@ -346,8 +346,10 @@ def _read_parquet(path: Path, table: Table) -> None:
         with parquet.ParquetFile(path) as file:
             table.columns = list(file.schema_arrow.names)
             add_batches(table, file.iter_batches())
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{path}: not a Parquet file ({str(error).splitlines()[0]})") from error
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # Arrow calls damaged data an OSError, too
+            raise
+        raise DataError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
 
 
 def add_batches(table: Table, batches: Iterable[pa.RecordBatch]) -> None:

@@ -71,6 +71,16 @@ def test_parquet_names_rows_that_are_not_utf8(tmp_path):
     assert table.flaws() == [f"{path}:2: not UTF-8: byte 0xff at offset 1 of a value"]
 
 
+def test_a_damaged_parquet_file_is_a_data_error(tmp_path):
+    path = tmp_path / "d.parquet"
+    parquet.write_table(pa.table({"text": [f"row {i}" for i in range(500)]}), path)
+    content = bytearray(path.read_bytes())
+    content[4:40] = b"\xff" * 36
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"d\.parquet: not a readable Parquet file"):
+        files.read(path, None, "line", print)
+
+
 def test_numbers_are_lines_for_jsonl_and_records_for_csv(read):
     assert numbers(read("d.jsonl", '\n{"a": 1}\n\n{"a": 2}\n')) == [2, 4]
     assert numbers(read("d.txt", "\nfirst\n\nsecond\n")) == [2, 4]
@@ -143,7 +153,7 @@ def test_a_txt_file_that_is_not_utf8_is_one_bad_row(read):
         ("d.json", '{"rows": []}', "this is an object with the keys rows"),
         ("d.json", "3", "expected a list of rows"),
         ("d.json", b'["\xff"]', "not UTF-8: byte 0xff at byte offset 2"),
-        ("d.parquet", "no parquet", "not a Parquet file"),
+        ("d.parquet", "no parquet", "not a readable Parquet file"),
         ("d.csv.gz", "no gzip", "not a complete gzip file"),
         ("d.csv.gz", gzip.compress(b"text\n" + bytes(range(97, 120)) * 50)[:-12], "not a complete gzip file"),
         ("d.xlsx", "PK", "the ending '.xlsx' says nothing about the format"),
