@@ -125,17 +125,17 @@ def _loading_code(artifact: Mapping[str, Any]) -> str:
     if quantization := kwargs.get("quantization_config"):
         imports.append("BitsAndBytesConfig")
         inner = ", ".join(f"{key}={value!r}" for key, value in quantization.items())
-        arguments += [f"quantization_config=BitsAndBytesConfig({inner})", 'device_map="auto"']
+        arguments += [f"quantization_config=BitsAndBytesConfig({inner})", "device_map='auto'"]
     name = "model"
     if adapter:
         name = "model/base" if artifact["base"] == "base" else public_name(artifact["base"])
     loaded = "".join(f"    {argument},\n" for argument in [repr(name), *arguments])
     lines = [f"from transformers import {', '.join(sorted(imports))}", ""]
     if adapter:
-        lines = ["from peft import PeftModel", *lines, f"base = {auto}.from_pretrained(\n{loaded})", 'model = PeftModel.from_pretrained(base, "model")']
+        lines = ["from peft import PeftModel", *lines, f"base = {auto}.from_pretrained(\n{loaded})", "model = PeftModel.from_pretrained(base, 'model')"]
     else:
         lines.append(f"model = {auto}.from_pretrained(\n{loaded})")
-    return "\n".join([*lines, 'tokenizer = AutoTokenizer.from_pretrained("model")'])
+    return "\n".join([*lines, "tokenizer = AutoTokenizer.from_pretrained('model')"])
 
 
 def _results(base: Measured, tuned: Measured) -> str:
