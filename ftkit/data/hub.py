@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from datasets import Dataset
 
-_HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<config>[^@/\s]+))?(?:@(?P<revision>[\w./-]+))?")
+# The hub allows 96 characters in a name.
+_HUB_ID = re.compile(r"(?P<name>(?P<org>[A-Za-z0-9][\w.-]{0,95})/[A-Za-z0-9][\w.-]{0,95})(?::(?P<config>[^@/\s]+))?(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -26,16 +27,13 @@ class HubData(NamedTuple):
     revision: str
 
 
-def is_hub_id(source: str) -> bool:
+def is_hub_id(source: str, base: Path = Path()) -> bool:
     """Whether `source` names a data set on the hub: `org/name[:config][@revision]`, and nothing local.
 
-    A path that exists, a data file's ending, or a first part that is a directory here makes it local.
+    A data file's ending, or a first part that is a directory below `base`, makes it local.
     """
     match = _HUB_ID.fullmatch(source)
-    if match is None or Path(source).exists():
-        return False
-    name = Path(match["name"])
-    return format_of(name) is None and not name.parent.is_dir()
+    return match is not None and format_of(Path(match["name"])) is None and not (base / match["org"]).is_dir()
 
 
 def load(source: str, note: Callable[[str], None]) -> HubData:

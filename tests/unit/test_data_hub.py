@@ -32,13 +32,16 @@ def test_hub_ids(source, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "source", ["name", "data/train.csv", "data/train.jsonl.gz", "/org/name", "./org/name", "a/b/c", "org/name:", "here/file", "here/nothing"]
+    "source",
+    ["name", "data/train.csv", "data/train.jsonl.gz", "/org/name", "./org/name", "a/b/c", "org/name:", "here/file", "here/nothing", "long/" + "x" * 300],
 )
 def test_local_names(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "file").touch()
     assert not hub.is_hub_id(source)
+    monkeypatch.chdir("/")
+    assert not hub.is_hub_id(source, base=tmp_path)
 
 
 @pytest.fixture
