@@ -355,6 +355,55 @@ def test_every_process_keeps_its_own_generators(tmp_path):
     assert checkpoint.load(path, 2).rng == {}
 
 
+def sharded_run(rank: int, root: str, barrier) -> None:
+    """Three steps, save, three more; then the same three from the checkpoint, in fresh objects."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", init_method=f"file://{root}/store", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+
+    def build():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3))  # sizes that 2 does not divide
+        model[0].bias.requires_grad_(False)
+        fully_shard(model, mesh=mesh)
+        return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+    def steps(model, optimizer):
+        for step in range(3):
+            rows = torch.randn(4, 7, generator=torch.Generator().manual_seed(10 * step + rank))
+            model(rows).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model, optimizer = build()
+    steps(model, optimizer)
+    state = capture(model, optimizer, 3)
+    path = checkpoint.save(Path(root), state, keep=1, rank=rank, barrier=barrier.wait)
+    steps(model, optimizer)
+    resumed, again = build()
+    saved = checkpoint.load(path, rank)
+    assert saved.model["1.weight"].shape == (3, 5)  # whole, not this process's share
+    checkpoint.restore_model(resumed, saved.model)
+    checkpoint.restore_optimizer(again, resumed.named_parameters(), saved.optimizer)
+    steps(resumed, again)
+    for name, value in checkpoint.learned(model).items():
+        assert torch.equal(value, checkpoint.learned(resumed)[name]), name
+    dist.destroy_process_group()
+
+
+def test_a_sharded_model_is_saved_whole_and_restored_in_shares(tmp_path):
+    barrier = processes.Barrier(2)
+    ranks = [processes.Process(target=sharded_run, args=(rank, str(tmp_path), barrier)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(120)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+
+
 def test_what_changed_about_the_machine_is_told():
     then = checkpoint.environment(1)
     assert list(checkpoint.changes(then, then)) == []
