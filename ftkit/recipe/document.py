@@ -106,7 +106,11 @@ def parse(text: str, source: str, problems: list[Problem]) -> Node:
     Duplicate keys and oversized numbers are added to `problems`.  Raises RecipeError for everything after
     which the text cannot be read on: bad syntax, the limits, and the parts of YAML that recipes may not use.
     """
-    if len(text.encode()) > MAX_BYTES:
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:  # bytes of a command line that are not UTF-8
+        raise RecipeError(f"{source}: not UTF-8 text") from None
+    if size > MAX_BYTES:
         raise RecipeError(f"{source}: larger than {MAX_BYTES:,} bytes; a recipe holds settings, data belongs into data files")
     return _Reader(text, source, problems).document()
 
@@ -198,20 +202,29 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
         plain = isinstance(scalar(text), str)
     except ValueError:
         plain = False
-    # Without a style PyYAML adds quotes where YAML 1.1 would read something other than text.
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else "'")
+    # Left alone, PyYAML quotes what YAML 1.1 would not read as text, but lets some line breaks through.
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain and text.isprintable() else '"')
 
 
 _Dumper.add_representer(str, _represent_text)
 
 
-def dump(value: Any, *, flow: bool = False) -> str:
+def dump(value: Any) -> str:
     """YAML that means `value` to this reader and to YAML 1.1 readers alike."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=float("inf"), default_flow_style=flow)
+    return _dump(value, default_flow_style=False)
+
+
+def one_line(value: Any) -> str:
+    """The same in YAML's flow style."""
+    return _dump(value, default_flow_style=True).removesuffix("\n...\n").strip()
+
+
+def _dump(value: Any, **style: Any) -> str:
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=float("inf"), **style)
 
 
 def shown(value: Any) -> str:
     """A value as messages quote it: shortened, on one line, without control characters."""
-    text = value if isinstance(value, str) else dump(value, flow=True).removesuffix("\n...\n").strip()
+    text = value if isinstance(value, str) else one_line(value)
     text = text if text.isprintable() else ascii(text)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -30,10 +30,14 @@ def option(default: Any, doc: str, source: str | None = None, **constraints: Any
     return Field(default, description=doc, json_schema_extra=extra, **constraints)
 
 
+Name = Annotated[str, Field(min_length=1)]
+Names = Annotated[list[Name], Field(min_length=1)]
+
+
 class TrainedTokenizer(Spec):
     """A tokenizer trained on text before the model sees any."""
 
-    train: str | list[str] = Field(description="text files to train on; `data` means the rows of data.train")
+    train: Name | Names = Field(description="text files to train on; `data` means the rows of data.train")
     kind: Literal["bpe", "wordpiece", "unigram"] = option("bpe", "algorithm", "GPT-2: byte-level BPE never meets an unknown token")
     vocab_size: int = option(8192, "tokens, special ones included", ge=64)
 
@@ -41,9 +45,9 @@ class TrainedTokenizer(Spec):
 class Model(Spec):
     """Which weights the run starts from."""
 
-    name: str | None = option(None, "hub id, local directory, or run directory")
+    name: Name | None = option(None, "hub id, local directory, or run directory")
     revision: str | None = option(None, "branch, tag or commit on the hub")
-    tokenizer: str | TrainedTokenizer | None = option(None, "another tokenizer: name, or {train: FILES, kind, vocab_size}")
+    tokenizer: Name | TrainedTokenizer | None = option(None, "another tokenizer: name, or {train: FILES, kind, vocab_size}")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "dtype of frozen weights; what trains is kept in float32", "mixed precision keeps fp32 master weights (arXiv 1710.03740)"
     )
@@ -64,11 +68,11 @@ class Model(Spec):
 class Data(Spec):
     """Which rows are trained on and measured."""
 
-    train: str | list[str] = Field(description="csv, tsv, jsonl, json, parquet, txt, a directory, or a hub id org/name[:config][@revision]")
-    validation: str | Annotated[float, Field(gt=0, lt=1)] | dict[str, str] | None = option(
+    train: Name | Names = Field(description="csv, tsv, jsonl, json, parquet, txt, a directory, or a hub id org/name[:config][@revision]")
+    validation: Name | Annotated[float, Field(gt=0, lt=1)] | Annotated[dict[str, Name], Field(min_length=1)] | None = option(
         None, "file, fraction of train, or a map of names to files; empty: the hub's own validation split, else none"
     )
-    test: str | None = option(None, "file measured once, after training")
+    test: Name | None = option(None, "file measured once, after training")
     format: Literal["csv", "tsv", "jsonl", "json", "parquet", "txt", "lines"] | None = option(
         None, "format of the files; by ending if empty. txt: the task says whether a row is a line or a file; lines: always a line"
     )
@@ -168,4 +172,4 @@ class Recipe(Spec, Generic[T, M, O]):
     objective: O = Field(description="what is minimised")
     train: Train = option({}, "how the weights learn", validate_default=True)
     eval: Eval = option({}, "how the model is measured", validate_default=True)
-    output: str = Field(description="run directory; runs/<recipe's file name> if empty")
+    output: Name = Field(description="run directory; runs/<recipe's file name> if empty")

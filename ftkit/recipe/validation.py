@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 import types
-from functools import reduce
+from functools import cache, reduce
 from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError, create_model
@@ -53,9 +53,7 @@ def build(tree: Node, texts: Mapping[tuple[str, ...], str], problems: list[Probl
     if (init := at(tree, "model", "init")) and init.value == "random":
         layers.append(from_defaults(FROM_SCRATCH))
     tree = reduce(over, [*layers, tree])
-    # Recipe[...] means the same but builds a second validator, for Recipe itself, which takes as long again.
-    fields: dict[str, Any] = {axis: (kind, ...) for axis, kind in zip(plugins.BUILTIN, kinds, strict=True)}
-    recipe_type = create_model("Recipe", __base__=Recipe, **fields)
+    recipe_type = _recipe_type(*kinds)
     for path, text in texts.items():
         tree = _as_text(tree, path, text, recipe_type)
     try:
@@ -81,6 +79,12 @@ def origins(value: Any, node: Node | None, path: str = "", source: str | None = 
         yield path, str(node.place._replace(column=0))
     else:
         yield path, f"default: {source}" if source else "default"
+
+
+@cache
+def _recipe_type(task: Any, method: Any, objective: Any) -> type[Recipe[Any, Any, Any]]:
+    """What Recipe[task, method, objective] means, without the validator that pydantic would build for Recipe itself."""
+    return create_model("Recipe", __base__=Recipe, task=(task, ...), method=(method, ...), objective=(objective, ...))
 
 
 def _kind(axis: str, tree: Node, problems: list[Problem]) -> Any:

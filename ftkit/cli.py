@@ -1,0 +1,280 @@
+"""The command line.  Each body: import, call, print; results go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
+from enum import StrEnum
+from io import TextIOWrapper
+from typing import Annotated, Any
+
+import typer
+
+import ftkit
+from ftkit.errors import DiskError, Interrupted, RecipeError
+
+app = typer.Typer(
+    help="Fine-tune any transformer from one YAML recipe, and prove what the run did.",
+    rich_markup_mode=None,
+    add_completion=False,
+    invoke_without_command=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+UsageError: Any = typer.BadParameter.__base__  # click's, or that of Typer's own copy of click, by Typer's version
+
+
+class MergeBase(StrEnum):
+    """Which weights an adapter is merged into."""
+
+    original = "original"
+    stored = "stored"
+
+
+class Dtype(StrEnum):
+    """How merged weights are stored."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings over those of the recipe, such as train.epochs=1.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+@app.callback()
+def options(context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(f"ftkit {ftkit.__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def train(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest complete checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output directory.")] = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Two steps on a tiny random model of the same kind, without the network.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Do what a recipe says: train, evaluate, save, verify."""
+    if resume and overwrite:
+        raise UsageError("--resume continues a run, --overwrite removes it: choose one")
+    _read(recipe, overrides)
+    with redirect_stdout(sys.stderr):  # what libraries print is not the result
+        from ftkit.run import train
+
+        summary = train(recipe, overrides or (), resume=resume, overwrite=overwrite, smoke=smoke)
+    _print_summary(summary, as_json)
+
+
+@app.command(name="eval")
+def evaluate(
+    target: Annotated[str, typer.Argument(metavar="RUN_OR_RECIPE", help="A run directory; or a recipe, whose untrained base is measured.")],
+    data: Annotated[str | None, typer.Option("--data", metavar="FILE", help="Measure on these rows.")] = None,
+    split: Annotated[str | None, typer.Option("--split", metavar="NAME", help="Measure on one of the recipe's sets.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a run on its own sets or on other rows."""
+    with redirect_stdout(sys.stderr):
+        from ftkit.run import evaluate
+
+        summary = evaluate(target, data=data, split=split)
+    _print_summary(summary, as_json)
+
+
+@app.command()
+def predict(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory.")],
+    texts: Annotated[list[str] | None, typer.Argument(metavar="TEXT", help="What to answer.")] = None,
+    file: Annotated[str | None, typer.Option("--file", metavar="F", help="Answer the rows of a data file.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Talk to the model.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Answer texts or the rows of a file, one JSON object a line."""
+    if sum((bool(texts), file is not None, chat)) != 1:
+        raise UsageError("give texts, or --file F, or --chat")
+    with redirect_stdout(sys.stderr):
+        from ftkit.predict import predict
+
+        answers = predict(run, texts or [], file, chat)
+    if as_json:
+        with redirect_stdout(sys.stderr):
+            answers = list(answers)
+        _print_json(answers)
+    else:
+        for answer in answers:
+            print(json.dumps(answer, ensure_ascii=False), flush=True)
+
+
+@app.command(name="merge-adapter")
+def merge_adapter(
+    target: Annotated[str, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run directory, or an adapter in PEFT's format.")],
+    output: Annotated[str, typer.Option("-o", "--output", metavar="DIR", help="Where the merged model is written.")],
+    base: Annotated[MergeBase, typer.Option(help="Merge into the weights as published, or as the run stored them.")] = MergeBase.original,
+    dtype: Annotated[Dtype, typer.Option(help="How the merged weights are stored.")] = Dtype.auto,
+    as_json: AsJson = False,
+) -> None:
+    """Merge an adapter into its base, and compare the two."""
+    with redirect_stdout(sys.stderr):
+        from ftkit.merge import merge
+
+        summary = merge(target, output, base.value, dtype.value)
+    if as_json:
+        _print_json(summary)
+    else:
+        for name, value in summary.items():
+            print(f"{name}: {value}")
+
+
+@app.command()
+def check(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Find all that is wrong with a recipe, without training."""
+    resolved = _read(recipe, overrides)
+    with redirect_stdout(sys.stderr):
+        from ftkit.run import check
+
+        problems = check(resolved.recipe)
+    if problems:
+        raise type(problems[0])("\n".join(map(str, problems)))
+    _print_json({"problems": []}) if as_json else print(f"{recipe}: nothing wrong")
+
+
+@app.command()
+def show(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Print every setting and its origin; parameters by group."""
+    resolved = _read(recipe, overrides)
+    with redirect_stdout(sys.stderr):
+        from ftkit.run import parameters
+
+        groups = parameters(resolved.recipe)
+    values = resolved.recipe.model_dump()
+    if as_json:
+        _print_json({"recipe": values, "origins": resolved.origins, "parameters": groups})
+        return
+    from ftkit.recipe.document import one_line
+
+    rows = [(key, one_line(value), resolved.origins[key]) for key, value in _leaves(values, resolved.origins)]
+    width = max(len(key) for key, _, _ in rows)
+    for key, value, origin in rows:
+        print(f"{key:<{width}}  {value:<24}  # {origin}")
+    if groups:
+        print(f"\n{'parameters':<{width}}  {'trainable':>15}  {'total':>15}")
+        for group, counts in groups.items():
+            print(f"{group:<{width}}  {counts['trainable']:>15,}  {counts['total']:>15,}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    from ftkit.recipe import schema
+
+    _print_json(schema())
+
+
+@app.command(name="list")
+def list_kinds(as_json: AsJson = False) -> None:
+    """List tasks, methods and objectives."""
+    from ftkit import plugins
+
+    kinds = {axis: {kind: _summary(plugins.find(axis, kind)) for kind in plugins.known(axis)} for axis in plugins.BUILTIN}
+    if as_json:
+        _print_json(kinds)
+        return
+    width = max(len(kind) for summaries in kinds.values() for kind in summaries)
+    for axis, summaries in kinds.items():
+        print(f"{axis}s")
+        for kind, summary in summaries.items():
+            print(f"  {kind:<{width}}  {summary}")
+
+
+@app.command()
+def cache(clear: Annotated[bool, typer.Option("--clear", help="Empty it.")] = False, as_json: AsJson = False) -> None:
+    """Show or empty the cache of tokenised data (FTKIT_CACHE)."""
+    from ftkit import quantities
+    from ftkit.data import cache
+
+    freed = {"freed_bytes": cache.clear()} if clear else {}
+    facts = {"directory": str(cache.directory()), "bytes": cache.size(), "limit_bytes": cache.limit(), **freed}
+    if as_json:
+        _print_json(facts)
+    else:
+        print(f"{facts['directory']}: {quantities.size(facts['bytes'])} of at most {quantities.size(facts['limit_bytes'])}")
+        if clear:
+            print(f"freed {quantities.size(facts['freed_bytes'])}")
+
+
+def _read(recipe: str, overrides: list[str] | None) -> Any:
+    """Before anything heavy is imported, so that a mistake in a recipe is told at once."""
+    from ftkit.recipe import read
+
+    return read(recipe, overrides or ())
+
+
+def _leaves(values: Mapping[str, Any], origins: Mapping[str, str], path: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if path + name in origins:
+            yield path + name, value
+        else:
+            yield from _leaves(value, origins, f"{path}{name}.")
+
+
+def _summary(kind: type[Any]) -> str:
+    return (kind.__doc__ or "").partition("\n")[0]
+
+
+def _print_json(value: Any) -> None:
+    strict = json.loads(json.dumps(value, default=str), parse_constant=lambda _: None)  # JSON has no NaN
+    print(json.dumps(strict, indent=2, ensure_ascii=False))
+
+
+def _print_summary(summary: Mapping[str, Any], as_json: bool) -> None:
+    if as_json:
+        _print_json(summary)
+    else:
+        from ftkit.summary import print_summary
+
+        print_summary(summary)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; what went wrong is printed, never raised."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # half a surrogate pair in a data file is no reason to fail
+    try:
+        # Not app(): it would turn some exceptions into exit codes of its own.
+        command = typer.main.get_command(app)
+        with command.make_context("ftkit", arguments) as context:
+            command.invoke(context)
+        sys.stdout.flush()
+        return 0
+    except typer.Exit as request:
+        return request.exit_code
+    except BrokenPipeError:  # `ftkit ... | head`: nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DiskError.code
+    except typer.Abort:
+        code, message = Interrupted.code, "interrupted"
+    except UsageError as error:
+        code, message = RecipeError.code, error.format_message()
+        if error.ctx:
+            message = f"{message}\n{error.ctx.get_usage()}"
+    except (Exception, KeyboardInterrupt) as error:
+        from ftkit.exits import explain
+
+        code, message = explain(error)
+    if "--json" in arguments:
+        _print_json({"error": message, "code": code})
+    else:
+        print(f"error: {message}", file=sys.stderr)
+    return code
