@@ -113,12 +113,14 @@ class CausalLM(Spec):
 
         head = base.get_output_embeddings()
         hook = head.register_forward_pre_hook(gather) if head is not None else None
-        # Positions that start from 0 are the default in a row of its own, where families such as RoBERTa count differently
+        # Several segments in a row are told apart by position_ids, but only where no mask is given.  One segment
+        # in a row gets the model's own positions, which start from 0, or from where RoBERTa's start.
         packed = len(batch.row_ids) > len(batch.input_ids)
+        unmasked = packed or bool((batch.segments > 0).all())
         try:
             logits = model(
                 input_ids=batch.input_ids,
-                attention_mask=None if bool((batch.segments > 0).all()) else batch.attention_mask,
+                attention_mask=None if unmasked else batch.attention_mask,
                 use_cache=False,
                 **({"position_ids": batch.position_ids} if packed else {}),
             ).logits

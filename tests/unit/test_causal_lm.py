@@ -102,14 +102,14 @@ def batch_of(features):
     )
 
 
-def flat(features):
-    """All features in one row."""
+def flat(features, padding):
+    """All features in one row, with padding after them."""
     return Batch(
-        input_ids=torch.tensor([[t for f in features for t in f.input_ids]]),
-        segments=torch.tensor([[i + 1 for i, f in enumerate(features) for _ in f.input_ids]]),
-        position_ids=torch.tensor([[p for f in features for p in range(len(f.input_ids))]]),
-        targets=torch.tensor([[t for f in features for t in f.targets]]),
-        weights=torch.tensor([[w for f in features for w in f.weights]]),
+        input_ids=torch.tensor([[t for f in features for t in f.input_ids] + [0] * padding]),
+        segments=torch.tensor([[i + 1 for i, f in enumerate(features) for _ in f.input_ids] + [0] * padding]),
+        position_ids=torch.tensor([[p for f in features for p in range(len(f.input_ids))] + [0] * padding]),
+        targets=torch.tensor([[t for f in features for t in f.targets] + [0] * padding]),
+        weights=torch.tensor([[w for f in features for w in f.weights] + [0.0] * padding]),
         row_ids=torch.arange(10, 10 + len(features)),
     )
 
@@ -296,11 +296,12 @@ def test_the_hook_goes_even_if_the_forward_pass_fails(features):
     assert not model.get_output_embeddings()._forward_pre_hooks
 
 
+@pytest.mark.parametrize("padding", [0, 3])
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "qwen3"])
-def test_rows_laid_out_in_one_are_scored_as_if_apart(name, features):
+def test_rows_laid_out_in_one_are_scored_as_if_apart(name, padding, features):
     model = model_of(name).eval()
     apart = torch.cat([TASK.scores(model, batch_of([f])).logits for f in features])
-    together = TASK.scores(model, flat(features))
+    together = TASK.scores(model, flat(features, padding))
     assert (together.logits - apart).abs().max() < 1e-5
     assert torch.equal(together.rows, TASK.scores(model, batch_of(features)).rows)
 
@@ -377,6 +378,16 @@ def test_taught_answers_are_given_and_end(taught, tokenizer, options):
     answers = TASK.predict(model, tokenizer, rows, Limits(64, "right"), Generation(max_new_tokens=16, **options))
     assert answers == [{"text": "At the front desk.", "finished": True}, {"text": "At nine.", "finished": True}]
     assert model.training
+
+
+def test_an_adapter_answers_too(taught, tokenizer):
+    model, rows = taught
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    try:
+        answers = TASK.predict(adapted, tokenizer, rows, Limits(64, "right"), Generation(max_new_tokens=16))
+    finally:
+        adapted.unload()
+    assert [answer["text"] for answer in answers] == ["At the front desk.", "At nine."]
 
 
 def test_answers_come_in_the_order_of_the_rows_whatever_stands_beside_them(taught, tokenizer, monkeypatch):
