@@ -105,20 +105,20 @@ class Report(NamedTuple):
     silent: bool = False  # it died without a word
 
 
-def launch(argv: Sequence[str], num_processes: int, module: str = "ftkit") -> int:
+def launch(argv: Sequence[str], num_processes: int, module: str = "ftkit") -> None:
     """Run `python -m module *argv` as `num_processes` ranks on this machine, through torchrun's own API.
 
     SIGTERM, SIGUSR1 and SIGINT go to the ranks, as often as they come.  When one rank fails, torchrun ends
-    the others.  Returns the exit code of the cause, and prints its message once, to stderr.
+    the others, and the error that caused it is raised here.
     """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    elastic = logging.getLogger("torch.distributed.elastic")
-    elastic.addHandler(logging.NullHandler())
-    elastic.propagate = False  # it would tell of every rank's end once more, in its own words
     with tempfile.TemporaryDirectory(prefix="ftkit-ranks-") as directory, _forwarding_signals() as stop:
+        from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+        elastic = logging.getLogger("torch.distributed.elastic")
+        elastic.addHandler(logging.NullHandler())
+        elastic.propagate = False  # it would tell of every rank's end once more, in its own words
         os.environ[ERROR_DIR] = directory
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _num_cores() // num_processes)))
         config = LaunchConfig(
@@ -135,16 +135,12 @@ def launch(argv: Sequence[str], num_processes: int, module: str = "ftkit") -> in
         )
         try:
             elastic_launch(config, sys.executable)("-m", module, *argv)
-            return 0
         except ChildFailedError as failed:
             cause = _cause([*_told(directory), *_silent(directory, failed.failures)], stop)
-            code, message = cause.code, cause.message
-        except FtkitError as early:  # a signal, before there were ranks
-            code, message = early.code, str(early)
+            kinds = {kind.code: kind for kind in FtkitError.__subclasses__()}
+            raise kinds.get(cause.code, FtkitError)(cause.message) from None
         finally:
             del os.environ[ERROR_DIR]
-    print(message, file=sys.stderr)
-    return code
 
 
 def _num_cores() -> int:
@@ -162,7 +158,7 @@ def _forwarding_signals() -> Iterator[StopRequest]:
             stop.signum = signum
         ranks = psutil.Process().children()
         if not ranks:
-            stop.poll()
+            stop.poll()  # raises here, in the launcher, while there is nothing to stop but itself
         for rank in ranks:
             with suppress(psutil.NoSuchProcess):
                 rank.send_signal(signum)

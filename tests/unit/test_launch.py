@@ -72,6 +72,18 @@ with listening() as stop:
 os._exit(code)
 """
 
+PARENT = """
+import sys
+from ftkit.errors import FtkitError
+from ftkit.launch import launch
+print("launching", flush=True)
+try:
+    launch(sys.argv[1:], 2, module="tiny_rank")
+except FtkitError as error:
+    print(error, file=sys.stderr)
+    sys.exit(error.code)
+"""
+
 
 @pytest.fixture
 def start(tmp_path):
@@ -80,11 +92,11 @@ def start(tmp_path):
     started = []
 
     def run(what, **env):
-        program = f"import sys; from ftkit.launch import launch; sys.exit(launch([{what!r}], 2, module='tiny_rank'))"
+        (tmp_path / "parent.py").write_text(PARENT)
         clean = {name: value for name, value in os.environ.items() if name not in {"OMP_NUM_THREADS", "RANK", "WORLD_SIZE"}}
         started.append(
             subprocess.Popen(
-                [sys.executable, "-c", program],
+                [sys.executable, str(tmp_path / "parent.py"), what],
                 env=clean | {"PYTHONPATH": str(tmp_path), "TMPDIR": str(tmp_path)} | env,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -101,6 +113,7 @@ def start(tmp_path):
 
 
 def both_train(process):
+    assert process.stdout.readline() == "launching\n"
     for _ in range(2):
         assert process.stdout.readline() == "training\n"
 
@@ -109,7 +122,7 @@ def test_two_ranks_reduce_and_share_the_cores(start, tmp_path):
     process = start("sum")
     out, err = process.communicate(timeout=60)
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
-    assert sorted(out.splitlines()) == [f"rank {rank}: 3.0 threads {threads}" for rank in range(2)], err
+    assert sorted(out.splitlines())[1:] == [f"rank {rank}: 3.0 threads {threads}" for rank in range(2)], err
     assert process.returncode == 0
     assert err == ""
     assert [path.name for path in tmp_path.iterdir() if "ranks" in path.name or "torchelastic" in path.name] == []
@@ -145,6 +158,16 @@ def test_a_signal_to_the_parent_lets_the_ranks_finish_their_checkpoint(signum, c
     _, err = process.communicate(timeout=30)
     assert process.returncode == code
     assert err == f"stopped by {signal.Signals(signum).name}; the same command with --resume continues\n"
+
+
+def test_a_signal_before_there_are_ranks_ends_the_launcher(start):
+    process = start("train")
+    assert process.stdout.readline() == "launching\n"
+    time.sleep(0.2)  # it imports torch now, which takes seconds
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert err.startswith("stopped by SIGTERM")
 
 
 def test_a_second_interrupt_reaches_the_ranks_too(start):
