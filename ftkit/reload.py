@@ -25,28 +25,36 @@ POSITIONS = 16  # of a row's outputs are compared, the last ones: in a language 
 Row = Mapping[str, torch.Tensor]  # keyword arguments of the model's forward: int64 [L]
 
 
-def load(directory: Path, artifact: Mapping[str, Any], device: str) -> tuple[Any, Any]:
-    """The model and the tokenizer of `directory`, with exactly what `artifact` (of a run's manifest) says."""
-    adapter = artifact["loads_with"] == "peft"
-    model = load_base(directory, artifact, device) if adapter else _from_pretrained(str(directory), artifact, None, device)
-    if adapter:
-        from peft import PeftModel
+def load(directory: Path, artifact: Mapping[str, Any], device: str) -> Any:
+    """The model in `directory`, with exactly what `artifact` (of a run's manifest) says."""
+    if artifact["loads_with"] == "transformers":
+        return _from_pretrained(str(directory), artifact, None, device).eval()
+    from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, directory)
-    return model.eval(), transformers.AutoTokenizer.from_pretrained(directory)
+    return PeftModel.from_pretrained(load_base(directory, artifact, device), directory).eval()
 
 
 def load_base(directory: Path, artifact: Mapping[str, Any], device: str) -> Any:
-    """The model that the adapter in `directory` belongs on; its name may be relative to `directory`."""
+    """The model that the adapter in `directory` belongs on."""
+    return _from_pretrained(base_name(directory, artifact), artifact, artifact.get("revision"), device)
+
+
+def base_name(directory: Path, artifact: Mapping[str, Any]) -> str:
+    """A hub id or a directory: what the artifact calls the base may be relative to `directory`."""
     beside = directory / artifact["base"]
-    name = str(beside) if (beside / "config.json").is_file() else artifact["base"]
-    return _from_pretrained(name, artifact, artifact.get("revision"), device)
+    return str(beside) if (beside / "config.json").is_file() else artifact["base"]
+
+
+def load_kwargs(artifact: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of `from_pretrained`; JSON has turned the integer keys of id2label into text."""
+    kwargs = dict(artifact["load_kwargs"])
+    if "id2label" in kwargs:
+        kwargs["id2label"] = {int(index): label for index, label in kwargs["id2label"].items()}
+    return kwargs
 
 
 def _from_pretrained(name: str, artifact: Mapping[str, Any], revision: str | None, device: str) -> Any:
-    kwargs = dict(artifact["load_kwargs"])
-    if "id2label" in kwargs:  # JSON has no integer keys
-        kwargs["id2label"] = {int(index): label for index, label in kwargs["id2label"].items()}
+    kwargs = load_kwargs(artifact)
     if "quantization_config" in kwargs:
         kwargs["quantization_config"] = transformers.BitsAndBytesConfig(**kwargs["quantization_config"])
         kwargs["device_map"] = {"": device}
@@ -83,7 +91,7 @@ def digests(model: Any) -> dict[str, str]:
 
 def _sha256(tensor: torch.Tensor) -> str:
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -103,7 +111,8 @@ def main(request: Path) -> None:
     torch.set_float32_matmul_precision(asked["float32_matmul_precision"])
     tensors = load_file(request / "rows.safetensors")
     rows = [{name.partition(".")[2]: tensors[name] for name in tensors if name.startswith(f"{i}.")} for i in range(asked["rows"])]
-    model, tokenizer = load(Path(asked["directory"]), asked["artifact"], asked["device"])
+    model = load(Path(asked["directory"]), asked["artifact"], asked["device"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(asked["directory"])
     found = facts(model, tokenizer, asked["texts"]) | {"digests": digests(model)}
     save_file(answers(model, rows), request / "answers.safetensors")
     (request / "facts.json").write_text(json.dumps(found), encoding="utf-8")

@@ -53,20 +53,22 @@ class Expected:
     facts: dict[str, Any]  # labels, token ids, special tokens, chat template
     files: dict[str, str]  # file of the model's directory -> sha256
     tolerance: float  # largest absolute difference of an output
+    base_sha256: str | None  # of the frozen base, where that does not depend on the device
     device: str
 
 
 def choose(features: FeatureSet, count: int = 8) -> list[reload.Row]:
     """The inputs of `count` rows, short to long, with different targets as far as there are."""
     order = np.argsort(features.lengths, kind="stable")
-    seen: set[bytes] = set()
+    seen: set[str] = set()
     chosen: list[reload.Row] = []
     for part in np.array_split(order, min(count, len(order))):
-        candidates = [features.get(int(i)) for i in part[:50]]
-        row = next((row for row in candidates if row["targets"].tobytes() not in seen), candidates[0])
-        seen.add(row["targets"].tobytes())
-        names = [name for name in ("input_ids", "token_type_ids") if row[name] is not None]
-        chosen.append({name: torch.from_numpy(np.asarray(row[name], np.int64)) for name in names})
+        candidates = {index: str(features.get(int(index))["targets"]) for index in part[:50]}
+        index = next((index for index, targets in candidates.items() if targets not in seen), part[0])
+        seen.add(candidates[index])
+        row = features.get(int(index))
+        inputs = {name: row[name] for name in ("input_ids", "token_type_ids")}
+        chosen.append({name: torch.from_numpy(values.astype(np.int64)) for name, values in inputs.items() if values is not None})
     return chosen
 
 
@@ -106,8 +108,15 @@ def capture(model: Any, tokenizer: Any, rows: Sequence[reload.Row], directory: P
         facts=reload.facts(model, tokenizer, texts),
         files=_file_digests(directory),
         tolerance=tolerance(artifact["load_kwargs"], answers),
+        base_sha256=None if converted or "quantization_config" in artifact["load_kwargs"] else base_sha256(digests),
         device=str(model.device),
     )
+
+
+def base_sha256(digests: Mapping[str, str]) -> str | None:
+    """sha256 over the tensors of an adapter's base; None if there is no adapter."""
+    base = {name: digest for name, digest in digests.items() if ".lora_" not in name and ".modules_to_save." not in name}
+    return hashlib.sha256(json.dumps(base, sort_keys=True).encode()).hexdigest() if len(base) < len(digests) else None
 
 
 def _as_loaded(model: nn.Module, dtype: torch.dtype) -> None:
@@ -134,7 +143,14 @@ def check(directory: Path, artifact: Mapping[str, Any], expected: Expected) -> d
     difference, differing = compare(expected.answers, answers, expected.tolerance)
     if problems + differing:
         raise VerificationFailed(_message(directory, problems + differing))
-    return {"max_difference": difference, "tolerance": expected.tolerance, "rows": len(expected.rows), "tensors": len(tensors), "files": len(expected.files)}
+    return {
+        "max_difference": difference,
+        "tolerance": expected.tolerance,
+        "rows": len(expected.rows),
+        "tensors": len(tensors),
+        "files": len(expected.files),
+        "base_sha256": expected.base_sha256,
+    }
 
 
 def compare(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], limit: float) -> tuple[float, list[str]]:
