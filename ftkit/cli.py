@@ -30,14 +30,13 @@ UsageError: Any = typer.BadParameter.__base__  # click's, or that of Typer's own
 class MergeBase(StrEnum):
     """Which weights an adapter is merged into."""
 
-    original = "original"
     stored = "stored"
+    original = "original"
 
 
 class Dtype(StrEnum):
     """How merged weights are stored."""
 
-    auto = "auto"
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
@@ -74,6 +73,11 @@ def train(
         from ftkit.run import train
 
         summary = train(recipe, overrides or (), resume=resume, overwrite=overwrite, smoke=smoke)
+    if "RANK" in os.environ:  # one of many processes: the first one, or the one that started them, tells for all
+        from ftkit import launch
+
+        if launch.world().rank > 0 or launch.ERROR_DIR in os.environ:
+            return
     _print_summary(summary, as_json)
 
 
@@ -120,15 +124,15 @@ def predict(
 def merge_adapter(
     target: Annotated[str, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run directory, or an adapter in PEFT's format.")],
     output: Annotated[str, typer.Option("-o", "--output", metavar="DIR", help="Where the merged model is written.")],
-    base: Annotated[MergeBase, typer.Option(help="Merge into the weights as published, or as the run stored them.")] = MergeBase.original,
-    dtype: Annotated[Dtype, typer.Option(help="How the merged weights are stored.")] = Dtype.auto,
+    base: Annotated[MergeBase, typer.Option(help="Merge into the weights as the adapter saw them, or as they were before 4 or 8 bits.")] = MergeBase.stored,
+    dtype: Annotated[Dtype | None, typer.Option(help="How the merged weights are stored; as the base if empty.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Merge an adapter into its base, and compare the two."""
     with redirect_stdout(sys.stderr):
         from ftkit.merge import merge
 
-        summary = merge(target, output, base.value, dtype.value)
+        summary = merge(target, output, base.value, dtype and dtype.value, note=print)
     if as_json:
         _print_json(summary)
     else:
@@ -204,13 +208,13 @@ def cache(clear: Annotated[bool, typer.Option("--clear", help="Empty it.")] = Fa
     from ftkit.data import cache
 
     freed = {"freed_bytes": cache.clear()} if clear else {}
-    facts = {"directory": str(cache.directory()), "bytes": cache.size(), "limit_bytes": cache.limit(), **freed}
+    directory, size, limit = cache.directory(), cache.size(), cache.limit()
     if as_json:
-        _print_json(facts)
+        _print_json({"directory": str(directory), "bytes": size, "limit_bytes": limit, **freed})
     else:
-        print(f"{facts['directory']}: {quantities.size(facts['bytes'])} of at most {quantities.size(facts['limit_bytes'])}")
-        if clear:
-            print(f"freed {quantities.size(facts['freed_bytes'])}")
+        print(f"{directory}: {quantities.size(size)} of at most {quantities.size(limit)}")
+        for count in freed.values():
+            print(f"freed {quantities.size(count)}")
 
 
 def _read(recipe: str, overrides: list[str] | None) -> Any:
@@ -273,8 +277,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ftkit.exits import explain
 
         code, message = explain(error)
-    if "--json" in arguments:
-        _print_json({"error": message, "code": code})
-    else:
-        print(f"error: {message}", file=sys.stderr)
+    if not _left_to_launcher(code, message):
+        if "--json" in arguments:
+            _print_json({"error": message, "code": code})
+        else:
+            print(f"error: {message}", file=sys.stderr)
     return code
+
+
+def _left_to_launcher(code: int, message: str) -> bool:
+    """Whether this is one of several processes of ours, whose parent tells what went wrong, once."""
+    if "RANK" not in os.environ:
+        return False
+    from ftkit.launch import leave_error
+
+    return leave_error(code, message)

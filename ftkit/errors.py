@@ -5,6 +5,10 @@ without a traceback and exit with the documented code.  Anything else that reach
 defect of ftkit and exits with 1 and its traceback.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 
 class FtkitError(Exception):
     """Base of all errors with a documented exit code; the message is what the user reads."""
@@ -40,6 +44,10 @@ class Diverged(FtkitError):
     """The loss or the gradient norm stopped being finite."""
 
     code = 6
+
+    def __init__(self, message: str, rows: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.rows = rows  # indices of the features in the batch
 
 
 class DiskError(FtkitError):

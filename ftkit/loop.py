@@ -38,7 +38,9 @@ class Trainee(nn.Module):
     def __init__(self, model: nn.Module, inner: nn.Module, task: Task, objective: Objective) -> None:
         super().__init__()
         self.model, self.task, self.objective = model, task, objective
-        self._still = frozen_bottom(inner)
+        frozen = frozen_bottom(inner)
+        self.still = [name for name, module in inner.named_modules() if any(module is other for other in frozen)]
+        self._still = frozen
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """The summed loss of the batch, float32."""
@@ -75,11 +77,15 @@ def frozen_bottom(model: nn.Module) -> list[nn.Module]:
 
 @dataclass
 class Position:
-    """Where a run is: the next optimizer step is step + 1, on batch `batch` of epoch `epoch`."""
+    """Where a run is: `step` optimizer steps are done; the next batch is `batch` of epoch `epoch`, from 0."""
 
     step: int = 0
     epoch: int = 0
     batch: int = 0
+    best_step: int | None = None
+    best_metric: float | None = None
+    evaluations_since_best: int = 0
+    evaluation_due: bool = False  # the evaluation after this step has not been made yet
 
 
 class Step(NamedTuple):
@@ -95,15 +101,14 @@ class Step(NamedTuple):
 def batches(lengths: np.ndarray, train: Train, layout: str, position: Position, num_steps: int) -> Iterator[np.ndarray]:
     """The batches from `position` on, epoch after epoch; `position` moves along and is that after the batch in hand."""
     while position.step < num_steps:
-        epoch = epoch_batches(lengths, train.batch_size, layout, train.seed, position.epoch)
-        while position.batch < len(epoch) and position.step < num_steps:
+        here = position.epoch
+        epoch = epoch_batches(lengths, train.batch_size, layout, train.seed, here)
+        while position.epoch == here and position.step < num_steps:
             batch = epoch[position.batch]
             position.step += 1
             position.batch += 1
             if position.batch == len(epoch):
-                position.epoch, position.batch = position.epoch + 1, 0
-                yield batch
-                break
+                position.epoch, position.batch = here + 1, 0
             yield batch
 
 
@@ -153,13 +158,16 @@ def fit(
     num_steps: int,
 ) -> Iterator[Step]:
     """Train from `position` to `num_steps`; yields after every optimizer step, when it is safe to evaluate or save."""
-    rates = [group["lr"] for group in optimizer.param_groups]
+    rates = [group.setdefault("initial_lr", group["lr"]) for group in optimizer.param_groups]
     trainee.train()
     for rows in batches(features.lengths, train, layout, position, num_steps):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * factor(position.step - 1)
         parts = split(rows, features.lengths, accumulate, accelerator.num_processes, accelerator.process_index)
         micro_batches = [collate(features, part, pad_token_id) for part in parts]
-        loss, norm, items = train_step(accelerator, trainee, optimizer, micro_batches, train.max_grad_norm)
+        try:
+            loss, norm, items = train_step(accelerator, trainee, optimizer, micro_batches, train.max_grad_norm)
+        except Diverged as error:
+            raise Diverged(str(error), rows.tolist()) from None
         yield Step(loss, norm, items, int(features.lengths[rows].sum()), rows)
         trainee.train()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,6 +69,20 @@ class Base:
         return getattr(self.model, self.model.base_model_prefix)
 
 
+def quiet_libraries() -> None:
+    """Let the libraries' own bars and hints be silent: ftkit says what matters, once."""
+    import os
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else tokenizers warns after every fork
+    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # peft 0.21 on transformers 5.23
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+
+
 def locate(model: Model) -> Source | None:
     """Where the weights are: a directory, the model of a run directory, or a hub id; None for random ones without a name."""
     if model.name is None:
@@ -98,7 +113,7 @@ def load_config(model: Model, source: Source | None, tokenizer: Any = None) -> t
             raise RecipeError(f"model.config.model_type: unknown {kind!r}{_nearest(kind, list(transformers.CONFIG_MAPPING))}")
         config = transformers.CONFIG_MAPPING[kind]()
     else:
-        with _hub(source):
+        with hub_errors(source):
             config = transformers.AutoConfig.from_pretrained(source.name, **source.kwargs)
     for key, value in overrides.items():
         if key not in config.to_dict() and key not in config.attribute_map:
@@ -121,7 +136,7 @@ def load_tokenizer(model: Model, source: Source | None, train: TrainedTokenizer 
         source = Source(model.tokenizer, None)
     if source is None:
         raise RecipeError("a model from nothing needs model.tokenizer: a name, or {train: data, vocab_size: 8192}")
-    with _hub(source):
+    with hub_errors(source):
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(source.name, **source.kwargs)
         except (ValueError, TypeError, KeyError) as error:
@@ -167,7 +182,9 @@ def head_of(model: transformers.PreTrainedModel) -> list[str]:
     return [name for name, module in children if name != model.base_model_prefix and next(module.parameters(), None) is not None]
 
 
-def load(model: Model, source: Source | None, config: Any, tokenizer: Any, task: Task, method: Method, dtype: torch.dtype, seed: int, device: torch.device) -> Base:
+def load(
+    model: Model, source: Source | None, config: Any, tokenizer: Any, task: Task, method: Method, dtype: torch.dtype, seed: int, device: torch.device
+) -> Base:
     """The base model with the task's head, in `dtype`, without any method applied.
 
     New parameters are drawn from `seed`.  Weights are read from safetensors only.
@@ -180,9 +197,10 @@ def load(model: Model, source: Source | None, config: Any, tokenizer: Any, task:
     plain = skeleton(config, task)
     if not hasattr(plain, plain.base_model_prefix):
         raise RecipeError(f"{type(plain).__name__} does not tell its head from its base; it cannot be fine-tuned here")
-    if len(tokenizer) > plain.get_input_embeddings().weight.shape[0]:
+    embeddings: Any = plain.get_input_embeddings()
+    if len(tokenizer) > embeddings.num_embeddings:
         raise RecipeError(
-            f"the tokenizer has {len(tokenizer)} tokens but the model has embeddings for {plain.get_input_embeddings().weight.shape[0]}: they do not belong together"
+            f"the tokenizer has {len(tokenizer)} tokens but the model has embeddings for {embeddings.num_embeddings}: they do not belong together"
         )
     head = head_of(plain)
     extra = method.load_kwargs(head)
@@ -195,7 +213,7 @@ def load(model: Model, source: Source | None, config: Any, tokenizer: Any, task:
         return Base(built, tokenizer, None, task, head)
     assert source is not None
     placement = {"device_map": {"": device}} if extra else {}
-    with _hub(source):
+    with hub_errors(source):
         loaded, info = cls.from_pretrained(
             source.name,
             config=config,
@@ -232,6 +250,7 @@ def steady_4bit(model: nn.Module) -> None:
     bitsandbytes <= 0.50 repacks weight.data and its quant_state in place there, which changes what a
     later training step, save or dequantisation sees (bitsandbytes issue 2078).
     """
+    module: Any
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
@@ -268,7 +287,7 @@ def num_values(parameter: torch.Tensor) -> int:
     return state.shape.numel() if state is not None else parameter.numel()
 
 
-class _hub:
+class hub_errors:
     """Turn what loading from disk or the hub raises into our errors."""
 
     def __init__(self, source: Source) -> None:

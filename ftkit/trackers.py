@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -91,7 +92,7 @@ class MLflow:
 TRACKERS: dict[str, type[TensorBoard] | type[WeightsAndBiases] | type[MLflow]] = {tracker.name: tracker for tracker in (TensorBoard, WeightsAndBiases, MLflow)}
 
 
-def open_trackers(names: list[str], output: Path, config: dict[str, Any]) -> list[Tracker]:
+def open_trackers(names: Sequence[str], output: Path, config: dict[str, Any]) -> list[Tracker]:
     """The trackers that `train.trackers` names, each given the resolved recipe without secrets.
 
     Raises MissingDependency where a package is not installed or a tracker cannot start: what was asked

@@ -72,7 +72,7 @@ class FeatureSet:
         """
         return len(self.targets) == len(self)
 
-    def get(self, index: int) -> dict[str, np.ndarray | None]:
+    def get(self, index: int) -> dict[str, Any]:
         """Views of one feature's input_ids, targets, weights and token_type_ids."""
         tokens = slice(self.offsets[index], self.offsets[index + 1])
         supervised = slice(index, index + 1) if self.per_row else tokens

@@ -24,14 +24,18 @@ class LoRA(Spec):
 
     kind: Literal["lora"] = "lora"
     r: int = option(8, "rank of the updates", "LoRA, RoBERTa on GLUE (arXiv 2106.09685 D.1)", ge=1)
-    alpha: float = option(16, "scale: updates count alpha / r times", "Hugging Face PEFT's examples; twice the rank", gt=0)
+    alpha: int = option(16, "scale: updates count alpha / r times", "twice the rank, as in PEFT's examples", ge=1)
     dropout: float = option(0.05, "dropout on the input of the updates", "QLoRA, 33B and up (arXiv 2305.14314 B.2)", ge=0, lt=1)
     targets: str | list[str] = option(
-        "all-linear", "modules to update: all-linear, attention, a regular expression, or a list of name endings", "QLoRA: all linear layers are needed (arXiv 2305.14314)"
+        "all-linear",
+        "modules to update: all-linear, attention, a regular expression, or a list of name endings",
+        "QLoRA: all linear layers are needed (arXiv 2305.14314)",
     )
     dora: bool = option(False, "learn the magnitude of each weight row apart from its direction (arXiv 2402.09353)")
     rslora: bool = option(False, "scale by alpha / sqrt(r), stable at high rank (arXiv 2312.03732)")
-    init: Literal["default", "pissa"] = option("default", "default: updates start at zero; pissa: from the principal components of the weights (arXiv 2404.02948)")
+    init: Literal["default", "pissa"] = option(
+        "default", "default: updates start at zero; pissa: from the principal components of the weights (arXiv 2404.02948)"
+    )
 
     frozen_base: ClassVar[bool] = True
     defaults: ClassVar[Mapping[str, Default]] = {
@@ -68,7 +72,7 @@ class LoRA(Spec):
             base.initial = {name: p.detach().clone() for name, p in model.named_parameters() if ".lora_" in name}
         return model
 
-    def save(self, model: nn.Module, base: Base, directory: Path) -> Artifact:
+    def save(self, model: Any, base: Base, directory: Path) -> Artifact:
         """PEFT's format; PiSSA is converted to a plain LoRA of twice the rank, which needs no SVD to load."""
         if self.init == "pissa":
             _save_converted(model, base, directory)
@@ -78,7 +82,7 @@ class LoRA(Spec):
         return Artifact("peft", {"dtype": str(base.model.dtype).removeprefix("torch."), **base.load_kwargs})
 
 
-def _save_converted(model: nn.Module, base: Base, directory: Path) -> None:
+def _save_converted(model: Any, base: Base, directory: Path) -> None:
     """W_residual + s B A = W + s (B A - B0 A0): write [A; A0] and [B, -B0], rank 2 r, against the untouched base."""
     import torch
     from peft import get_peft_model_state_dict
@@ -90,7 +94,7 @@ def _save_converted(model: nn.Module, base: Base, directory: Path) -> None:
         pair = (state[key], initial.cpu()) if ".lora_A." in name else (state[key], -initial.cpu())
         state[key] = torch.cat(pair, dim=0 if ".lora_A." in name else 1)
     config = type(model.peft_config["default"])(**model.peft_config["default"].to_dict())
-    growth = 2**0.5 if config.use_rslora else 2
+    growth = 2**0.5 if config.use_rslora else 2  # keeps the scale s at twice the rank
     config.r, config.lora_alpha, config.init_lora_weights, config.inference_mode = 2 * config.r, config.lora_alpha * growth, True, True
     directory.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous().cpu() for name, tensor in state.items()}, directory / "adapter_model.safetensors", {"format": "pt"})

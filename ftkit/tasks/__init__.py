@@ -79,6 +79,10 @@ class Task(Protocol):
         """One forward pass, reduced to the supervised items before the head where the model allows."""
         ...
 
+    def complete(self, model: Any, tokenizer: Any) -> None:
+        """Set what the saved model must carry beside its weights, such as the tokens that end a generation."""
+        ...
+
     def metrics(self) -> Metrics: ...
 
     def records(self, scores: Scores) -> list[dict[str, Any]]:

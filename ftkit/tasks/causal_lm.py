@@ -136,6 +136,11 @@ class CausalLM(Spec):
             rows=batch.row_ids[batch.segments.flatten()[index] - 1],
         )
 
+    def complete(self, model: Any, tokenizer: Any) -> None:
+        """Generation stops at the end of a text and of a turn, whatever reads the saved model."""
+        model.generation_config.eos_token_id = chat.stop_token_ids(tokenizer)
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+
     def metrics(self) -> LanguageModelMetrics:
         return LanguageModelMetrics()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -103,6 +104,9 @@ class TextClassification(Spec):
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **types).logits
         return Scores(logits=logits, targets=batch.targets, weights=batch.weights, rows=batch.row_ids)
 
+    def complete(self, model: Any, tokenizer: Any) -> None:
+        """The labels are in the config already."""
+
     def metrics(self) -> ClassificationMetrics:
         return ClassificationMetrics(len(self._names))
 
@@ -111,6 +115,38 @@ class TextClassification(Spec):
         best, index = probabilities.max(-1)
         columns = zip(scores.rows.tolist(), scores.targets.tolist(), index.tolist(), best.tolist(), strict=True)
         return [{"feature": row, "label": self._names[gold], "prediction": self._names[said], "probability": p} for row, gold, said, p in columns]
+
+    def baselines(self, train: list[Row], rows: list[Row]) -> dict[str, float]:
+        """Accuracy without any model: the commonest training label, and words counted by naive Bayes.
+
+        Multinomial naive Bayes with add-one smoothing, the baseline of Wang and Manning 2012 (aclanthology.org/P12-2018).
+        """
+        import math
+        from collections import Counter
+
+        def words(row: Row) -> list[str]:
+            texts = (row.values["text"], row.values.get("text_pair", ""))
+            return re.findall(r"\w+", " ".join(texts).lower())
+
+        counts: dict[str, Counter[str]] = {name: Counter() for name in self._names}
+        prior: Counter[str] = Counter()
+        for row in train:
+            name = _name(row.values["label"])
+            prior[name] += 1
+            counts[name].update(words(row))
+        vocabulary = {word for counter in counts.values() for word in counter}
+        totals = {name: counter.total() + len(vocabulary) for name, counter in counts.items()}
+
+        def guess(row: Row) -> str:
+            known = [word for word in words(row) if word in vocabulary]
+            return max(prior, key=lambda name: math.log(prior[name]) + sum(math.log((counts[name][word] + 1) / totals[name]) for word in known))
+
+        gold = [_name(row.values["label"]) for row in rows]
+        common = prior.most_common(1)[0][0]
+        return {
+            "majority": gold.count(common) / len(gold),
+            "bag_of_words": sum(guess(row) == name for row, name in zip(rows, gold, strict=True)) / len(gold),
+        }
 
     def predict(self, model: Any, tokenizer: Any, rows: list[Row], limits: Limits, generation: Generation) -> list[dict[str, Any]]:
         """The likeliest label of each row, its probability, and the probabilities of all labels."""

@@ -1,0 +1,89 @@
+"""Measuring a model: streaming sums, flat memory, the same numbers on one process and on many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from ftkit.data.batches import by_length, collate
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from ftkit.data.features import FeatureSet
+    from ftkit.loop import Trainee
+    from ftkit.report import Reporter
+    from ftkit.session import Session
+    from ftkit.tasks import Metrics
+
+
+class Measured(NamedTuple):
+    """One split, measured."""
+
+    values: dict[str, float]  # what eval.metrics asks for, and the loss with its denominator
+    metrics: Metrics  # with the sums that the values came from
+    records: list[dict[str, Any]]  # what the model said of this process's share, if asked for
+
+
+def evaluate(
+    accelerator: Accelerator,
+    trainee: Trainee,
+    features: FeatureSet,
+    batch_size: int,
+    pad_token_id: int,
+    advance: Callable[[int], None] = lambda rows: None,
+    interrupted: Callable[[], bool] = lambda: False,
+    keep_records: bool = False,
+) -> tuple[Metrics, list[dict[str, Any]]]:
+    """Metrics over all features, summed over processes, and what the model said of this process's share.
+
+    Stops early, with sums that mean nothing, as soon as `interrupted` says so.
+    """
+    task = trainee.task
+    metrics = task.metrics()
+    records: list[dict[str, Any]] = []
+    was_training = trainee.training
+    trainee.eval()
+    with torch.inference_mode(), accelerator.autocast():
+        for indices in by_length(features.lengths, batch_size, accelerator.num_processes, accelerator.process_index):
+            if interrupted():
+                break
+            scores = trainee.scores(collate(features, indices, pad_token_id).to(accelerator.device))
+            metrics.update(scores)
+            if keep_records:
+                records += task.records(scores)
+            advance(len(indices) * accelerator.num_processes)
+    trainee.train(was_training)
+    for name, value in metrics.sums.items():
+        metrics.sums[name] = accelerator.reduce(value.to(accelerator.device), "sum").cpu()
+    return metrics, records
+
+
+def measure(session: Session, names: Iterable[str], report: Reporter, interrupted: Callable[[], bool], keep_records: bool = False) -> dict[str, Measured]:
+    """Measure the named splits; those after an interruption are missing."""
+    measured = {}
+    asked = session.recipe.eval.metrics
+    for name in names:
+        _, features = session.prepared.splits[name]
+        with report.stage(f"evaluating {name}", len(features)) as stage:
+            metrics, records = evaluate(
+                session.accelerator,
+                session.trainee,
+                features,
+                session.recipe.eval.batch_size,
+                session.pad_token_id,
+                stage.advance,
+                interrupted,
+                keep_records,
+            )
+        if interrupted():
+            break
+        measured[name] = Measured(selected(metrics.compute(), asked), metrics, records)
+    return measured
+
+
+def selected(metrics: dict[str, float], names: list[str] | None) -> dict[str, float]:
+    """The metrics that eval.metrics asks for; the loss and its denominator are always there."""
+    return metrics if names is None else {name: value for name, value in metrics.items() if name in {*names, "loss", "loss_count"}}

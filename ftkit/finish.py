@@ -1,0 +1,179 @@
+"""The end of a run: measure, write the artefact, prove that it loads, and tell what came out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ftkit import checkpoint, plots, rundir, verify
+from ftkit.card import model_card
+from ftkit.evaluate import measure
+from ftkit.report import peak_memory
+from ftkit.session import load_base
+
+if TYPE_CHECKING:
+    from ftkit.evaluate import Measured
+    from ftkit.loop import Position
+    from ftkit.manifest import Manifest
+    from ftkit.report import Reporter
+    from ftkit.session import Session
+    from ftkit.signals import StopRequest
+
+
+def finish(session: Session, output: Path, report: Reporter, stop: StopRequest, position: Position, manifest: Manifest) -> dict[str, Any]:
+    """Everything after the last step; returns the summary."""
+    _take_best(session, output, report, position)
+    measured = measure(session, session.prepared.splits, report, lambda: stop.requested, keep_records=True)
+    stop.poll()  # the last step is checkpointed: nothing is lost
+    for name, result in measured.items():
+        report.evaluation(position.step, name, result.values)
+        _write_records(session, output, name, result)
+    main = session.accelerator.is_main_process
+    if main:
+        with report.stage("saving"):
+            artifact = write_model(session, output / "model")
+            rows = verify.choose(_sample_split(session))
+            expected = verify.capture(session.learner, session.prepared.tokenizer, rows, output / "model", artifact, converted=bool(session.base.initial))
+    _release(session)
+    if not main:
+        return {}
+    rundir.write_json(output / "metrics.json", {"base": manifest["base"]} | {name: result.values for name, result in measured.items()})
+    _draw(session, output, measured)
+    manifest.update(artifact=artifact)
+    with report.stage("loading the result in a fresh process"):
+        verification = verify.check(output / "model", artifact, expected)
+    baselines = _baselines(session)
+    summary: dict[str, Any] = {
+        "output": str(output),
+        "metrics": {"base": manifest["base"]} | {name: result.values for name, result in measured.items()},
+        "baselines": baselines,
+        "verification": verification | {"loads_with": artifact["loads_with"]},
+        "seconds": round(manifest.seconds, 1),
+        "tokens_per_second": _tokens_per_second(output / "log.jsonl"),
+        "peak_memory_bytes": peak_memory(),
+        "parameters": {key: manifest["parameters"][key] for key in ("trainable", "total")},
+    }
+    manifest.update(verification=verification)
+    rundir.write_text(output / "README.md", model_card(session.recipe, manifest.facts, summary["metrics"]))
+    summary["files"] = [[str(path), _size(path)] for path in sorted(output.iterdir()) if not path.name.startswith(".")]
+    summary["notes"] = report.notes
+    manifest.finish(notes=report.notes, summary=summary)
+    return summary
+
+
+def write_model(session: Session, directory: Path) -> dict[str, Any]:
+    """The trained weights with tokenizer and base; returns how a fresh process loads them."""
+    base, recipe = session.base, session.recipe
+    if directory.exists():  # what a killed run left half written
+        shutil.rmtree(directory)
+    recipe.task.complete(base.model, session.prepared.tokenizer)
+    method_artifact = recipe.method.save(session.learner, base, directory)
+    if base.model.can_generate():
+        base.model.generation_config.save_pretrained(directory)
+    session.prepared.tokenizer.save_pretrained(directory)
+    artifact: dict[str, Any] = {
+        "loads_with": method_artifact.loads_with,
+        "auto_class": recipe.task.auto_class,
+        "load_kwargs": method_artifact.load_kwargs,
+    }
+    if method_artifact.loads_with == "peft":
+        if base.source is None:  # random weights exist nowhere on disk; the seed makes them again
+            load_base(session.prepared, session.precision, base.model.device).model.save_pretrained(directory / "base")
+            session.prepared.tokenizer.save_pretrained(directory / "base")
+        artifact["base"] = "base" if base.source is None else base.source.name
+        artifact["revision"] = base.source.revision if base.source else None
+        artifact["load_kwargs"] |= _config_changes(session)
+    return artifact
+
+
+def _config_changes(session: Session) -> dict[str, Any]:
+    """What the base's own config does not say and this run decided: labels, overrides."""
+    if session.base.source is None:
+        return {}
+    changes = session.recipe.model.config | session.recipe.task.config_kwargs()
+    return json.loads(json.dumps(changes))  # integer keys of id2label become text, as in any JSON
+
+
+def _sample_split(session: Session) -> Any:
+    """The rows that verification tries: the first validation set, else the training rows."""
+    names = session.prepared.validation
+    return session.prepared.splits[names[0]][1] if names else session.prepared.train
+
+
+def _take_best(session: Session, output: Path, report: Reporter, position: Position) -> None:
+    """Under early stopping, the best checkpoint becomes the model."""
+    best = position.best_step
+    if session.recipe.train.early_stopping is None or best is None or best == position.step:
+        return
+    state = checkpoint.load(output / "checkpoints" / f"step-{best}", session.accelerator.process_index)
+    checkpoint.restore_model(session.learner, state.model)
+    report.note(f"the model is that of step {best}, the best on validation")
+
+
+def _write_records(session: Session, output: Path, name: str, result: Measured) -> None:
+    """predictions/<split>.jsonl in the order of the rows; each process writes its share, the first joins them."""
+    rows, features = session.prepared.splits[name]
+    directory = output / "predictions"
+    share = directory / f".{name}-{session.accelerator.process_index}.jsonl"
+    rundir.write_text(share, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in result.records))
+    session.accelerator.wait_for_everyone()
+    if not session.accelerator.is_main_process:
+        return
+    shares = [directory / f".{name}-{rank}.jsonl" for rank in range(session.accelerator.num_processes)]
+    records = [json.loads(line) for path in shares for line in path.read_text(encoding="utf-8").splitlines()]
+    records.sort(key=lambda record: record["feature"])
+    lines = []
+    for record in records:
+        row = rows[int(features.row[record.pop("feature")])]
+        lines.append(json.dumps({"row": row.number, **record}, ensure_ascii=False) + "\n")
+    rundir.write_text(directory / f"{name}.jsonl", "".join(lines))
+    for path in shares:
+        path.unlink()
+
+
+def _draw(session: Session, output: Path, measured: dict[str, Measured]) -> None:
+    """The loss curve, and a confusion matrix for each split of a classification."""
+    (output / "plots").mkdir(exist_ok=True)
+    plots.loss_curve(output / "log.jsonl", output / "plots" / "loss.png")
+    for name, result in measured.items():
+        if "confusion" in result.metrics.sums:
+            target = "confusion.png" if name in (*session.prepared.validation[:1],) else f"confusion-{name}.png"
+            plots.confusion(result.metrics.sums["confusion"].long().tolist(), session.recipe.task.labels, output / "plots" / target)
+
+
+def _baselines(session: Session) -> dict[str, float]:
+    """What needs no model at all would score on the first validation set, if the task knows such a thing."""
+    names = session.prepared.validation
+    baselines = getattr(session.recipe.task, "baselines", None)
+    if baselines is None or not names:
+        return {}
+    return baselines(session.prepared.rows.train, session.prepared.rows.validation[names[0]])
+
+
+def _release(session: Session) -> None:
+    """End the process group and let go of the model: verification happens in a process of its own."""
+    import gc
+
+    import torch
+
+    session.accelerator.end_training()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    session.accelerator.free_memory()
+    session.wrapped = session.trainee = session.learner = session.optimizer = None  # type: ignore[assignment]
+    session.base.model = None  # type: ignore[assignment]
+    gc.collect()
+
+
+def _tokens_per_second(log: Path) -> float | None:
+    """Median over the logged steps after the first, which pays for warming up."""
+    from statistics import median
+
+    rates = [record["tokens_per_second"] for record in map(json.loads, log.read_text(encoding="utf-8").splitlines()) if "tokens_per_second" in record]
+    return median(rates[1:] or rates) if rates else None
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else sum(inner.stat().st_size for inner in path.rglob("*") if inner.is_file())

@@ -1,0 +1,140 @@
+"""All that happens before a model is loaded: rows, tokenizer, config, features.
+
+It needs no process group and leaves its work in the cache, so that every process of a run can do it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ftkit.data.types import Limits, Row, Rows
+from ftkit.errors import DataError, RecipeError
+from ftkit.recipe.spec import TrainedTokenizer
+
+if TYPE_CHECKING:
+    from ftkit.data.features import FeatureSet
+    from ftkit.model import Source
+    from ftkit.recipe import Resolved
+    from ftkit.recipe.spec import Recipe
+    from ftkit.report import Reporter
+
+
+@dataclass
+class Prepared:
+    """A run's data in the model's own terms, and the recipe with everything that data and model decide filled in."""
+
+    recipe: Recipe
+    source: Source | None
+    tokenizer: Any
+    config: Any
+    limits: Limits
+    rows: Rows
+    train: FeatureSet
+    splits: dict[str, tuple[list[Row], FeatureSet]]  # validation sets and `test`
+    audits: dict[str, dict[str, Any]]
+
+    @property
+    def commit(self) -> str | None:
+        """The hub's commit that the model comes from; None for a local one."""
+        return getattr(self.config, "_commit_hash", None)
+
+    @property
+    def validation(self) -> list[str]:
+        return list(self.rows.validation)
+
+
+def prepare(resolved: Resolved, report: Reporter, poll: Callable[[], None] = lambda: None) -> Prepared:
+    """Read, check and tokenise everything that the recipe names; cheap refusals come first.
+
+    `poll` is called between rows and may raise to stop.
+    """
+    from ftkit import model
+    from ftkit.data import features
+    from ftkit.data.rows import load_rows
+
+    recipe = resolved.recipe
+    source = model.locate(recipe.model)
+    if source is not None:
+        model.model_class(model.load_config(recipe.model, source), recipe.task)
+    with report.stage("reading data"):
+        rows = load_rows(recipe.data, recipe.task, recipe.train.seed, report.note)
+    poll()
+    tokenizer = _tokenizer(recipe, source, rows, report)
+    config = model.load_config(recipe.model, source, tokenizer)
+    task = recipe.task.resolve(rows.train)
+    task.check(tokenizer)
+    limits = Limits(_max_length(resolved, config, tokenizer, report), recipe.data.truncation)
+
+    def encode(name: str, split: list[Row]) -> FeatureSet:
+        with report.stage(f"tokenising {name}", len(split)) as stage:
+            done = features.encode(split, task, tokenizer, limits, split=name, on_bad_rows=recipe.data.on_bad_rows, note=report.note, progress=stage, poll=poll)
+        if not len(done.features):
+            raise DataError(f"{name}: no row is left to use")
+        for line in features.describe(name, done.audit):
+            report.warn(line.removeprefix("WARNING ")) if line.startswith("WARNING ") else report.note(line)
+        audits[name] = done.audit.to_dict()
+        return done.features
+
+    audits: dict[str, dict[str, Any]] = {}
+    train = encode("train", rows.train)
+    named = {**rows.validation, **({"test": rows.test} if rows.test else {})}
+    splits = {name: (split, encode(name, split)) for name, split in named.items()}
+    data = recipe.data.model_copy(update={"max_length": limits.max_length, "columns": rows.columns})
+    recipe = recipe.model_copy(update={"task": task, "data": data})
+    return Prepared(recipe, source, tokenizer, config, limits, rows, train, splits, audits)
+
+
+def _tokenizer(recipe: Recipe, source: Source | None, rows: Rows, report: Reporter) -> Any:
+    from ftkit import model
+
+    spec = recipe.model.tokenizer
+    if not isinstance(spec, TrainedTokenizer):
+        return model.load_tokenizer(recipe.model, source, None, ())
+    if recipe.model.init != "random":
+        raise RecipeError("model.tokenizer: a tokenizer trained here gives other token ids than the stored weights know; it goes with init: random")
+    with report.stage(f"training a {spec.kind} tokenizer of {spec.vocab_size} tokens"):
+        return model.load_tokenizer(recipe.model, source, spec, tokenizer_texts(spec, rows))
+
+
+def tokenizer_texts(spec: TrainedTokenizer, rows: Rows) -> Iterable[str]:
+    """The texts a tokenizer is trained on: the training rows' own, or those of files."""
+    if spec.train == "data":
+        for row in rows.train:
+            yield from _strings(row.values)
+        return
+    for name in [spec.train] if isinstance(spec.train, str) else spec.train:
+        path = Path(name)
+        if not path.is_file():
+            raise DataError(f"model.tokenizer.train: there is no file {name} (`data` means the training rows)")
+        yield path.read_text(encoding="utf-8")
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            if key != "role":
+                yield from _strings(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _strings(inner)
+
+
+def _max_length(resolved: Resolved, config: Any, tokenizer: Any, report: Reporter) -> int:
+    """Tokens in a row at most: what the recipe says, or the default where the model has as many positions."""
+    from ftkit.model import max_positions
+
+    asked, positions = resolved.recipe.data.max_length, max_positions(config, tokenizer)
+    by_default = resolved.origins.get("data.max_length", "default").startswith("default")
+    if asked is None:
+        asked = positions or 512
+    if positions is not None and asked > positions:
+        if not by_default:
+            raise RecipeError(f"data.max_length: {asked}, but the model has {positions} positions")
+        report.note(f"data.max_length: {positions}, the positions of the model")
+        return positions
+    return asked

@@ -1,0 +1,236 @@
+"""The spine: what `ftkit train` does, one statement a stage."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ftkit import checkpoint, launch, model, optim, rundir, signals
+from ftkit.errors import Diverged, RecipeError
+from ftkit.evaluate import measure
+from ftkit.finish import finish
+from ftkit.loop import Position, Step, fit
+from ftkit.manifest import Manifest, describe
+from ftkit.prepare import prepare
+from ftkit.recipe import dump, read
+from ftkit.report import Reporter
+from ftkit.session import Session, open_session
+from ftkit.summary import LOWER_IS_BETTER
+from ftkit.trackers import open_trackers
+
+if TYPE_CHECKING:
+    from ftkit.recipe import Resolved
+
+
+def train(path: str, overrides: Sequence[str] = (), resume: bool = False, overwrite: bool = False, smoke: bool = False) -> dict[str, Any]:
+    """Do what the recipe says, verify what was written, and return the summary that `ftkit train` prints."""
+    resolved = read(path, overrides)
+    if smoke:
+        from ftkit.smoke import shrink
+
+        resolved = shrink(resolved)
+    output = Path(resolved.recipe.output)
+    world, wanted = launch.world(), launch.processes(resolved.recipe.train)
+    if world.rank == 0:
+        rundir.check(output, resume, overwrite)
+    if world.size == 1 and wanted > 1:
+        flags = {"--resume": resume, "--overwrite": overwrite, "--smoke": smoke}
+        return _launch(resolved, ["train", str(path), *overrides, *(flag for flag, on in flags.items() if on)], wanted)
+    with signals.listening() as stop:
+        return _train(resolved, stop, resume, overwrite, world.rank == 0)
+
+
+def _launch(resolved: Resolved, argv: list[str], processes: int) -> dict[str, Any]:
+    """Preprocess here, so that the ranks find everything in the cache, then run them and return what they wrote."""
+    with signals.listening() as stop, Reporter(None) as report:
+        prepare(resolved, report, stop.poll)
+        report.note(f"starting {processes} processes")
+    launch.launch(argv, processes)
+    return rundir.read_json(Path(resolved.recipe.output) / "manifest.json")["summary"]
+
+
+def _train(resolved: Resolved, stop: signals.StopRequest, resume: bool, overwrite: bool, main: bool) -> dict[str, Any]:
+    model.quiet_libraries()
+    output = Path(resolved.recipe.output)
+    with Reporter(output / "log.jsonl", main=main) as report:
+        prepared = prepare(resolved, report, stop.poll)
+        before = rundir.continued(output, prepared.recipe, resume) if main else {}
+        if before.get("status") == "finished":
+            report.note(f"{output} is finished; --overwrite trains it anew")
+            return before["summary"]
+        session = open_session(prepared, report)
+        if main:
+            rundir.claim(output, overwrite)
+            report.track(open_trackers(prepared.recipe.train.trackers, output, prepared.recipe.model_dump()))
+            rundir.write_text(output / "recipe.yaml", dump(prepared.recipe))
+        with Manifest(output, before | describe(session), main) as manifest:
+            position = _restore(session, output, report, resume)
+            if position.step == 0 and "base" not in before:
+                base = measure(session, prepared.splits, report, lambda: stop.requested)
+                _stop_if_asked(session, output, position, report, stop)
+                manifest.update(base={name: measured.values for name, measured in base.items()})
+            _learn(session, output, report, stop, position)
+            return finish(session, output, report, stop, position, manifest)
+
+
+def _learn(session: Session, output: Path, report: Reporter, stop: signals.StopRequest, position: Position) -> None:
+    """Train to the end, or until validation no longer improves; log, evaluate and save when due."""
+    train, features = session.recipe.train, session.prepared.train
+    per_epoch = math.ceil(len(features) / train.batch_size)
+    num_steps = train.steps or math.ceil((train.epochs or 0) * per_epoch)
+    eval_every, save_every = train.eval_every or per_epoch, train.save_every or per_epoch
+    steps = fit(
+        session.accelerator,
+        session.wrapped,
+        session.optimizer,
+        optim.schedule(train, num_steps),
+        features,
+        train,
+        session.layout,
+        session.accumulate,
+        session.pad_token_id,
+        position,
+        num_steps,
+    )
+    with report.training(num_steps, position.step) as stage:
+        if position.evaluation_due:  # a signal cut it off
+            _validate(session, output, report, stop, position)
+        clock, tokens = time.perf_counter(), 0
+        for done in _named_failures(steps, session, output, position):
+            tokens += done.tokens
+            stage.advance()
+            last = position.step == num_steps
+            if position.step % train.log_every == 0 or last or position.step == 1:
+                rate = session.optimizer.param_groups[0]["lr"]
+                seconds = time.perf_counter() - clock
+                report.step(
+                    {
+                        "step": position.step,
+                        "epoch": round((position.step) / per_epoch, 4),
+                        "loss": done.loss,
+                        "learning_rate": rate,
+                        "grad_norm": done.grad_norm,
+                        "tokens_per_second": round(tokens / seconds, 1),
+                    }
+                )
+                clock, tokens = time.perf_counter(), 0
+            position.evaluation_due = position.step % eval_every == 0 and (not last or train.early_stopping is not None)
+            pause = time.perf_counter()
+            if position.evaluation_due:
+                _validate(session, output, report, stop, position)
+            if position.step % save_every == 0 or last or _agreed(session, stop):
+                _save(session, output, position, report)
+            _stop_if_asked(session, output, position, report, stop)
+            clock += time.perf_counter() - pause
+            rule = train.early_stopping
+            if rule is not None and position.evaluations_since_best >= rule.patience:
+                report.note(f"stopped early: no better {rule.metric} since step {position.best_step}")
+                break
+
+
+def _validate(session: Session, output: Path, report: Reporter, stop: signals.StopRequest, position: Position) -> None:
+    """Measure the validation sets and remember the best step; a signal leaves the evaluation due."""
+    names = session.prepared.validation
+    measured = measure(session, names, report, lambda: stop.requested)
+    _stop_if_asked(session, output, position, report, stop)
+    position.evaluation_due = False
+    for name, result in measured.items():
+        report.evaluation(position.step, name, result.values)
+    if names:
+        watched = session.recipe.train.early_stopping
+        name, margin = (watched.metric, watched.min_delta) if watched else ("loss", 0.0)
+        values = measured[names[0]].values
+        if name not in values:
+            raise RecipeError(f"train.early_stopping.metric: {name!r} is not measured; there are {', '.join(values)}")
+        sign = -1 if name in LOWER_IS_BETTER else 1
+        if position.best_metric is None or sign * (values[name] - position.best_metric) > margin:
+            position.best_step, position.best_metric, position.evaluations_since_best = position.step, values[name], 0
+            if watched:
+                _save(session, output, position, report)
+        else:
+            position.evaluations_since_best += 1
+
+
+def _named_failures(steps: Iterator[Step], session: Session, output: Path, position: Position) -> Iterator[Step]:
+    """The steps; a divergence is told with its step, its rows, and the checkpoint to go back to."""
+    try:
+        yield from steps
+    except Diverged as error:
+        rows = session.prepared.rows.train
+        features = session.prepared.train
+        places = [rows[int(features.row[i])].where for i in error.rows[:5]]
+        good = checkpoint.newest(output / "checkpoints", lambda reason: None)
+        back = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
+        raise Diverged(
+            f"step {position.step}: {error}, on the rows {', '.join(places)}{', ...' if len(error.rows) > 5 else ''}; the weights were not changed and {back}. "
+            f"Lower train.learning_rate ({session.recipe.train.learning_rate}) or look at these rows",
+            error.rows,
+        ) from error
+
+
+def _save(session: Session, output: Path, position: Position, report: Reporter) -> None:
+    """Write a checkpoint of this moment, between two steps."""
+    state = checkpoint.TrainingState(
+        **asdict(position),
+        model=checkpoint.learned(session.learner),
+        optimizer=checkpoint.capture_optimizer(session.optimizer, session.learner.named_parameters()),
+        rng=checkpoint.capture_rng(),
+        environment=checkpoint.environment(session.accelerator.num_processes),
+        log_bytes=report.log_position(),
+        scaler=session.accelerator.scaler.state_dict() if session.accelerator.scaler else {},
+    )
+    checkpoint.save(
+        output / "checkpoints",
+        state,
+        session.recipe.train.keep,
+        position.best_step,
+        rank=session.accelerator.process_index,
+        barrier=session.accelerator.wait_for_everyone,
+    )
+
+
+def _restore(session: Session, output: Path, report: Reporter, resume: bool) -> Position:
+    """Go on from the newest complete checkpoint, or from the start where there is none."""
+    if not resume:
+        return Position()
+    if session.accelerator.is_main_process:
+        checkpoint.newest(output / "checkpoints", report.warn)  # clears away what a killed run left unfinished
+    session.accelerator.wait_for_everyone()
+    path = checkpoint.newest(output / "checkpoints", lambda reason: None)
+    if path is None:
+        report.note("no complete checkpoint: starting from the first step")
+        report.cut_log(0)
+        return Position()
+    state = checkpoint.load(path, session.accelerator.process_index)
+    checkpoint.restore_model(session.learner, state.model)
+    checkpoint.restore_optimizer(session.optimizer, session.learner.named_parameters(), state.optimizer)
+    for difference in checkpoint.changes(state.environment, checkpoint.environment(session.accelerator.num_processes)):
+        report.warn(f"not bit for bit as without the interruption: {difference}")
+    if session.accelerator.scaler and state.scaler:
+        session.accelerator.scaler.load_state_dict(state.scaler)
+    report.cut_log(state.log_bytes)
+    report.note(f"continuing from {path}")
+    if state.rng:
+        checkpoint.restore_rng(state.rng)
+    return Position(**{field.name: getattr(state, field.name) for field in fields(Position)})
+
+
+def _agreed(session: Session, stop: signals.StopRequest) -> bool:
+    """Whether a signal arrived at any process; afterwards all of them know it."""
+    if session.accelerator.num_processes > 1:
+        everyone = torch.tensor([stop.signum], device=session.accelerator.device)
+        stop.signum = int(session.accelerator.gather(everyone).max())
+    return stop.requested
+
+
+def _stop_if_asked(session: Session, output: Path, position: Position, report: Reporter, stop: signals.StopRequest) -> None:
+    """Checkpoint and leave, if a signal asked for it."""
+    if _agreed(session, stop):
+        _save(session, output, position, report)
+        raise stop.error()

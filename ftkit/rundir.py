@@ -1,0 +1,111 @@
+"""The run directory: who may write into it, and its JSON files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ftkit.errors import DiskError, RecipeError
+
+if TYPE_CHECKING:
+    from ftkit.recipe.spec import Recipe
+
+CONTENTS = (
+    "recipe.yaml",
+    "manifest.json",
+    "log.jsonl",
+    "metrics.json",
+    "model",
+    "checkpoints",
+    "predictions",
+    "plots",
+    "eval",
+    "README.md",
+    "tensorboard",
+    "wandb",
+    "mlruns",
+    "errors",
+)
+# What a resumed run may do otherwise than before: none of it changes a number.
+MAY_CHANGE = {"train.processes", "train.log_every", "train.keep", "train.save_every", "train.trackers", "output"}
+
+
+def check(output: Path, resume: bool, overwrite: bool) -> None:
+    """Refuse a directory that holds something, unless the user said what to do with it.  Changes nothing."""
+    if output.is_file():
+        raise RecipeError(f"output: {output} is a file")
+    existing = next(path for path in (output, *output.parents) if path.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        raise DiskError(f"output: cannot write into {existing}")
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    ours = (output / "manifest.json").is_file()
+    if not ours:
+        raise RecipeError(f"output: {output} is not empty and not a run of ftkit; choose another output")
+    if not (resume or overwrite):
+        raise RecipeError(f"output: {output} holds a run; continue it with --resume, replace it with --overwrite, or choose another output")
+
+
+def claim(output: Path, overwrite: bool) -> None:
+    """Make the directory this run's own; `overwrite` removes what a run wrote, and nothing else."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            for name in CONTENTS:
+                path = output / name
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+    except OSError as error:
+        raise DiskError(f"output: cannot write into {output}: {error.strerror}") from error
+
+
+def continued(output: Path, recipe: Recipe, resume: bool) -> dict[str, Any]:
+    """The manifest of the run to continue, after making sure that it was this recipe's; empty if there is none."""
+    if not (resume and (output / "manifest.json").is_file()):
+        return {}
+    check_same_recipe(recipe, output)
+    return read_json(output / "manifest.json")
+
+
+def check_same_recipe(recipe: Recipe, output: Path) -> None:
+    """Refuse to continue a run under a recipe that would have trained otherwise; names what differs."""
+    from ftkit.recipe import read
+
+    before = _flat(read(output / "recipe.yaml").recipe.model_dump())
+    now = _flat(recipe.model_dump())
+    differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and key not in MAY_CHANGE)
+    if differing:
+        lines = "\n".join(f"  {key}: {before.get(key)!r} before, {now.get(key)!r} now" for key in differing)
+        raise RecipeError(f"--resume: the run in {output} was started with another recipe:\n{lines}\nset these back, or start anew with --overwrite")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, whole."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text so that a reader sees the old file or the new one, whole."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}.draft")
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(path)
+    except OSError as error:
+        raise DiskError(f"cannot write {path}: {error.strerror}") from error
+
+
+def read_json(path: Path) -> Any:
+    """Raises RecipeError if the file is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}") from error
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {key: v for name, inner in value.items() for key, v in _flat(inner, f"{prefix}.{name}" if prefix else name).items()} or {prefix: {}}

@@ -1,0 +1,127 @@
+"""A model ready to learn: base, method, objective and optimizer, prepared by accelerate for this process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import nn
+
+from ftkit import device, launch, model, optim
+from ftkit.errors import MissingDependency, RecipeError
+from ftkit.loop import Trainee
+
+if TYPE_CHECKING:
+    from ftkit.model import Base
+    from ftkit.prepare import Prepared
+    from ftkit.recipe.spec import Recipe, Train
+    from ftkit.report import Reporter
+
+
+@dataclass
+class Session:
+    """What the stages of a run share; nothing here is replaced while it runs."""
+
+    recipe: Recipe
+    prepared: Prepared
+    accelerator: Accelerator
+    base: Base
+    learner: nn.Module  # the base with the method applied
+    trainee: Trainee  # the learner with task and objective
+    wrapped: nn.Module  # the trainee as accelerate prepared it: what the loop calls
+    optimizer: Any
+    precision: str
+    accumulate: int  # micro-batches of one process in a step
+    layout: str
+
+    @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.learner.named_parameters() if parameter.requires_grad}
+
+    @property
+    def pad_token_id(self) -> int:
+        return self.prepared.tokenizer.pad_token_id
+
+
+def open_session(prepared: Prepared, report: Reporter) -> Session:
+    """Load the base, apply the method, build the optimizer and hand all to accelerate; says what `auto` became."""
+    recipe, world = prepared.recipe, launch.world()
+    train, method = recipe.train, recipe.method
+    here = device.pick(world.local_rank)
+    threads = device.use_all_cores(world.size if here.type == "cpu" else 1)
+    precision = device.precision(train.precision, here)
+    accelerator = _accelerator(train, precision, here, world.size)
+    with report.stage("loading the model"):
+        base = load_base(prepared, precision, here)
+        torch.manual_seed(train.seed)
+        learner = method.apply(base)
+    for parameter in learner.parameters():
+        if parameter.requires_grad:  # fp32 master weights: bf16 cannot hold updates much smaller than the weight
+            parameter.data = parameter.data.float()
+    if train.gradient_checkpointing:
+        base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    trainee = Trainee(learner, base.inner(), recipe.task, recipe.objective)
+    optimizer = optim.build(learner, train, here)
+    wrapped, prepared_optimizer = accelerator.prepare(trainee, optimizer)
+    _assert_wrapped(wrapped, train, world.size)
+    accumulate = max(1, -(-train.accumulate // world.size))
+    layout = "bucketed" if train.layout == "auto" else train.layout
+    report.note(f"{here}, {threads} threads, {precision}, {layout} batches of {train.batch_size} rows" + _shares(train, accumulate, world.size))
+    if trainee.still:
+        report.note(f"without dropout, because frozen below the first part that learns: {', '.join(trainee.still)}")
+    torch.manual_seed(train.seed + world.rank)  # dropout differs between processes
+    return Session(recipe, prepared, accelerator, base, learner, trainee, wrapped, prepared_optimizer, precision, accumulate, layout)
+
+
+def _shares(train: Train, accumulate: int, size: int) -> str:
+    if size == 1:
+        return f" in {accumulate} parts" if accumulate > 1 else ""
+    changed = f" (train.accumulate: {train.accumulate} on one process)" if accumulate != train.accumulate else ""
+    return f", shared by {size} processes in {accumulate} parts each{changed}"
+
+
+def _accelerator(train: Train, precision: str, here: torch.device, size: int) -> Accelerator:
+    """accelerate as it is told: counting and averaging stay with the loop."""
+    plugin = None
+    if train.parallel == "fsdp":
+        if here.type == "cpu":
+            raise MissingDependency("train.parallel: fsdp needs GPUs; on CPUs accelerate would silently run DDP. Use parallel: ddp")
+        from accelerate import FullyShardedDataParallelPlugin
+
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type="FULL_STATE_DICT")
+    return Accelerator(
+        gradient_accumulation_steps=1,
+        mixed_precision="no" if precision == "fp32" else precision,
+        cpu=here.type == "cpu",
+        fsdp_plugin=plugin,
+        step_scheduler_with_optimizer=False,
+        # Evaluation runs as many batches as a process has: nothing may wait for the others inside a forward pass.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+
+
+def load_base(prepared: Prepared, precision: str, here: torch.device) -> Base:
+    """The model before any method touched it; random weights are the same each time, by train.seed."""
+    recipe = prepared.recipe
+    spec = recipe.model
+    if spec.dtype != "auto":
+        dtype = getattr(torch, spec.dtype)
+    else:
+        dtype = torch.bfloat16 if here.type == "cuda" and precision == "bf16" and recipe.method.frozen_base else torch.float32
+    base = model.load(spec, prepared.source, prepared.config, prepared.tokenizer, recipe.task, recipe.method, dtype, recipe.train.seed, here)
+    model.steady_4bit(base.model)
+    return base
+
+
+def _assert_wrapped(wrapped: nn.Module, train: Train, size: int) -> None:
+    """What was asked is what runs: accelerate falls back to DDP, or to nothing, without a word."""
+    from torch.distributed.fsdp import FSDPModule
+    from torch.nn.parallel import DistributedDataParallel
+
+    if size == 1:
+        return
+    kind = DistributedDataParallel if train.parallel == "ddp" else FSDPModule
+    if not isinstance(wrapped, kind):
+        raise RecipeError(f"train.parallel: {train.parallel} was asked for {size} processes, but accelerate made a {type(wrapped).__name__}")
