@@ -14,10 +14,6 @@ from ftkit.recipe.spec import Train
 CPU = torch.device("cpu")
 
 
-def train(**changes):
-    return Train(epochs=None, **changes)
-
-
 class Tiny(nn.Module):
     def __init__(self):
         super().__init__()
@@ -34,7 +30,7 @@ def names_by_decay(model, optimizer):
 
 def test_only_matrices_that_learn_decay():
     model = Tiny()
-    optimizer = optim.build(model, train(weight_decay=0.1), CPU)
+    optimizer = optim.build(model, Train(weight_decay=0.1), CPU)
     assert names_by_decay(model, optimizer) == {
         0.1: {"embedding.weight", "head.weight"},
         0.0: {"norm.weight", "norm.bias", "head.bias"},
@@ -52,12 +48,12 @@ def test_decay_agrees_with_transformers_trainer():
 
 def test_a_learning_rate_by_name_makes_groups_that_remember_their_peak():
     model = Tiny()
-    optimizer = optim.build(model, train(weight_decay=0.0, learning_rate=1e-3), CPU, lambda name: 1e-2 if name.startswith("head") else 1e-3)
+    optimizer = optim.build(model, Train(weight_decay=0.0, learning_rate=1e-3), CPU, lambda name: 1e-2 if name.startswith("head") else 1e-3)
     assert {(group["initial_lr"], group["lr"], len(group["params"])) for group in optimizer.param_groups} == {(1e-2, 1e-2, 2), (1e-3, 1e-3, 3)}
 
 
 def test_adamw_is_fused():
-    optimizer = optim.build(Tiny(), train(), CPU)
+    optimizer = optim.build(Tiny(), Train(), CPU)
     assert isinstance(optimizer, torch.optim.AdamW)
     assert optimizer.defaults["fused"] is True
 
@@ -67,7 +63,7 @@ def test_every_optimizer_lowers_a_loss(kind):
     torch.manual_seed(0)
     model = nn.Linear(80, 80)  # above bitsandbytes' 4096 elements, so that the state really is 8-bit
     rows = torch.randn(16, 80)
-    optimizer = optim.build(model, train(optimizer=kind, learning_rate=1e-2 if kind == "sgd" else 1e-3), CPU)
+    optimizer = optim.build(model, Train(optimizer=kind, learning_rate=1e-2 if kind == "sgd" else 1e-3), CPU)
     losses = []
     for _ in range(20):
         loss = (model(rows) - rows).square().mean()
@@ -83,12 +79,12 @@ def test_every_optimizer_lowers_a_loss(kind):
 def test_a_missing_bitsandbytes_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(MissingDependency, match=r"train.optimizer: lion_8bit needs bitsandbytes"):
-        optim.build(Tiny(), train(optimizer="lion_8bit"), CPU)
+        optim.build(Tiny(), Train(optimizer="lion_8bit"), CPU)
 
 
 def test_a_model_that_cannot_learn_is_refused():
     with pytest.raises(RecipeError, match="no parameter learns"):
-        optim.build(Tiny().requires_grad_(False), train(), CPU)
+        optim.build(Tiny().requires_grad_(False), Train(), CPU)
 
 
 @pytest.mark.parametrize("num_steps", [2, 7, 100])
@@ -105,7 +101,7 @@ def test_schedules_equal_those_of_transformers(name, warmup, num_steps):
         "constant": lambda: transformers.get_constant_schedule_with_warmup(optimizer, num_warmup),
         "wsd": lambda: transformers.get_wsd_schedule(optimizer, num_warmup, -(-num_steps // 5), num_training_steps=num_steps, decay_type="linear"),
     }[name]()
-    factor = optim.schedule(train(schedule=name, warmup=warmup), num_steps)
+    factor = optim.schedule(Train(schedule=name, warmup=warmup), num_steps)
     for step in range(num_steps + 1):
         assert factor(step) == pytest.approx(oracle.get_last_lr()[0], rel=1e-12, abs=1e-15), step
         optimizer.step()
@@ -120,10 +116,10 @@ class train_arguments:
 
 
 def test_a_share_of_warmup_never_swallows_the_whole_run():
-    assert optim.schedule(train(warmup=0.1), 1)(0) == 1.0
-    assert [optim.schedule(train(warmup=0.9), 2)(step) for step in range(2)] == [0.0, 1.0]
+    assert optim.schedule(Train(warmup=0.1), 1)(0) == 1.0
+    assert [optim.schedule(Train(warmup=0.9), 2)(step) for step in range(2)] == [0.0, 1.0]
 
 
 def test_more_warmup_than_steps_is_refused():
     with pytest.raises(RecipeError, match=r"train.warmup: 100 steps of warm-up, but the run has only 100"):
-        optim.schedule(train(warmup=100), 100)
+        optim.schedule(Train(warmup=100), 100)
