@@ -46,6 +46,6 @@ def dump(recipe: Recipe[Any, Any, Any]) -> str:
 
 def schema() -> dict[str, Any]:
     """JSON Schema of recipes with every installed kind, for editors."""
-    from ftkit.recipe.schema import schema
+    from ftkit.recipe.json_schema import of_recipes
 
-    return schema()
+    return of_recipes()

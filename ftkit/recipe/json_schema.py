@@ -13,7 +13,7 @@ from ftkit.recipe.layers import SHORTHAND
 from ftkit.recipe.spec import Recipe
 
 
-def schema() -> dict[str, Any]:
+def of_recipes() -> dict[str, Any]:
     """Every kind that is installed.  What `extends` may bring is required only of recipes without it."""
     kinds = {axis: [plugins.find(axis, kind) for kind in plugins.known(axis)] for axis in plugins.BUILTIN}
     result = Recipe[tuple(_union(classes) for classes in kinds.values())].model_json_schema()  # type: ignore[misc]
