@@ -65,7 +65,10 @@ def _ran_out_of_memory(error: BaseException) -> bool:
 def _failed_to_connect(error: BaseException) -> bool:
     if isinstance(error, BrokenPipeError):
         return False
-    return isinstance(error, ConnectionError | TimeoutError) or any(base.__module__.partition(".")[0] in _NETWORK_LIBRARIES for base in type(error).__mro__)
+    kinds = [base for base in type(error).__mro__ if issubclass(base, Exception)]
+    return isinstance(error, ConnectionError | TimeoutError) or any(
+        base.__module__.partition(".")[0] in _NETWORK_LIBRARIES and "StrictDataclass" not in base.__name__ for base in kinds
+    )
 
 
 def _errno(error: BaseException) -> int | None:

@@ -123,7 +123,19 @@ def load_config(model: Model, source: Source | None, tokenizer: Any = None) -> t
         config.vocab_size = max(len(tokenizer), overrides.get("vocab_size", 0))
         for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
             setattr(config, key, getattr(tokenizer, key))
+    if model.config:
+        _validate(config)
     return config
+
+
+def _validate(config: transformers.PreTrainedConfig) -> None:
+    """Let the config's own checks speak now, not when the trained model is saved."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        config.validate()
+    except StrictDataclassError as error:
+        raise RecipeError(f"model.config: {error.__cause__ or _first_line(error)}") from error
 
 
 def load_tokenizer(model: Model, source: Source | None, train: TrainedTokenizer | None, texts: Iterable[str]) -> Any:
