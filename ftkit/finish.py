@@ -10,13 +10,18 @@ from typing import TYPE_CHECKING, Any
 from ftkit import checkpoint, plots, rundir, verify
 from ftkit.card import model_card
 from ftkit.evaluate import measure
+from ftkit.model import Source
 from ftkit.report import peak_memory
 from ftkit.session import load_base
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ftkit.evaluate import Measured
     from ftkit.loop import Position
     from ftkit.manifest import Manifest
+    from ftkit.methods import Method
+    from ftkit.model import Base
     from ftkit.report import Reporter
     from ftkit.session import Session
     from ftkit.signals import StopRequest
@@ -33,7 +38,9 @@ def finish(session: Session, output: Path, report: Reporter, stop: StopRequest, 
     main = session.accelerator.is_main_process
     if main:
         with report.stage("saving"):
-            artifact = write_model(session, output / "model")
+            artifact = write_model(session.recipe.method, session.learner, session.base, session.recipe.model.config, output / "model")
+            if session.base.source is None and artifact["loads_with"] == "peft":
+                _write_base(session, output / "model" / "base")
             rows = verify.choose(_sample_split(session))
             expected = verify.capture(session.learner, session.prepared.tokenizer, rows, output / "model", artifact, converted=bool(session.base.initial))
     _release(session)
@@ -63,37 +70,36 @@ def finish(session: Session, output: Path, report: Reporter, stop: StopRequest, 
     return summary
 
 
-def write_model(session: Session, directory: Path) -> dict[str, Any]:
-    """The trained weights with tokenizer and base; returns how a fresh process loads them."""
-    base, recipe = session.base, session.recipe
+def write_model(method: Method, learner: nn.Module, base: Base, overrides: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """The trained weights with their tokenizer; returns how a fresh process loads them.
+
+    `overrides` are what the run changed in the config that the base is stored with.
+    """
     if directory.exists():  # what a killed run left half written
         shutil.rmtree(directory)
-    recipe.task.complete(base.model, session.prepared.tokenizer)
-    method_artifact = recipe.method.save(session.learner, base, directory)
+    base.task.complete(base.model, base.tokenizer)
+    method_artifact = method.save(learner, base, directory)
     if base.model.can_generate():
         base.model.generation_config.save_pretrained(directory)
-    session.prepared.tokenizer.save_pretrained(directory)
+    base.tokenizer.save_pretrained(directory)
     artifact: dict[str, Any] = {
         "loads_with": method_artifact.loads_with,
-        "auto_class": recipe.task.auto_class,
+        "auto_class": base.task.auto_class,
         "load_kwargs": method_artifact.load_kwargs,
     }
     if method_artifact.loads_with == "peft":
-        if base.source is None:  # random weights exist nowhere on disk; the seed makes them again
-            load_base(session.prepared, session.precision, base.model.device).model.save_pretrained(directory / "base")
-            session.prepared.tokenizer.save_pretrained(directory / "base")
-        artifact["base"] = "base" if base.source is None else base.source.name
-        artifact["revision"] = base.source.revision if base.source else None
-        artifact["load_kwargs"] |= _config_changes(session)
+        source = base.source or Source("base")  # beside the adapter
+        artifact |= {"base": source.name, "revision": source.revision}
+    if method_artifact.loads_with == "peft" and base.source is not None:
+        changes = overrides | base.task.config_kwargs()
+        artifact["load_kwargs"] |= json.loads(json.dumps(changes))  # integer keys of id2label become text, as in any JSON
     return artifact
 
 
-def _config_changes(session: Session) -> dict[str, Any]:
-    """What the base's own config does not say and this run decided: labels, overrides."""
-    if session.base.source is None:
-        return {}
-    changes = session.recipe.model.config | session.recipe.task.config_kwargs()
-    return json.loads(json.dumps(changes))  # integer keys of id2label become text, as in any JSON
+def _write_base(session: Session, directory: Path) -> None:
+    """Random weights that an adapter belongs on exist nowhere on disk; the seed makes them again."""
+    load_base(session.prepared, session.precision, session.base.model.device).model.save_pretrained(directory)
+    session.base.tokenizer.save_pretrained(directory)
 
 
 def _sample_split(session: Session) -> Any:

@@ -67,8 +67,8 @@ def frozen_bottom(model: nn.Module) -> list[nn.Module]:
         if not any(p.requires_grad for p in module.parameters()):
             found.append(module)
             return False
-        if any(p.requires_grad for p in module.parameters(recurse=False)):
-            return True
+        if hasattr(module, "base_layer") or any(p.requires_grad for p in module.parameters(recurse=False)):
+            return True  # an adapter's own dropout belongs to what learns
         return any(walk(child) for child in module.children())
 
     walk(model)

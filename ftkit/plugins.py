@@ -10,7 +10,7 @@ import difflib
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ftkit.errors import RecipeError
+from ftkit.errors import MissingDependency, RecipeError
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -39,13 +39,19 @@ def known(axis: str) -> list[str]:
 
 
 def find(axis: str, kind: str) -> type[Any]:
-    """The class of a kind.  Raises RecipeError, which names the nearest and all known kinds."""
+    """The class of a kind.
+
+    Raises RecipeError, which names the nearest and all known kinds; MissingDependency if an installed one is broken.
+    """
     if kind in BUILTIN[axis]:
         module, _, name = BUILTIN[axis][kind].partition(":")
         return getattr(import_module(module), name)
     installed = _installed(axis)
     if kind in installed:
-        return installed[kind].load()
+        try:
+            return installed[kind].load()
+        except ImportError as error:
+            raise MissingDependency(f"{axis} `{kind}`, from {installed[kind].value}, cannot be imported: {error}") from error
     names = [*BUILTIN[axis], *sorted(installed)]
     close = difflib.get_close_matches(kind, names, n=1)
     hint = f"; did you mean `{close[0]}`?" if close else ""

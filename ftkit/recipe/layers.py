@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 COMMAND_LINE = "command line"
 SHORTHAND = {"model": "name", "task": "kind", "method": "kind", "objective": "kind"}  # what a string there is short for
 
-_SECRET = re.compile(r"\b(hf_[A-Za-z0-9]{16}|sk-(?=[\w-]*[0-9])[\w-]{16}|AKIA[0-9A-Z]{12}|gh[oprsu]_[A-Za-z0-9]{20}|github_pat_\w{20})")
+_SECRET = re.compile(r"\b(hf_[A-Za-z0-9]{16}|sk-(?=[\w-]{0,60}[0-9])[\w-]{16}|AKIA[0-9A-Z]{12}|gh[oprsu]_[A-Za-z0-9]{20}|github_pat_\w{20})")
 _HUB_MODEL = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
 _HUB_DATA = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[^@/\s]+)?(@[\w./-]+)?", re.ASCII)
 _DATA_FILE = re.compile(r"\.(csv|tsv|jsonl|ndjson|json|parquet|txt)(\.gz)?$", re.IGNORECASE)

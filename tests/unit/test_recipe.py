@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -13,7 +14,7 @@ from typing import ClassVar, Literal
 import pytest
 
 from ftkit import plugins
-from ftkit.errors import RecipeError
+from ftkit.errors import MissingDependency, RecipeError
 from ftkit.recipe import dump, read, schema
 from ftkit.recipe.spec import Default, Spec, option
 
@@ -320,6 +321,27 @@ class TestFiles:
             read("recipe.yaml")
         assert str(caught.value).startswith("recipe.yaml:")
 
+    @pytest.mark.parametrize(
+        "content",
+        [
+            MINIMAL + "".join(f"k{i}: 1\n" for i in range(80_000)),
+            MINIMAL + "train:\n" + "".join(f" seed{i}: x\n" for i in range(60_000)),
+            MINIMAL.replace("org/base", "sk-" * 300_000),
+            MINIMAL.replace("rows.csv", "a/" + "b" * 900_000),
+            MINIMAL + f"{'x' * 900_000}: 1\n",
+            MINIMAL + "train: {trackers: [" + "x, " * 300_000 + "]}\n",
+        ],
+        ids=["keys", "fields", "secret", "hub id", "key", "items"],
+    )
+    def test_a_megabyte_of_mistakes_takes_seconds_and_few_lines(self, content: str) -> None:
+        assert len(content) <= 1_000_000
+        started = time.process_time()
+        try:
+            read(write(content))
+        except RecipeError as error:
+            assert len(str(error)) < 20_000
+        assert time.process_time() - started < 20
+
     def test_endless_file(self) -> None:
         with pytest.raises(RecipeError, match="larger than"):
             read("/dev/zero")
@@ -564,6 +586,15 @@ class TestPlugins:
         assert plugins.find("method", "theirs") is Small
         assert plugins.find("method", "full") is Whole
 
+    def test_a_broken_installed_kind(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        package = place / "other-1.0.dist-info"
+        package.mkdir()
+        (package / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1.0\n")
+        (package / "entry_points.txt").write_text("[ftkit.method]\ntheirs = no_such_module:Method\n")
+        monkeypatch.syspath_prepend(place)
+        with pytest.raises(MissingDependency, match="theirs.*no_such_module"):
+            read(write(MINIMAL + "method: theirs\n"))
+
     def test_only_named_kinds_are_imported(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(plugins.BUILTIN["method"], "broken", "no.such.module:Nothing")
         assert read(write(MINIMAL)).recipe.method.kind == "full"
@@ -574,7 +605,7 @@ class TestPlugins:
 def test_a_mistake_is_told_without_heavy_imports(place: Path) -> None:
     write("model: m\ntask: text-classification\ndata: {trian: x.csv}\nmethod: {kind: lora, rank: 4}\n")
     code = (
-        "import sys\nfrom ftkit.recipe import read\nfrom ftkit.errors import RecipeError\n"
+        "import sys\nfrom ftkit.recipe import read\nfrom ftkit.errors import MissingDependency, RecipeError\n"
         "try: read('recipe.yaml')\nexcept RecipeError as error: print(error)\n"
         "print(sorted({'torch', 'transformers', 'peft', 'numpy', 'rich', 'datasets', 'huggingface_hub', 'pyarrow'} & sys.modules.keys()))"
     )

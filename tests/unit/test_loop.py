@@ -1,0 +1,108 @@
+"""The loop's own pieces: which frozen modules fall still, and in which order batches come."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ftkit.data.batches import by_length, epoch_batches, split
+from ftkit.loop import Position, batches, frozen_bottom
+from ftkit.recipe.spec import Train
+
+
+def gpt2():
+    from transformers import GPT2Config, GPT2Model
+
+    return GPT2Model(GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=16))
+
+
+def names(model, modules):
+    return [name for name, module in model.named_modules() if any(module is other for other in modules)]
+
+
+def test_all_of_a_frozen_model_falls_still():
+    model = gpt2().requires_grad_(False)
+    assert names(model, frozen_bottom(model)) == [""]
+
+
+def test_nothing_falls_still_where_everything_learns():
+    assert frozen_bottom(gpt2()) == []
+
+
+def test_what_is_below_the_first_learning_layer_falls_still_with_its_dropout():
+    model = gpt2().requires_grad_(False)
+    model.h[1].requires_grad_(True)
+    assert names(model, frozen_bottom(model)) == ["wte", "wpe", "drop", "h.0"]
+
+
+def test_the_dropout_of_an_adapter_stays_active():
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model = inject_adapter_in_model(LoraConfig(target_modules=["c_attn"], lora_dropout=0.5), gpt2())
+    still = names(model, frozen_bottom(model))
+    assert "drop" in still
+    assert not [name for name in still if "lora" in name]
+
+
+@pytest.mark.parametrize("layout", ["padded", "bucketed"])
+def test_an_epoch_has_every_row_once_in_an_order_of_its_own(layout):
+    lengths = np.random.default_rng(0).integers(1, 100, 333)
+    first, second = (epoch_batches(lengths, 8, layout, seed=1, epoch=epoch) for epoch in (0, 1))
+    assert len(first) == 42
+    for epoch in (first, second):
+        assert sorted(np.concatenate(epoch)) == list(range(333))
+    assert not np.array_equal(np.concatenate(first), np.concatenate(second))
+    again = epoch_batches(lengths, 8, layout, seed=1, epoch=0)
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_buckets_hold_rows_of_like_length():
+    lengths = np.random.default_rng(0).integers(1, 500, 4000)
+
+    def padding(layout):
+        slots = sum(len(batch) * lengths[batch].max() for batch in epoch_batches(lengths, 8, layout, seed=0, epoch=0))
+        return 1 - lengths.sum() / slots
+
+    assert padding("padded") > 0.4
+    assert padding("bucketed") < 0.03
+
+
+@pytest.mark.parametrize(("accumulate", "world"), [(1, 1), (4, 1), (3, 2), (1, 4), (9, 2)])
+def test_shares_of_a_batch_are_disjoint_and_whole(accumulate, world):
+    lengths = np.arange(100)
+    batch = np.array([5, 1, 9, 3, 7, 50, 2])
+    shares = [split(batch, lengths, accumulate, world, rank) for rank in range(world)]
+    assert len({len(share) for share in shares}) == 1, "every process runs as many forward passes"
+    assert sorted(np.concatenate([part for share in shares for part in share])) == sorted(batch)
+
+
+def test_processes_share_an_evaluation():
+    lengths = np.arange(10)
+    shares = [np.concatenate(list(by_length(lengths, 2, 3, rank))) for rank in range(3)]
+    assert sorted(np.concatenate(shares)) == list(range(10))
+
+
+def test_batches_go_on_where_they_stopped():
+    train, lengths = Train(batch_size=4, seed=3), np.arange(1, 19)
+    whole = [batch.tolist() for batch in batches(lengths, train, "bucketed", Position(), 13)]
+    position, first = Position(), []
+    for batch in batches(lengths, train, "bucketed", position, 13):
+        first.append(batch.tolist())
+        if position.step == 7:
+            break
+    rest = [batch.tolist() for batch in batches(lengths, train, "bucketed", position, 13)]
+    assert first + rest == whole
+    assert (position.step, position.epoch, position.batch) == (13, 2, 3)
+
+
+def test_a_frozen_module_stays_still_through_train_and_eval():
+    from ftkit.loop import Trainee
+
+    model = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)), nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    trainee = Trainee(model, model, task=None, objective=None)  # type: ignore[arg-type]
+    assert trainee.train().training
+    assert not model[0][1].training
+    assert model[1].training
+    x = torch.ones(64, 2)
+    assert torch.equal(trainee.model[0](x), trainee.model[0](x))
