@@ -75,6 +75,9 @@ def _train(resolved: Resolved, stop: signals.StopRequest, resume: bool, overwrit
                 base = measure(session, prepared.splits, report, lambda: stop.requested)
                 _stop_if_asked(session, output, position, report, stop)
                 manifest.update(base={name: measured.values for name, measured in base.items()})
+            if position.step == 0:
+                for name in prepared.validation:
+                    report.evaluation(0, name, manifest["base"][name])
             _learn(session, output, report, stop, position)
             return finish(session, output, report, stop, position, manifest)
 

@@ -53,6 +53,7 @@ class LoRA(Spec):
 
     def apply(self, base: Base) -> nn.Module:
         from peft import LoraConfig, get_peft_model
+        from transformers.pytorch_utils import Conv1D
 
         chosen = choose_targets(base, self.targets)
         config = LoraConfig(
@@ -60,6 +61,7 @@ class LoRA(Spec):
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
             target_modules=shortest_endings(chosen, base.model),
+            fan_in_fan_out=isinstance(base.model.get_submodule(chosen[0]), Conv1D),  # GPT-2 keeps weights transposed
             use_dora=self.dora,
             use_rslora=self.rslora,
             init_lora_weights="pissa" if self.init == "pissa" else True,
