@@ -194,18 +194,15 @@ def head_of(model: transformers.PreTrainedModel) -> list[str]:
     return [name for name, module in children if name != model.base_model_prefix and next(module.parameters(), None) is not None]
 
 
-def load(
-    model: Model, source: Source | None, config: Any, tokenizer: Any, task: Task, method: Method, dtype: torch.dtype, seed: int, device: torch.device
-) -> Base:
-    """The base model with the task's head, in `dtype`, without any method applied.
+def plan(model: Model, source: Source | None, config: Any, tokenizer: Any, task: Task, method: Method) -> Base:
+    """The base without weights, on the meta device, after everything that can be refused before weights are read.
 
-    New parameters are drawn from `seed`.  Weights are read from safetensors only.
+    Completes `config` with what the task and the tokenizer say.
     """
     for key, value in task.config_kwargs().items():
         setattr(config, key, value)
     if config.get_text_config().pad_token_id is None:
         config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    cls = model_class(config, task)
     plain = skeleton(config, task)
     if not hasattr(plain, plain.base_model_prefix):
         raise RecipeError(f"{type(plain).__name__} does not tell its head from its base; it cannot be fine-tuned here")
@@ -216,11 +213,27 @@ def load(
         )
     head = head_of(plain)
     extra = method.load_kwargs(head)
+    if extra and model.init == "random":
+        raise RecipeError(f"method {method.kind} loads stored weights in few bits; with init: random there are none (train them first, then name that run)")
+    stored = getattr(config, "quantization_config", None)
+    if extra and stored:
+        kind = stored["quant_method"] if isinstance(stored, dict) else stored.quant_method
+        raise RecipeError(f"method {method.kind}: {model.name} is stored quantised already ({kind}), which cannot be done twice; use method: lora")
+    return Base(plain, tokenizer, None if model.init == "random" else source, task, head, load_kwargs=extra)
+
+
+def load(
+    model: Model, source: Source | None, config: Any, tokenizer: Any, task: Task, method: Method, dtype: torch.dtype, seed: int, device: torch.device
+) -> Base:
+    """The base model with the task's head, in `dtype`, without any method applied.
+
+    New parameters are drawn from `seed`.  Weights are read from safetensors only.
+    """
+    planned = plan(model, source, config, tokenizer, task, method)
+    cls, head, extra = model_class(config, task), planned.head, planned.load_kwargs
     attention = {"attn_implementation": model.attention} if model.attention else {}
     torch.manual_seed(seed)
     if model.init == "random":
-        if extra:
-            raise RecipeError(f"method {method.kind} loads stored weights in few bits; with init: random there are none (train them first, then name that run)")
         built = cls.from_config(config, dtype=dtype, **attention)
         return Base(built, tokenizer, None, task, head)
     assert source is not None
@@ -246,6 +259,8 @@ def load(
     stored_base = [name for name in loaded.state_dict() if name.startswith(base_prefix) and name not in missing]
     if not stored_base:
         raise RecipeError(f"{source.name} holds no weights of {type(loaded).__name__}: every parameter of the base would be random")
+    if resized:  # a head for other labels is stored there: whoever loads this base must leave it out, too
+        extra = extra | {"ignore_mismatched_sizes": True}
     return Base(loaded, tokenizer, source, task, head, missing | resized, extra)
 
 

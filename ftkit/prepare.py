@@ -57,16 +57,16 @@ def prepare(resolved: Resolved, report: Reporter, poll: Callable[[], None] = lam
 
     recipe = resolved.recipe
     source = model.locate(recipe.model)
-    if source is not None:
-        model.model_class(model.load_config(recipe.model, source), recipe.task)
+    model.model_class(model.load_config(recipe.model, source), recipe.task)
     with report.stage("reading data"):
         rows = load_rows(recipe.data, recipe.task, recipe.train.seed, report.note)
+    _check_metrics(recipe, rows)
     poll()
     tokenizer = _tokenizer(recipe, source, rows, report)
     config = model.load_config(recipe.model, source, tokenizer)
     task = recipe.task.resolve(rows.train)
     task.check(tokenizer)
-    limits = Limits(_max_length(resolved, config, tokenizer, report), recipe.data.truncation)
+    limits = Limits(max_length(resolved, config, tokenizer, report.note), recipe.data.truncation)
 
     def encode(name: str, split: list[Row]) -> FeatureSet:
         with report.stage(f"tokenising {name}", len(split)) as stage:
@@ -85,6 +85,16 @@ def prepare(resolved: Resolved, report: Reporter, poll: Callable[[], None] = lam
     data = recipe.data.model_copy(update={"max_length": limits.max_length, "columns": rows.columns})
     recipe = recipe.model_copy(update={"task": task, "data": data})
     return Prepared(recipe, source, tokenizer, config, limits, rows, train, splits, audits)
+
+
+def _check_metrics(recipe: Recipe, rows: Rows) -> None:
+    known = recipe.task.metric_names
+    rule = recipe.train.early_stopping
+    for key, name in [*(("eval.metrics", name) for name in recipe.eval.metrics or ()), *([("train.early_stopping.metric", rule.metric)] if rule else [])]:
+        if name not in known:
+            raise RecipeError(f"{key}: {name!r} is not a metric of {recipe.task.kind}; there are {', '.join(known)}")
+    if rule and not rows.validation:
+        raise RecipeError("train.early_stopping needs validation rows (data.validation: a file, or a fraction such as 0.1)")
 
 
 def _tokenizer(recipe: Recipe, source: Source | None, rows: Rows, report: Reporter) -> Any:
@@ -124,7 +134,7 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(inner)
 
 
-def _max_length(resolved: Resolved, config: Any, tokenizer: Any, report: Reporter) -> int:
+def max_length(resolved: Resolved, config: Any, tokenizer: Any, note: Callable[[str], None]) -> int:
     """Tokens in a row at most: what the recipe says, or the default where the model has as many positions."""
     from ftkit.model import max_positions
 
@@ -135,6 +145,6 @@ def _max_length(resolved: Resolved, config: Any, tokenizer: Any, report: Reporte
     if positions is not None and asked > positions:
         if not by_default:
             raise RecipeError(f"data.max_length: {asked}, but the model has {positions} positions")
-        report.note(f"data.max_length: {positions}, the positions of the model")
+        note(f"data.max_length: {positions}, the positions of the model")
         return positions
     return asked

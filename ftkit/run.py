@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ftkit import checkpoint, launch, model, optim, rundir, signals
-from ftkit.errors import Diverged, RecipeError
+from ftkit.errors import Diverged
 from ftkit.evaluate import measure
 from ftkit.finish import finish
 from ftkit.loop import Position, Step, fit
@@ -148,9 +148,7 @@ def _validate(session: Session, output: Path, report: Reporter, stop: signals.St
     if names:
         watched = session.recipe.train.early_stopping
         name, margin = (watched.metric, watched.min_delta) if watched else ("loss", 0.0)
-        values = measured[names[0]].values
-        if name not in values:
-            raise RecipeError(f"train.early_stopping.metric: {name!r} is not measured; there are {', '.join(values)}")
+        values = measured[names[0]].metrics.compute()  # eval.metrics may not ask for the one that is watched
         sign = -1 if name in LOWER_IS_BETTER else 1
         if position.best_metric is None or sign * (values[name] - position.best_metric) > margin:
             position.best_step, position.best_metric, position.evaluations_since_best = position.step, values[name], 0

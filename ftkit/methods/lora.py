@@ -56,6 +56,7 @@ class LoRA(Spec):
         from transformers.pytorch_utils import Conv1D
 
         chosen = choose_targets(base, self.targets)
+        pissa = self.init == "pissa" and base.model.device.type != "meta"  # which has no weights to decompose
         config = LoraConfig(
             r=self.r,
             lora_alpha=self.alpha,
@@ -64,13 +65,13 @@ class LoRA(Spec):
             fan_in_fan_out=isinstance(base.model.get_submodule(chosen[0]), Conv1D),  # GPT-2 keeps weights transposed
             use_dora=self.dora,
             use_rslora=self.rslora,
-            init_lora_weights="pissa" if self.init == "pissa" else True,
+            init_lora_weights="pissa" if pissa else True,
             modules_to_save=base.new_modules or None,
             task_type=base.task.peft_type,
             revision=base.source.revision if base.source else None,
         )
         model = get_peft_model(base.model, config)
-        if self.init == "pissa":
+        if pissa:
             base.initial = {name: p.detach().clone() for name, p in model.named_parameters() if ".lora_" in name}
         return model
 

@@ -1,0 +1,360 @@
+"""What users get wrong: mistake -> exit code -> message.  No traceback, nothing lost, nothing half written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+
+@dataclass
+class Scene:
+    """A recipe that would train, and the place where it can be spoilt."""
+
+    path: Path
+    recipe: dict[str, Any]
+    checkpoint: Any
+    data: Any
+    monkeypatch: pytest.MonkeyPatch
+
+    def file(self, name: str, content: str | bytes) -> str:
+        path = self.path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return str(path)
+
+    def train(self, name: str, content: str | bytes) -> None:
+        self.recipe["data"]["train"] = self.file(name, content)
+
+    def chat(self, model: str) -> None:
+        self.recipe |= {"task": "causal-lm", "model": model}
+        self.recipe["data"] = {"train": str(self.data.chats / "train.jsonl")}
+
+    def model_without(self, *names: str, architecture: str = "bert") -> str:
+        directory = self.path / "model"
+        shutil.copytree(self.checkpoint(architecture), directory)
+        for name in names:
+            for path in directory.glob(name):
+                path.unlink()
+        return str(directory)
+
+
+@pytest.fixture
+def scene(tmp_path, checkpoint, data, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = {
+        "model": checkpoint("bert"),
+        "task": "text-classification",
+        "data": {"train": str(data.single / "train.csv"), "validation": str(data.single / "validation.csv")},
+        "train": {"steps": 1, "batch_size": 4},
+        "output": str(tmp_path / "run"),
+    }
+    return Scene(tmp_path, recipe, checkpoint, data, monkeypatch)
+
+
+MISTAKES: dict[str, tuple[Any, int, str]] = {}
+
+
+def mistake(code: int, message: str):
+    """Enter a mistake into the table: the exit code it ends with, and what stderr must say (a regular expression)."""
+
+    def enter(spoil):
+        MISTAKES[spoil.__name__] = (spoil, code, message)
+        return spoil
+
+    return enter
+
+
+@mistake(3, r"gone\.csv: no such file")
+def missing_file(scene):
+    scene.recipe["data"]["train"] = str(scene.path / "gone.csv")
+
+
+@mistake(3, r"no data file|no .*files")
+def directory_without_data(scene):
+    (scene.path / "empty").mkdir()
+    scene.recipe["data"]["train"] = str(scene.path / "empty")
+
+
+@mistake(3, r"empty\.csv.*(empty|no row)")
+def empty_file(scene):
+    scene.train("empty.csv", "")
+
+
+@mistake(3, r"header\.csv.*no row")
+def header_only(scene):
+    scene.train("header.csv", "text,label\n")
+
+
+@mistake(3, r"one label only \('a'\)")
+def one_label_only(scene):
+    scene.train("one.csv", "text,label\nroses,a\nbread,a\n")
+    scene.recipe["data"].pop("validation")
+
+
+@mistake(3, r"validation\.csv:2: label 'sky' does not occur in the training rows")
+def label_unseen_in_training(scene):
+    scene.recipe["data"]["validation"] = scene.file("validation.csv", "text,label\nroses,garden\nboats,sky\n")
+
+
+@mistake(3, r"columns(.|\n)*there are: body, label\n *needed: text")
+def text_column_missing(scene):
+    scene.train("t.csv", "body_of_it,label\nroses,a\nbread,b\n".replace("body_of_it", "body"))
+
+
+@mistake(3, r"t\.csv:2: text is empty")
+def null_text(scene):
+    scene.train("t.csv", "text,label\nroses,garden\n,kitchen\nboats,harbour\n")
+
+
+@mistake(3, r"t\.jsonl:2: label is null")
+def null_label(scene):
+    scene.train("t.jsonl", '{"text": "roses", "label": "a"}\n{"text": "bread", "label": null}\n')
+
+
+@mistake(3, r"t\.jsonl:2: ")
+def broken_json_line(scene):
+    scene.train("t.jsonl", '{"text": "roses", "label": "a"}\n{"text": "bread", "la\n')
+
+
+@mistake(3, r"t\.csv:2.*UTF-8")
+def not_utf8(scene):
+    scene.train("t.csv", b"text,label\nroses,a\n\xff\xfe bread,b\n")
+
+
+@mistake(3, r"t\.csv:1: \d+ tokens, more than data\.max_length: 16")
+def row_longer_than_allowed(scene):
+    scene.train("t.csv", "text,label\n" + "roses " * 40 + ",garden\nbread,kitchen\n")
+    scene.recipe["data"] |= {"max_length": 16, "truncation": "error"}
+
+
+@mistake(2, r"data\.max_length: 4096, but the model has 64 positions")
+def longer_than_the_model(scene):
+    scene.recipe["data"]["max_length"] = 4096
+
+
+@mistake(8, r"someone/unknown-model.*(hub|network)")
+def unknown_model(scene):
+    scene.recipe["model"] = "someone/unknown-model"
+
+
+@mistake(2, r"there is no directory .*/models/gone")
+def missing_model_directory(scene):
+    scene.recipe["model"] = "./models/gone"
+
+
+@mistake(2, r"holds no model|without config\.json")
+def directory_that_is_no_model(scene):
+    scene.recipe["model"] = str(scene.data.single)
+
+
+@mistake(2, r"has no tokenizer")
+def model_without_tokenizer(scene):
+    scene.recipe["model"] = scene.model_without("tokenizer*", "vocab*", "special*")
+
+
+@mistake(2, r"chat template(.|\n)*prompt")
+def model_without_chat_template(scene):
+    model = scene.model_without("chat_template*", architecture="llama")
+    config = Path(model, "tokenizer_config.json")
+    config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "chat_template"}))
+    scene.chat(model)
+
+
+@mistake(2, r"turn")
+def template_that_never_ends_a_turn(scene):
+    model = scene.model_without("chat_template*", architecture="llama")
+    Path(model, "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}")
+    scene.chat(model)
+
+
+@mistake(2, r"distilbert has no head for it")
+def architecture_without_the_head(scene):
+    scene.recipe |= {"task": "causal-lm", "model": scene.checkpoint("distilbert")}
+    scene.recipe["data"] = {"train": str(scene.data.text / "train.jsonl")}
+
+
+@mistake(2, r"no safetensors weights")
+def pickled_weights(scene):
+    scene.recipe["model"] = scene.model_without("*.safetensors")
+    Path(scene.recipe["model"], "pytorch_model.bin").write_bytes(b"\x80\x04cposix\nsystem\n")
+
+
+@mistake(2, r"'q_project' matches no linear module.*query")
+def lora_targets_that_match_nothing(scene):
+    scene.recipe["method"] = {"kind": "lora", "targets": ["q_project"]}
+
+
+@mistake(2, r"no linear module")
+def lora_targets_that_match_only_the_head(scene):
+    scene.recipe["method"] = {"kind": "lora", "targets": ["classifier"]}
+
+
+@mistake(2, r"'(\(unclosed|\[unclosed).*regular expression")
+def pattern_that_is_no_expression(scene):
+    scene.recipe["method"] = {"kind": "partial", "pattern": "[unclosed"}
+
+
+@mistake(2, r"9 layers asked for, \w+ has 2")
+def more_layers_than_there_are(scene):
+    scene.recipe["method"] = {"kind": "partial", "last": 9}
+
+
+@mistake(4, r"bitsandbytes.*not installed")
+def four_bits_without_bitsandbytes(scene):
+    import importlib.util
+
+    real = importlib.util.find_spec
+    scene.monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else real(name, *rest))
+    scene.recipe["method"] = "qlora"
+
+
+@mistake(2, r"loads stored weights in few bits; with init: random there are none")
+def four_bits_of_random_weights(scene):
+    scene.recipe |= {"method": "qlora", "model": {"name": scene.checkpoint("bert"), "init": "random"}}
+
+
+@mistake(4, r"fp16 needs a GPU")
+def fp16_on_a_cpu(scene):
+    import torch
+
+    scene.monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    scene.recipe["train"]["precision"] = "fp16"
+
+
+@mistake(4, r"fsdp needs GPUs")
+def fsdp_on_a_cpu(scene):
+    import torch
+
+    scene.monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    scene.recipe["train"]["parallel"] = "fsdp"
+
+
+@mistake(7, r"free")
+def full_disk(scene):
+    scene.monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+
+
+@mistake(7, r"cannot write into")
+def unwritable_output(scene):
+    import os
+
+    locked = scene.path / "locked"
+    locked.mkdir()
+    real = os.access
+    scene.monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != locked and real(path, mode))  # root may write everywhere
+    scene.recipe["output"] = str(locked / "run")
+
+
+@mistake(2, r"not empty and not a run of ftkit")
+def output_with_something_else(scene):
+    (scene.path / "run").mkdir()
+    (scene.path / "run" / "thesis.tex").write_text("years of work")
+
+
+@mistake(2, r"thesis\.tex is a file")
+def output_that_is_a_file(scene):
+    scene.recipe["output"] = scene.file("thesis.tex", "years of work")
+
+
+@mistake(6, r"step 1: loss nan.*on the rows .*train\.csv:\d+.*the weights were not changed")
+def divergence(scene):
+    from ftkit.objectives.supervised import Supervised
+
+    scene.monkeypatch.setattr(Supervised, "loss", lambda self, scores: scores.logits.sum() * float("nan"))
+
+
+@mistake(2, r"early_stopping\.metric: 'f2' is not a metric of text-classification; there are accuracy")
+def early_stopping_on_an_unknown_metric(scene):
+    scene.recipe["train"]["early_stopping"] = {"metric": "f2"}
+
+
+@mistake(2, r"eval\.metrics: 'acuracy' is not a metric of text-classification; there are accuracy")
+def unknown_metric(scene):
+    scene.recipe["eval"] = {"metrics": ["acuracy"]}
+
+
+@mistake(2, r"early_stopping needs validation rows")
+def early_stopping_without_validation(scene):
+    scene.recipe["data"].pop("validation")
+    scene.recipe["train"]["early_stopping"] = {"metric": "loss"}
+
+
+@mistake(2, r"LlamaConfig has no 'hiden_size'; did you mean 'hidden_size'\?")
+def unknown_config_override(scene):
+    scene.recipe |= {"model": {"init": "random", "tokenizer": {"train": "data"}, "config": {"model_type": "llama", "hiden_size": 32}}, "task": "causal-lm"}
+    scene.recipe["data"] = {"train": str(scene.data.text / "train.jsonl")}
+
+
+@mistake(2, r"holds an adapter; merge it first")
+def an_adapter_as_the_model(scene):
+    adapter = scene.path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    scene.recipe["model"] = str(adapter)
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_told_and_costs_nothing(name, scene, ftkit):
+    spoil, code, message = MISTAKES[name]
+    spoil(scene)
+    recipe = scene.path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(scene.recipe))
+    before = {path: path.read_bytes() for path in scene.path.rglob("*") if path.is_file()}
+    outcome = ftkit("train", recipe)
+    assert outcome.code == code, outcome.err
+    assert re.search(message, outcome.err), outcome.err
+    assert "Traceback" not in outcome.err
+    assert outcome.out == ""
+    assert all(path.read_bytes() == content for path, content in before.items()), "nothing of the user's may change"
+
+
+REFUSED_AT_ONCE = {
+    "typo_in_a_number": ("train: {learning_rate: 1e-4x}", r"recipe\.yaml:4:\d+: .*1e-4x.* is not a number"),
+    "unknown_key": ("train: {lerning_rate: 1e-4}", r"recipe\.yaml:4:\d+: .*lerning_rate.*learning_rate"),
+    "unknown_method": ("method: lorra", r"lorra.*lora"),
+    "yaml_tag": ("train: !!python/object/apply:os.system [echo]", r"recipe\.yaml:4:\d+: .*tag"),
+    "alias_bomb": ("a: &a [x]\nb: &b [*a, *a]", r"recipe\.yaml:4:\d+: .*(anchor|alias)"),
+    "nesting": ("a: " + "[" * 10_000_000, r"larger|1 MB|deeper"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_AT_ONCE)
+def test_a_recipe_that_cannot_be_read_is_refused(name, tmp_path, ftkit):
+    line, message = REFUSED_AT_ONCE[name]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: x/y\ntask: text-classification\ndata: {{train: t.csv}}\n{line}\n")
+    outcome = ftkit("train", recipe)
+    assert outcome.code == 2
+    assert re.search(message, outcome.err), outcome.err
+    assert "Traceback" not in outcome.err
+
+
+def test_a_disk_that_fills_up_while_saving_keeps_the_older_checkpoint(scene, ftkit, monkeypatch):
+    """The second checkpoint fails as a full disk does; the first is whole and the run continues from it."""
+    from ftkit import checkpoint
+
+    real, calls = checkpoint.save_file, []
+
+    def filling(tensors, path, *rest):
+        calls.append(path)
+        if len(calls) > 4:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        real(tensors, path, *rest)
+
+    monkeypatch.setattr(checkpoint, "save_file", filling)
+    scene.recipe["train"] |= {"steps": 4, "save_every": 1}
+    recipe = scene.path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(scene.recipe))
+    outcome = ftkit("train", recipe)
+    assert outcome.code == 7, outcome.err
+    assert "No space left" in outcome.err
+    assert [path.name for path in (scene.path / "run" / "checkpoints").iterdir()] == ["step-1"]
+    assert checkpoint.flaw(scene.path / "run" / "checkpoints" / "step-1") is None
+    assert json.loads((scene.path / "run" / "manifest.json").read_text())["exit_code"] == 7
