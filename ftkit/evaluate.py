@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import nn
 
 from ftkit.data.batches import by_length, collate
 
@@ -13,10 +14,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from ftkit.data.features import FeatureSet
-    from ftkit.loop import Trainee
     from ftkit.report import Reporter
     from ftkit.session import Session
-    from ftkit.tasks import Metrics
+    from ftkit.tasks import Metrics, Task
 
 
 class Measured(NamedTuple):
@@ -29,7 +29,8 @@ class Measured(NamedTuple):
 
 def evaluate(
     accelerator: Accelerator,
-    trainee: Trainee,
+    trainee: nn.Module,
+    task: Task,
     features: FeatureSet,
     batch_size: int,
     pad_token_id: int,
@@ -39,18 +40,17 @@ def evaluate(
 ) -> tuple[Metrics, list[dict[str, Any]]]:
     """Metrics over all features, summed over processes, and what the model said of this process's share.
 
-    Stops early, with sums that mean nothing, as soon as `interrupted` says so.
+    `trainee` is a `Trainee`, as accelerate prepared it or alone.  Stops early, with sums that mean nothing, as soon as `interrupted` says so.
     """
-    task = trainee.task
     metrics = task.metrics()
     records: list[dict[str, Any]] = []
     was_training = trainee.training
     trainee.eval()
-    with torch.inference_mode(), accelerator.autocast():
+    with torch.no_grad():
         for indices in by_length(features.lengths, batch_size, accelerator.num_processes, accelerator.process_index):
             if interrupted():
                 break
-            scores = trainee.scores(collate(features, indices, pad_token_id).to(accelerator.device))
+            scores = trainee(collate(features, indices, pad_token_id).to(accelerator.device), judge=True)
             metrics.update(scores)
             if keep_records:
                 records += task.records(scores)
@@ -70,7 +70,8 @@ def measure(session: Session, names: Iterable[str], report: Reporter, interrupte
         with report.stage(f"evaluating {name}", len(features)) as stage:
             metrics, records = evaluate(
                 session.accelerator,
-                session.trainee,
+                session.wrapped,
+                session.recipe.task,
                 features,
                 session.recipe.eval.batch_size,
                 session.pad_token_id,

@@ -168,7 +168,7 @@ def _release(session: Session) -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     session.accelerator.free_memory()
-    session.wrapped = session.trainee = session.learner = session.optimizer = None  # type: ignore[assignment]
+    session.wrapped = session.learner = session.optimizer = None  # type: ignore[assignment]
     session.base.model = None  # type: ignore[assignment]
     gc.collect()
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ftkit.data.batches import collate, epoch_batches, split
-from ftkit.data.types import Batch, Scores
+from ftkit.data.types import Batch
 from ftkit.errors import Diverged
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 class Trainee(nn.Module):
     """What accelerate prepares: model, head, task and objective behind one `forward`.
 
-    Nothing outside calls a submodule while training: under DDP that would leave other gradients on every process.
+    Nothing outside calls a submodule: under DDP that would leave other gradients on every process, and
+    under FSDP weights that were not gathered.
     """
 
     def __init__(self, model: nn.Module, inner: nn.Module, task: Task, objective: Objective) -> None:
@@ -42,13 +43,10 @@ class Trainee(nn.Module):
         self.still = [name for name, module in inner.named_modules() if any(module is other for other in frozen)]
         self._still = frozen
 
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """The summed loss of the batch, float32."""
-        return self.objective.loss(self.task.scores(self.model, batch))
-
-    def scores(self, batch: Batch) -> Scores:
-        """What the model says on the supervised items; for evaluation."""
-        return self.task.scores(self.model, batch)
+    def forward(self, batch: Batch, judge: bool = False) -> Any:
+        """The summed loss of the batch, float32; with `judge`, the scores of its supervised items."""
+        scores = self.task.scores(self.model, batch)
+        return scores if judge else self.objective.loss(scores)
 
     def train(self, mode: bool = True) -> Trainee:
         """Training mode, except for frozen modules below the first one that learns: dropout there only adds noise."""

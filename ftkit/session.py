@@ -29,8 +29,7 @@ class Session:
     accelerator: Accelerator
     base: Base
     learner: nn.Module  # the base with the method applied
-    trainee: Trainee  # the learner with task and objective
-    wrapped: nn.Module  # the trainee as accelerate prepared it: what the loop calls
+    wrapped: nn.Module  # the learner with task and objective (`Trainee`), as accelerate prepared it: what everything calls
     optimizer: Any
     precision: str
     accumulate: int  # micro-batches of one process in a step
@@ -72,7 +71,7 @@ def open_session(prepared: Prepared, report: Reporter) -> Session:
     if trainee.still:
         report.note(f"without dropout, because frozen below the first part that learns: {', '.join(trainee.still)}")
     torch.manual_seed(train.seed + world.rank)  # dropout differs between processes
-    return Session(recipe, prepared, accelerator, base, learner, trainee, wrapped, prepared_optimizer, precision, accumulate, layout)
+    return Session(recipe, prepared, accelerator, base, learner, wrapped, prepared_optimizer, precision, accumulate, layout)
 
 
 def _shares(train: Train, accumulate: int, size: int) -> str:

@@ -161,21 +161,23 @@ def _problems(error: ValidationError, tree: Node, recipe_type: Any) -> Iterator[
     grouped: dict[tuple[str | int, ...], list[Any]] = {}
     for detail in error.errors(include_url=False, include_input=False):
         grouped.setdefault(_path(detail, tree), []).append(detail)
+    above = {path[:length] for path in grouped for length in range(len(path))}
     for number, (path, details) in enumerate(grouped.items()):
         node, place = _nearest(tree, path)
-        key = _dotted(path)
+        key = shown(_dotted(path))
         kinds = {detail["type"] for detail in details}
+        mismatch = kinds <= {*_WANTED, "literal_error"}
+        if mismatch and path in above:
+            continue  # an alternative that was not meant; the one that was has errors of its own
         if kinds == {"extra_forbidden"}:
-            hint = _suggestion(path, recipe_type) if number < MAX_PROBLEMS else ""  # 100,000 of them take minutes
-            message = f"unknown key `{shown(key)}`{hint}"
+            message = f"unknown key `{key}`{_suggestion(path, recipe_type) if number < MAX_PROBLEMS else ''}"
         elif kinds == {"missing"}:
             message = f"missing required key `{key}`{_described(path, recipe_type)}"
-        elif wrong := [_wrong(detail) for detail in details if detail["type"] not in _WANTED and detail["type"] != "literal_error"]:
-            message = f"`{key}: {shown(node.plain())}` {wrong[0]}" if not isinstance(node.value, dict) else wrong[0]
-        elif any(other[: len(path)] == path and other != path for other in grouped):
-            continue  # an alternative that was not meant; the one that was has errors of its own
-        else:
+        elif mismatch:
             message = f"`{key}: {shown(node.plain())}` is not {_alternatives(details)}{_closest(details, node.value)}"
+        else:
+            wrong = next(_wrong(detail) for detail in details if detail["type"] not in _WANTED)
+            message = wrong if isinstance(node.value, dict) else f"`{key}: {shown(node.plain())}` {wrong}"
         yield Problem(place, message)
 
 

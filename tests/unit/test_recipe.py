@@ -329,17 +329,16 @@ class TestFiles:
             MINIMAL.replace("org/base", "sk-" * 300_000),
             MINIMAL.replace("rows.csv", "a/" + "b" * 900_000),
             MINIMAL + f"{'x' * 900_000}: 1\n",
-            MINIMAL + "train: {trackers: [" + "x, " * 300_000 + "]}\n",
+            MINIMAL + "train: {trackers: [" + "x, " * 200_000 + "]}\n",
         ],
         ids=["keys", "fields", "secret", "hub id", "key", "items"],
     )
     def test_a_megabyte_of_mistakes_takes_seconds_and_few_lines(self, content: str) -> None:
-        assert len(content) <= 1_000_000
+        assert len(content) < 999_000
         started = time.process_time()
-        try:
-            read(write(content))
-        except RecipeError as error:
-            assert len(str(error)) < 20_000
+        with pytest.raises(RecipeError) as caught:
+            read(write(content + "nonsense: 1\n"))
+        assert len(str(caught.value)) < 20_000
         assert time.process_time() - started < 20
 
     def test_endless_file(self) -> None:
@@ -592,7 +591,7 @@ class TestPlugins:
         (package / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1.0\n")
         (package / "entry_points.txt").write_text("[ftkit.method]\ntheirs = no_such_module:Method\n")
         monkeypatch.syspath_prepend(place)
-        with pytest.raises(MissingDependency, match="theirs.*no_such_module"):
+        with pytest.raises(MissingDependency, match=r"theirs.*no_such_module"):
             read(write(MINIMAL + "method: theirs\n"))
 
     def test_only_named_kinds_are_imported(self, monkeypatch: pytest.MonkeyPatch) -> None:
