@@ -1,0 +1,55 @@
+"""Train with ftkit's own stages, without what `ftkit train` does around the loop: evaluation, checkpoints, verification."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+from benchmarks.measure import Watch
+from ftkit import optim
+from ftkit.loop import Position, fit
+from ftkit.prepare import prepare
+from ftkit.recipe import read
+from ftkit.report import Reporter
+from ftkit.session import open_session
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("recipe")
+    parser.add_argument("--output", type=Path, required=True, help="save the model there")
+    parser.add_argument("--report", type=Path, required=True, help="write measurements there, as JSON")
+    args = parser.parse_args()
+
+    with Reporter(None, quiet=True) as report:
+        prepared = prepare(read(args.recipe), report)
+        session = open_session(prepared, report)
+    train, features = session.recipe.train, prepared.train
+    num_steps = math.ceil((train.epochs or 0) * math.ceil(len(features) / train.batch_size))
+    steps = fit(
+        session.accelerator,
+        session.wrapped,
+        session.optimizer,
+        optim.schedule(train, num_steps),
+        features,
+        train,
+        session.layout,
+        session.accumulate,
+        session.pad_token_id,
+        Position(),
+        num_steps,
+    )
+    watch, tokens, supervised = Watch(), 0, 0.0
+    watch.start()
+    for done in steps:
+        watch.step()
+        tokens += done.tokens
+        supervised += done.items
+    session.base.model.save_pretrained(args.output)
+    prepared.tokenizer.save_pretrained(args.output)
+    watch.write(args.report, supervised=round(supervised), tokens=tokens)
+
+
+if __name__ == "__main__":
+    main()

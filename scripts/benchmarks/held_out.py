@@ -1,0 +1,56 @@
+"""The loss of a saved model on held-out rows, a mean over supervised items: one judge for every side of a comparison."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+
+def chat_loss(directory: str, rows: list[dict[str, Any]], max_length: int) -> float:
+    """Mean over the tokens of all answers; each row by itself, without padding."""
+    from reference.causal_lm import encode
+
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    total, count = 0.0, 0
+    for row in rows:
+        encoded = encode(row, tokenizer, max_length)
+        labels = torch.tensor(encoded["labels"][1:])
+        logits = model(input_ids=torch.tensor([encoded["input_ids"]])).logits[0, :-1]
+        total += F.cross_entropy(logits, labels, reduction="sum").item()  # -100 is ignored
+        count += int((labels >= 0).sum())
+    return total / count
+
+
+def class_loss(directory: str, rows: list[dict[str, Any]]) -> float:
+    """Mean over the rows; each by itself, without padding."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32).eval()
+    labels = sorted({row["label"] for row in rows})
+    losses = [
+        F.cross_entropy(model(**tokenizer(row["text"], truncation=True, return_tensors="pt")).logits, torch.tensor([labels.index(row["label"])]))
+        for row in rows
+    ]
+    return sum(loss.item() for loss in losses) / len(losses)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("--max-length", type=int, default=512)
+    args = parser.parse_args()
+    rows = [json.loads(line) for line in args.rows.read_text(encoding="utf-8").splitlines()]
+    with torch.inference_mode():
+        loss = chat_loss(args.model, rows, args.max_length) if "messages" in rows[0] else class_loss(args.model, rows)
+    print(json.dumps({"loss": loss}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Fine-tune a language model on chats as one does with transformers' Trainer: what ftkit is compared with.
+
+python -m reference.causal_lm --model DIR --train rows.jsonl --report out.json
+Rows have `messages`, of which the last one is learned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
+
+from benchmarks.measure import Watch
+from reference.clock import Clock
+
+IGNORED = -100
+
+
+def encode(row: dict[str, Any], tokenizer: Any, max_length: int) -> dict[str, list[int]]:
+    """The chat up to the token that ends the answer; only the answer has labels."""
+    prompt = tokenizer.apply_chat_template(row["messages"][:-1], tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(row["messages"], tokenize=False).rstrip("\n")
+    given = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    input_ids = tokenizer(text, add_special_tokens=False, truncation=True, max_length=max_length)["input_ids"]
+    return {"input_ids": input_ids, "attention_mask": [1] * len(input_ids), "labels": [IGNORED] * given + input_ids[given:]}
+
+
+def dataset(path: Path, tokenizer: Any, max_length: int) -> Dataset:
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return Dataset.from_list(rows).map(encode, fn_kwargs={"tokenizer": tokenizer, "max_length": max_length}, remove_columns=list(rows[0]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--train", type=Path, required=True)
+    parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--epochs", type=float, default=1)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--output", type=Path, help="save the model there")
+    parser.add_argument("--report", type=Path, required=True, help="write measurements there, as JSON")
+    args = parser.parse_args()
+
+    set_seed(args.seed)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    train = dataset(args.train, tokenizer, args.max_length)
+    watch = Watch()
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(
+                output_dir=scratch,
+                num_train_epochs=args.epochs,
+                per_device_train_batch_size=args.batch_size,
+                learning_rate=args.learning_rate,
+                lr_scheduler_type="cosine",
+                warmup_steps=0.03,
+                weight_decay=0.0,
+                seed=args.seed,
+                logging_steps=10,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+            ),
+            train_dataset=train,
+            data_collator=DataCollatorForSeq2Seq(tokenizer),
+            processing_class=tokenizer,
+            callbacks=[Clock(watch)],
+        )
+        trainer.train()
+    if args.output:
+        trainer.save_model(str(args.output))
+    supervised = sum(label != IGNORED for labels in train["labels"] for label in labels[1:])
+    watch.write(args.report, supervised=round(supervised * args.epochs))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Fine-tune a classifier as one does with transformers' Trainer and peft: what ftkit is compared with.
+
+python -m reference.classification --model DIR --train rows.jsonl --validation rows.jsonl --report out.json
+Rows have `text`, perhaps `text_pair`, and `label`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from sklearn.metrics import accuracy_score, matthews_corrcoef
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from benchmarks.measure import Watch
+from reference.clock import Clock
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def dataset(rows: list[dict[str, Any]], labels: list[Any], tokenizer: Any) -> Dataset:
+    def encode(row: dict[str, Any]) -> dict[str, Any]:
+        encoded = tokenizer(row["text"], row.get("text_pair"), truncation=True)
+        return {**encoded, "labels": labels.index(row["label"])}
+
+    return Dataset.from_list(rows).map(encode, remove_columns=list(rows[0]))
+
+
+def choose(model: Any, method: str) -> Any:
+    """The model with the parts that learn: the same ones as ftkit's method of that name."""
+    if method == "lora":
+        layers = r".*encoder\.layer\.\d+\..*(query|key|value|dense)"  # all linear layers; not the pooler, not the head
+        return get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, lora_dropout=0.05, target_modules=layers))
+    if method in ("head", "partial"):
+        model.base_model.requires_grad_(False)
+    if method == "partial":
+        model.base_model.encoder.layer[-2:].requires_grad_(True)
+        model.base_model.pooler.requires_grad_(True)
+    return model
+
+
+def metrics(prediction: Any) -> dict[str, float]:
+    said = np.argmax(prediction.predictions, axis=-1)
+    return {"accuracy": accuracy_score(prediction.label_ids, said), "mcc": matthews_corrcoef(prediction.label_ids, said)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--train", type=Path, required=True)
+    parser.add_argument("--validation", type=Path)
+    parser.add_argument("--method", choices=["full", "partial", "head", "lora"], default="full")
+    parser.add_argument("--epochs", type=float, default=3)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--learning-rate", type=float, default=5e-5)
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--output", type=Path, help="save the model there")
+    parser.add_argument("--report", type=Path, required=True, help="write measurements there, as JSON")
+    args = parser.parse_args()
+
+    set_seed(args.seed)
+    rows = read(args.train)
+    labels = sorted({row["label"] for row in rows})
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=len(labels), dtype=torch.float32)
+    model = choose(model, args.method)
+    watch = Watch()
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(
+                output_dir=scratch,
+                num_train_epochs=args.epochs,
+                per_device_train_batch_size=args.batch_size,
+                per_device_eval_batch_size=64,
+                learning_rate=args.learning_rate,
+                lr_scheduler_type="linear",
+                warmup_steps=0.1,
+                weight_decay=0.01,
+                seed=args.seed,
+                logging_steps=10,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+            ),
+            train_dataset=dataset(rows, labels, tokenizer),
+            data_collator=DataCollatorWithPadding(tokenizer),
+            processing_class=tokenizer,
+            compute_metrics=metrics,
+            callbacks=[Clock(watch)],
+        )
+        trainer.train()
+        measured = trainer.evaluate(dataset(read(args.validation), labels, tokenizer)) if args.validation else {}
+    if args.output:
+        trainer.save_model(str(args.output))
+    watch.write(args.report, supervised=round(len(rows) * args.epochs), metrics={name.removeprefix("eval_"): value for name, value in measured.items()})
+
+
+if __name__ == "__main__":
+    main()
