@@ -52,7 +52,7 @@ def evaluate(
                 break
             scores = trainee(collate(features, indices, pad_token_id).to(accelerator.device), judge=True)
             metrics.update(scores)
-            if keep_records:
+            if keep_records and len(indices):
                 records += task.records(scores)
             advance(len(indices) * accelerator.num_processes)
     trainee.train(was_training)

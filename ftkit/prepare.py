@@ -60,9 +60,9 @@ def prepare(resolved: Resolved, report: Reporter, poll: Callable[[], None] = lam
     model.model_class(model.load_config(recipe.model, source), recipe.task)
     with report.stage("reading data"):
         rows = load_rows(recipe.data, recipe.task, recipe.train.seed, report.note)
-    _check_metrics(recipe, rows)
+    check_metrics(recipe, rows)
     poll()
-    tokenizer = _tokenizer(recipe, source, rows, report)
+    tokenizer = load_tokenizer(recipe, source, rows, report)
     config = model.load_config(recipe.model, source, tokenizer)
     task = recipe.task.resolve(rows.train)
     task.check(tokenizer)
@@ -87,7 +87,8 @@ def prepare(resolved: Resolved, report: Reporter, poll: Callable[[], None] = lam
     return Prepared(recipe, source, tokenizer, config, limits, rows, train, splits, audits)
 
 
-def _check_metrics(recipe: Recipe, rows: Rows) -> None:
+def check_metrics(recipe: Recipe, rows: Rows) -> None:
+    """Refuse metrics that the task has not, and early stopping with nothing to watch."""
     known = recipe.task.metric_names
     rule = recipe.train.early_stopping
     for key, name in [*(("eval.metrics", name) for name in recipe.eval.metrics or ()), *([("train.early_stopping.metric", rule.metric)] if rule else [])]:
@@ -97,7 +98,8 @@ def _check_metrics(recipe: Recipe, rows: Rows) -> None:
         raise RecipeError("train.early_stopping needs validation rows (data.validation: a file, or a fraction such as 0.1)")
 
 
-def _tokenizer(recipe: Recipe, source: Source | None, rows: Rows, report: Reporter) -> Any:
+def load_tokenizer(recipe: Recipe, source: Source | None, rows: Rows, report: Reporter) -> Any:
+    """The recipe's tokenizer: loaded, or trained on the rows."""
     from ftkit import model
 
     spec = recipe.model.tokenizer

@@ -48,10 +48,13 @@ def split(batch: np.ndarray, lengths: np.ndarray, accumulate: int, world: int, r
 
 
 def by_length(lengths: np.ndarray, batch_size: int, world: int = 1, rank: int = 0) -> Iterator[np.ndarray]:
-    """Batches for evaluation, longest first (so that a lack of memory shows at once), this process's share."""
+    """Batches for evaluation, longest first (so that a lack of memory shows at once), this process's share.
+
+    Every process gets as many; where rows run out, the last are empty.
+    """
     order = np.argsort(-lengths, kind="stable")
-    for start in range(rank * batch_size, len(order), world * batch_size):
-        yield order[start : start + batch_size]
+    for start in range(0, len(order), world * batch_size):
+        yield order[start + rank * batch_size : start + (rank + 1) * batch_size]
 
 
 def collate(features: FeatureSet, indices: np.ndarray, pad_token_id: int) -> Batch:
