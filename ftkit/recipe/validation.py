@@ -163,6 +163,7 @@ def _problems(error: ValidationError, tree: Node, recipe_type: Any) -> Iterator[
         grouped.setdefault(_path(detail, tree), []).append(detail)
     above = {path[:length] for path in grouped for length in range(len(path))}
     for number, (path, details) in enumerate(grouped.items()):
+        hints = number < MAX_PROBLEMS  # more are not shown, and looking for 100,000 takes minutes
         node, place = _nearest(tree, path)
         key = shown(_dotted(path))
         kinds = {detail["type"] for detail in details}
@@ -170,11 +171,11 @@ def _problems(error: ValidationError, tree: Node, recipe_type: Any) -> Iterator[
         if mismatch and path in above:
             continue  # an alternative that was not meant; the one that was has errors of its own
         if kinds == {"extra_forbidden"}:
-            message = f"unknown key `{key}`{_suggestion(path, recipe_type) if number < MAX_PROBLEMS else ''}"
+            message = f"unknown key `{key}`{_suggestion(path, recipe_type) if hints else ''}"
         elif kinds == {"missing"}:
             message = f"missing required key `{key}`{_described(path, recipe_type)}"
         elif mismatch:
-            message = f"`{key}: {shown(node.plain())}` is not {_alternatives(details)}{_closest(details, node.value)}"
+            message = f"`{key}: {shown(node.plain())}` is not {_alternatives(details)}{_closest(details, node.value) if hints else ''}"
         else:
             wrong = next(_wrong(detail) for detail in details if detail["type"] not in _WANTED)
             message = wrong if isinstance(node.value, dict) else f"`{key}: {shown(node.plain())}` {wrong}"

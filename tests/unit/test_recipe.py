@@ -324,22 +324,21 @@ class TestFiles:
     @pytest.mark.parametrize(
         "content",
         [
-            MINIMAL + "".join(f"k{i}: 1\n" for i in range(80_000)),
-            MINIMAL + "train:\n" + "".join(f" seed{i}: x\n" for i in range(60_000)),
+            MINIMAL + "".join(f"k{i}: 1\n" for i in range(25_000)),
+            MINIMAL + "train:\n" + "".join(f" seed{i}: x\n" for i in range(20_000)),
             MINIMAL.replace("org/base", "sk-" * 300_000),
             MINIMAL.replace("rows.csv", "a/" + "b" * 900_000),
             MINIMAL + f"{'x' * 900_000}: 1\n",
-            MINIMAL + "train: {trackers: [" + "x, " * 200_000 + "]}\n",
+            MINIMAL + "train: {trackers: [" + "x, " * 80_000 + "]}\n",
         ],
         ids=["keys", "fields", "secret", "hub id", "key", "items"],
     )
-    def test_a_megabyte_of_mistakes_takes_seconds_and_few_lines(self, content: str) -> None:
-        assert len(content) < 999_000
+    def test_many_mistakes_take_seconds_and_few_lines(self, content: str) -> None:
         started = time.process_time()
         with pytest.raises(RecipeError) as caught:
             read(write(content + "nonsense: 1\n"))
         assert len(str(caught.value)) < 20_000
-        assert time.process_time() - started < 20
+        assert time.process_time() - started < 10
 
     def test_endless_file(self) -> None:
         with pytest.raises(RecipeError, match="larger than"):
