@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -14,9 +15,25 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from ftkit.data.features import FeatureSet
+    from ftkit.data.types import Row
+    from ftkit.recipe.spec import Recipe
     from ftkit.report import Reporter
-    from ftkit.session import Session
     from ftkit.tasks import Metrics, Task
+
+
+class Measurable(Protocol):
+    """What measuring needs: a session has it, and so has a finished run."""
+
+    @property
+    def recipe(self) -> Recipe: ...
+    @property
+    def accelerator(self) -> Accelerator: ...
+    @property
+    def wrapped(self) -> nn.Module: ...  # a `Trainee` as accelerate prepared it
+    @property
+    def pad_token_id(self) -> int: ...
+    @property
+    def splits(self) -> Mapping[str, tuple[list[Row], FeatureSet]]: ...
 
 
 class Measured(NamedTuple):
@@ -61,12 +78,12 @@ def evaluate(
     return metrics, records
 
 
-def measure(session: Session, names: Iterable[str], report: Reporter, interrupted: Callable[[], bool], keep_records: bool = False) -> dict[str, Measured]:
+def measure(session: Measurable, names: Iterable[str], report: Reporter, interrupted: Callable[[], bool], keep_records: bool = False) -> dict[str, Measured]:
     """Measure the named splits; those after an interruption are missing."""
     measured = {}
     asked = session.recipe.eval.metrics
     for name in names:
-        _, features = session.prepared.splits[name]
+        _, features = session.splits[name]
         with report.stage(f"evaluating {name}", len(features)) as stage:
             metrics, records = evaluate(
                 session.accelerator,
@@ -88,3 +105,12 @@ def measure(session: Session, names: Iterable[str], report: Reporter, interrupte
 def selected(metrics: dict[str, float], names: list[str] | None) -> dict[str, float]:
     """The metrics that eval.metrics asks for; the loss and its denominator are always there."""
     return metrics if names is None else {name: value for name, value in metrics.items() if name in {*names, "loss", "loss_count"}}
+
+
+def predictions(records: Iterable[dict[str, Any]], rows: list[Row], features: FeatureSet) -> str:
+    """JSON lines of what the model said, in the order of the rows, each with the number of its row."""
+    lines = []
+    for record in sorted(records, key=lambda record: record["feature"]):
+        row = rows[int(features.row[record["feature"]])]
+        lines.append({"row": row.number} | {name: value for name, value in record.items() if name != "feature"})
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftkit import checkpoint, plots, rundir, verify
 from ftkit.card import model_card
-from ftkit.evaluate import measure
+from ftkit.evaluate import measure, predictions
 from ftkit.model import Source
 from ftkit.report import peak_memory
 from ftkit.session import load_base
@@ -129,12 +129,7 @@ def _write_records(session: Session, output: Path, name: str, result: Measured) 
         return
     shares = [directory / f".{name}-{rank}.jsonl" for rank in range(session.accelerator.num_processes)]
     records = [json.loads(line) for path in shares for line in path.read_text(encoding="utf-8").splitlines()]
-    records.sort(key=lambda record: record["feature"])
-    lines = []
-    for record in records:
-        row = rows[int(features.row[record.pop("feature")])]
-        lines.append(json.dumps({"row": row.number, **record}, ensure_ascii=False) + "\n")
-    rundir.write_text(directory / f"{name}.jsonl", "".join(lines))
+    rundir.write_text(directory / f"{name}.jsonl", predictions(records, rows, features))
     for path in shares:
         path.unlink()
 

@@ -14,6 +14,8 @@ from ftkit.errors import MissingDependency, RecipeError
 from ftkit.loop import Trainee
 
 if TYPE_CHECKING:
+    from ftkit.data.features import FeatureSet
+    from ftkit.data.types import Row
     from ftkit.model import Base
     from ftkit.prepare import Prepared
     from ftkit.recipe.spec import Recipe, Train
@@ -38,6 +40,10 @@ class Session:
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.learner.named_parameters() if parameter.requires_grad}
+
+    @property
+    def splits(self) -> dict[str, tuple[list[Row], FeatureSet]]:
+        return self.prepared.splits
 
     @property
     def pad_token_id(self) -> int:

@@ -1,0 +1,154 @@
+"""What a recipe tells before any weight is loaded: all that is wrong with it, and how many parameters it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from ftkit.errors import DataError, FtkitError, MissingDependency, RecipeError
+from ftkit.recipe.spec import TrainedTokenizer
+
+if TYPE_CHECKING:
+    from ftkit.data.types import Limits, Row, Rows
+    from ftkit.model import Source
+    from ftkit.recipe import Resolved
+    from ftkit.recipe.spec import Recipe, Train
+    from ftkit.report import Reporter
+    from ftkit.tasks import Task
+
+T = TypeVar("T")
+
+TRIED_ROWS = 200  # of each split are tokenised: a flaw of the whole file, such as an unknown label, shows in few
+
+
+def check(resolved: Resolved, report: Reporter) -> list[FtkitError]:
+    """Everything that stands in the way of `ftkit train` and can be seen without weights.
+
+    Reads the data and the model's config and tokenizer, and applies the method to a model without weights.
+    What depends on something that is missing is not looked at.  Writes nothing.
+    """
+    from ftkit import device, model, prepare, rundir
+    from ftkit.data.rows import load_rows
+    from ftkit.data.types import Limits
+
+    model.quiet_libraries()
+    recipe = resolved.recipe
+    problems: list[FtkitError] = []
+
+    def attempt(probe: Callable[..., T], *arguments: Any) -> T | None:
+        try:
+            return probe(*arguments)
+        except FtkitError as error:
+            if str(error) not in map(str, problems):
+                problems.append(error)
+            return None
+
+    attempt(rundir.check, Path(recipe.output), False, True)
+    attempt(device.precision, recipe.train.precision, device.pick())
+    attempt(_check_devices, recipe.train)
+    rows = attempt(load_rows, recipe.data, recipe.task, recipe.train.seed, report.note)
+    task = attempt(recipe.task.resolve, rows.train) if rows else None
+    if rows:
+        attempt(prepare.check_metrics, recipe, rows)
+    found = attempt(_architecture, recipe)
+    tokenizer = attempt(_tokenizer, recipe, found.source, rows, report) if found else None
+    if found is None or tokenizer is None:
+        return problems
+    attempt(recipe.task.check, tokenizer)
+    length = attempt(prepare.max_length, resolved, found.config, tokenizer, report.note)
+    if rows is None or task is None:
+        return problems
+    if length is not None:
+        attempt(_try_rows, rows, task, tokenizer, Limits(length, recipe.data.truncation), recipe.data.on_bad_rows)
+    config = model.load_config(recipe.model, found.source, tokenizer)
+    planned = attempt(model.plan, recipe.model, found.source, config, tokenizer, task, recipe.method)
+    if planned is not None:
+        attempt(recipe.method.apply, planned)
+    return problems
+
+
+def parameters(recipe: Recipe) -> dict[str, dict[str, int]]:
+    """Trainable and total parameters by group, counted on a model without weights; a quantised base counts unquantised.
+
+    Reads the model's config, and the rows where the task's head depends on them.
+    """
+    from ftkit import model
+    from ftkit.data.rows import load_rows
+
+    def rows() -> Iterator[Row]:  # read only if the task wants them
+        yield from load_rows(recipe.data, recipe.task, recipe.train.seed, lambda text: None).train
+
+    model.quiet_libraries()
+    source, spec = model.locate(recipe.model), recipe.model
+    tokenizer: Any = None
+    if isinstance(spec.tokenizer, TrainedTokenizer):
+        size = max(spec.tokenizer.vocab_size, spec.config.get("vocab_size", 0))
+        spec = spec.model_copy(update={"config": spec.config | {"vocab_size": size}})
+    elif spec.init == "random":
+        tokenizer = model.load_tokenizer(spec, source, None, ())
+    config = model.load_config(spec, source, tokenizer)
+    task = recipe.task.resolve(rows())
+    for key, value in task.config_kwargs().items():
+        setattr(config, key, value)
+    plain = model.skeleton(config, task)
+    base = model.Base(plain, tokenizer, source if spec.init == "pretrained" else None, task, model.head_of(plain))
+    return model.parameters_by_group(recipe.method.apply(base), base.head)
+
+
+class _Architecture(NamedTuple):
+    source: Source | None
+    config: Any
+
+
+def _architecture(recipe: Recipe) -> _Architecture:
+    """Where the model is, and its config, which has a head for the task."""
+    from ftkit import model
+
+    source = model.locate(recipe.model)
+    config = model.load_config(recipe.model, source)
+    model.model_class(config, recipe.task)
+    return _Architecture(source, config)
+
+
+def _check_devices(train: Train) -> None:
+    """Refuse more processes than GPUs, and what works on GPUs or with bitsandbytes only where these are not."""
+    from importlib.util import find_spec
+
+    import torch
+
+    from ftkit import launch
+
+    gpus, processes = torch.cuda.device_count(), launch.processes(train)
+    if gpus and processes > gpus:
+        raise RecipeError(f"train.processes: {processes}, but there are {gpus} GPUs here")
+    if train.parallel == "fsdp" and not gpus:
+        raise MissingDependency("train.parallel: fsdp needs GPUs; use parallel: ddp")
+    if train.optimizer.endswith("_8bit") and find_spec("bitsandbytes") is None:
+        raise MissingDependency(f"train.optimizer: {train.optimizer} needs bitsandbytes, which is not installed: pip install bitsandbytes")
+
+
+def _tokenizer(recipe: Recipe, source: Source | None, rows: Rows | None, report: Reporter) -> Any:
+    """The tokenizer of the recipe; None for one that would be trained on rows that cannot be read."""
+    from ftkit import model, prepare
+
+    if isinstance(recipe.model.tokenizer, TrainedTokenizer):
+        return prepare.load_tokenizer(recipe, source, rows, report) if rows else None
+    return model.load_tokenizer(recipe.model, source, None, ())
+
+
+def _try_rows(rows: Rows, task: Task, tokenizer: Any, limits: Limits, on_bad_rows: str) -> None:
+    """Tokenise the first rows of each split; DataError with those that cannot be used, unless they may be left out."""
+    from ftkit.data.rows import report_bad
+    from ftkit.data.types import RowError
+
+    for split in (rows.train, *rows.validation.values(), rows.test):
+        bad = []
+        for row in split[:TRIED_ROWS]:
+            try:
+                task.encode(row, tokenizer, limits)
+            except RowError as error:
+                bad.append(f"{row.where}: {error}")
+        if len(bad) == len(split[:TRIED_ROWS]) and bad:
+            raise DataError(f"no row can be used: {bad[0]}")
+        report_bad(bad, on_bad_rows, lambda text: None)
