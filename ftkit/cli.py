@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 import ftkit
-from ftkit.errors import DiskError, Interrupted, RecipeError
+from ftkit.errors import DiskError, FtkitError, Interrupted, RecipeError
 
 app = typer.Typer(
     help="Fine-tune any transformer from one YAML recipe, and prove what the run did.",
@@ -145,9 +145,11 @@ def check(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = Fal
     """Find all that is wrong with a recipe, without training."""
     resolved = _read(recipe, overrides)
     with redirect_stdout(sys.stderr):
-        from ftkit.run import check
+        from ftkit.preflight import check
+        from ftkit.report import Reporter
 
-        problems = check(resolved.recipe)
+        with Reporter(None) as report:
+            problems = check(resolved, report)
     if problems:
         raise type(problems[0])("\n".join(map(str, problems)))
     _print_json({"problems": []}) if as_json else print(f"{recipe}: nothing wrong")
@@ -158,9 +160,13 @@ def show(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = Fals
     """Print every setting and its origin; parameters by group."""
     resolved = _read(recipe, overrides)
     with redirect_stdout(sys.stderr):
-        from ftkit.run import parameters
+        from ftkit.preflight import parameters
 
-        groups = parameters(resolved.recipe)
+        try:
+            groups = parameters(resolved.recipe)
+        except FtkitError as error:  # no reason not to show the recipe
+            groups = None
+            print(f"parameters: {error}")
     values = resolved.recipe.model_dump()
     if as_json:
         _print_json({"recipe": values, "origins": resolved.origins, "parameters": groups})

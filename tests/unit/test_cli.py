@@ -205,16 +205,16 @@ class TestOtherCommands:
         assert calls[1][0] == ("runs/x", "merged", "stored", None)
 
     def test_check(self, run: Run, stand_in: Callable[..., list[Any]]) -> None:
-        stand_in("ftkit.run", check=lambda recipe: [])
+        stand_in("ftkit.preflight", check=lambda resolved, report: [])
         assert run("check", "recipe.yaml")[:2] == (0, "recipe.yaml: nothing wrong\n")
         assert json.loads(run("check", "recipe.yaml", "--json")[1]) == {"problems": []}
-        stand_in("ftkit.run", check=lambda recipe: [errors.DataError("rows.csv is missing"), errors.RecipeError("no such model")])
+        stand_in("ftkit.preflight", check=lambda resolved, report: [errors.DataError("rows.csv is missing"), errors.RecipeError("no such model")])
         code, out, err = run("check", "recipe.yaml")
         assert (code, out) == (3, "")
         assert err.endswith("error: rows.csv is missing\nno such model\n")
 
     def test_show(self, run: Run, stand_in: Callable[..., list[Any]]) -> None:
-        stand_in("ftkit.run", parameters=lambda recipe: {"layers": {"trainable": 10, "total": 2000}})
+        stand_in("ftkit.preflight", parameters=lambda recipe: {"layers": {"trainable": 10, "total": 2000}})
         code, out, _ = run("show", "recipe.yaml", "train.seed=7", "data.columns={a.b: '1'}", "model.revision=123")
         assert code == 0
         lines = [line.split() for line in out.splitlines()]
@@ -229,10 +229,12 @@ class TestOtherCommands:
         assert document["parameters"] == {"layers": {"trainable": 10, "total": 2000}}
 
     def test_show_without_parameters(self, run: Run, stand_in: Callable[..., list[Any]]) -> None:
-        stand_in("ftkit.run", parameters=lambda recipe: None)
-        code, out, _ = run("show", "recipe.yaml")
+        stand_in("ftkit.preflight", parameters=failing(errors.HubError("no network")))
+        code, out, err = run("show", "recipe.yaml")
         assert code == 0
+        assert "train.seed" in out
         assert "trainable" not in out
+        assert "parameters: no network" in err
 
     def test_schema(self, run: Run) -> None:
         code, out, _ = run("schema")
