@@ -65,7 +65,6 @@ def finish(session: Session, output: Path, report: Reporter, stop: StopRequest, 
     manifest.update(verification=verification)
     rundir.write_text(output / "README.md", model_card(session.recipe, manifest.facts, summary["metrics"]))
     summary["files"] = [[str(path), _size(path)] for path in sorted(output.iterdir()) if not path.name.startswith(".")]
-    summary["notes"] = report.notes
     manifest.finish(notes=report.notes, summary=summary)
     return summary
 

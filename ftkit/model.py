@@ -79,6 +79,7 @@ def quiet_libraries() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # peft 0.21 on transformers 5.23
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)  # accelerate 1.15 on torch 2.13
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.getLogger("accelerate").setLevel(logging.ERROR)
 

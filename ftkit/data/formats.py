@@ -34,6 +34,12 @@ class Conversion(NamedTuple):
     required: tuple[str, ...]
     optional: tuple[str, ...]
     messages: Callable[[dict[str, Any]], list[dict[str, Any]]]  # raises RowError
+    answer: str = ""  # the required column that only training needs
+
+    @property
+    def question(self) -> Conversion:
+        """The same for rows that are to be answered."""
+        return self._replace(required=tuple(name for name in self.required if name != self.answer))
 
 
 def checked(column: str, value: Any) -> Any:
@@ -115,21 +121,29 @@ def _alpaca(record: dict[str, Any]) -> list[dict[str, Any]]:
     prompt = _text(record, "instruction")
     if not is_empty(record.get("input")):
         prompt += "\n\n" + _text(record, "input")
-    return messages([*turns, {"role": "user", "content": prompt}, {"role": "assistant", "content": _text(record, "output")}])
+    answer = [] if is_empty(record.get("output")) else [{"role": "assistant", "content": _text(record, "output")}]
+    return messages([*turns, {"role": "user", "content": prompt}, *answer])
 
 
 def _prompt_completion(record: dict[str, Any]) -> list[dict[str, Any]]:
     """TRL's conversational form: both are lists of messages; a plain string is one turn."""
     parts: list[Any] = []
     for column, role in (("prompt", "user"), ("completion", "assistant")):
-        value = record[column]
+        value = record.get(column)
+        if column == "completion" and is_empty(value):
+            continue
         parts += value if isinstance(value, list) else [{"role": role, "content": _text(record, column)}]
     return messages(parts)
 
 
 SHAREGPT = Conversion("ShareGPT", ("conversations",), ("system",), _sharegpt)
-ALPACA = Conversion("Alpaca", ("instruction", "output"), ("input", "system", "history"), _alpaca)
-PROMPT_COMPLETION = Conversion("prompt/completion messages", ("prompt", "completion"), (), _prompt_completion)
+ALPACA = Conversion("Alpaca", ("instruction", "output"), ("input", "system", "history"), _alpaca, "output")
+PROMPT_COMPLETION = Conversion("prompt/completion messages", ("prompt", "completion"), (), _prompt_completion, "completion")
+
+
+def question_in(column: str) -> Conversion:
+    """Each text in the column is what a user says."""
+    return Conversion("what the user says", (column,), (), lambda record: [{"role": "user", "content": _text(record, column)}])
 
 
 def detect(columns: list[str], first: dict[str, Any], has_messages: bool, has_prompt: bool) -> Conversion | None:

@@ -106,7 +106,27 @@ def load_rows(data: Data, task: Task, seed: int, note: Note) -> Rows:
         note(f"data.limit: a random sample of {data.limit} of {len(train)} training rows")
         train = [train[i] for i in _sample(len(train), data.limit, f"limit {seed}")]
     _report_leaks(train, {**validation, "test": test}, note)
-    return Rows(train, validation, test, reader.sha256, columns.columns, reader.bad)
+    return Rows(train, validation, test, reader.sha256, {} if columns.conversion else columns.columns, reader.bad)
+
+
+def load_split(source: str, split: str | None, data: Data, task: Task, note: Note, answers: bool = True) -> list[Row]:
+    """The rows of a file, directory or hub id, of the same kind as those that a run was trained on.
+
+    `data` is that of the run: its columns are looked for first, then the names they usually have.  Without
+    `answers`, the columns that the model is to find out need not be there.  Of several splits, `split` says
+    which, else it is the test or validation split.  Raises DataError, HubError.
+    """
+    found = _Source(source, split or "test", None if files.format_of(Path(source)) else data.format, task.txt_row if answers else "line", note)
+    usual = next((name for name in ("test", "validation") if name in found.splits), next(iter(found.splits)))
+    tables = found.tables(split or usual)
+    columns = _map_as_trained(tables, data.columns, task, answers)
+    note(f"{source}: {_described(columns, tables)}")
+    reader = _Reader(columns)
+    rows = reader.rows(tables)
+    report_bad(reader.bad, data.on_bad_rows, note)
+    if not rows:
+        raise DataError(f"{source}: no row is left")
+    return rows
 
 
 def report_bad(bad: list[str], on_bad_rows: str, note: Note) -> None:
@@ -245,6 +265,28 @@ def _column_map(tables: list[Table], given: dict[str, str], task: Task) -> Colum
                 raise DataError(_undecided(source, f"{name} could be {' or '.join(map(repr, found))}", theirs, task, given))
         return ColumnMap({name: found[0] for name, found in candidates.items() if found}, required)
     raise DataError(_undecided(source, f"its columns are not those of {task.kind}", theirs, task, given))
+
+
+def _map_as_trained(tables: list[Table], trained: dict[str, str], task: Task, answers: bool) -> ColumnMap:
+    """The columns that a run was trained on, in other files; `trained` is empty where it converted a chat format."""
+    theirs = list(dict.fromkeys(name for table in tables for name in table.columns))
+    wanted = trained or {"messages": "messages"}
+    columns = {column.name: column for shape in task.shapes for column in (*shape.required, *shape.optional) if column.name in wanted}
+    read = [column for name, column in columns.items() if answers or name not in formats.OUTPUTS]
+    found = _candidates(Shape(*read), theirs, {name: mapped for name, mapped in trained.items() if mapped in theirs})
+    if not answers and len(read) == len(theirs) == 1:  # nothing else can be meant
+        found = {read[0].name: theirs}
+    if "messages" in wanted and (not found["messages"] or theirs == ["text"]):
+        first = next((record for table in tables for _, record in table.records), {})
+        plain = "text" if "text" in theirs else theirs[0] if len(theirs) == 1 else None
+        conversion = formats.detect(theirs, first, True, answers, answers) or (None if answers or plain is None else formats.question_in(plain))
+        if conversion:
+            return ColumnMap({"messages": ", ".join(conversion.required)}, frozenset({"messages"}), conversion)
+    for name, names in found.items():
+        if len(names) != 1:
+            what = f"{name} could be {' or '.join(map(repr, names))}" if names else f"there is no column for {name} ({trained.get(name, name)!r} in training)"
+            raise DataError(f"{tables[0].source}: {what}\n  there are: {', '.join(theirs) or 'none'}")
+    return ColumnMap({name: names[0] for name, names in found.items()}, frozenset(found))
 
 
 def _shapes(task: Task, given: dict[str, str]) -> list[Shape]:

@@ -29,6 +29,8 @@ MAX_LENGTH = 512
 VOCABULARY = 8192
 CLASSIFICATION = {"learning_rate": 5e-5, "schedule": "linear", "warmup": 0.1, "weight_decay": 0.01, "batch_size": 32}
 CHAT = {"learning_rate": 5e-4, "schedule": "cosine", "warmup": 0.03, "weight_decay": 0.0, "batch_size": 8}
+REAL = {"sst2": "classification", "enko_chat": "chat", "self_instruct": "chat"}
+MADE_UP = {"made-up reviews": "classification", "made-up chats": "chat"}
 
 Rows = list[dict[str, Any]]
 
@@ -125,11 +127,7 @@ def main() -> None:
     args = parser.parse_args()
 
     transformers.set_seed(SEED)
-    sets = (
-        {"sst2": "classification", "enko_chat": "chat", "self_instruct": "chat"}
-        if args.data
-        else {"made-up reviews": "classification", "made-up chats": "chat"}
-    )
+    sets = REAL if args.data else MADE_UP
     workloads = []
     for name, kind in sets.items():
         task = TextClassification() if kind == "classification" else CausalLM()
