@@ -176,7 +176,7 @@ def show(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = Fals
     rows = [(key, one_line(value), resolved.origins[key]) for key, value in _leaves(values, resolved.origins)]
     width = max(len(key) for key, _, _ in rows)
     for key, value, origin in rows:
-        print(f"{key:<{width}}  {value:<24}  # {origin}")
+        print(f"{key:<{width}}  {value:<40}  # {origin}")
     if groups:
         print(f"\n{'parameters':<{width}}  {'trainable':>15}  {'total':>15}")
         for group, counts in groups.items():
