@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ftkit.data.files import json_type
@@ -141,21 +142,23 @@ ALPACA = Conversion("Alpaca", ("instruction", "output"), ("input", "system", "hi
 PROMPT_COMPLETION = Conversion("prompt/completion messages", ("prompt", "completion"), (), _prompt_completion, "completion")
 
 
-def question_in(column: str) -> Conversion:
-    """Each text in the column is what a user says."""
-    return Conversion("what the user says", (column,), (), lambda record: [{"role": "user", "content": _text(record, column)}])
-
-
-def detect(columns: list[str], first: dict[str, Any], has_messages: bool, has_prompt: bool) -> Conversion | None:
+def detect(columns: list[str], first: dict[str, Any], has_messages: bool, has_prompt: bool, answers: bool = True) -> Conversion | None:
     """The chat format of a table with these columns, for a task that reads `messages`.
 
     Prompts and completions that are plain strings stay as they are for a task that reads those columns.
+    Where no `answers` are needed, a column of plain text is what users say.
     """
     if not has_messages or "messages" in columns:
         return None
-    for conversion in (SHAREGPT, ALPACA):
+    sharegpt, alpaca, prompts = (each if answers else each.question for each in (SHAREGPT, ALPACA, PROMPT_COMPLETION))
+    for conversion in (sharegpt, alpaca):
         if set(conversion.required) <= set(columns):
             return conversion
-    if {"prompt", "completion"} <= set(columns) and (isinstance(first.get("prompt"), list) or not has_prompt):
-        return PROMPT_COMPLETION
-    return None
+    if set(prompts.required) <= set(columns) and (isinstance(first.get("prompt"), list) or not has_prompt):
+        return prompts
+    plain = columns[0] if len(columns) == 1 else "text"
+    return None if answers or not isinstance(first.get(plain), str) else Conversion("what users say", (plain,), (), partial(_said, plain))
+
+
+def _said(column: str, record: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": _text(record, column)}]

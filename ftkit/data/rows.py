@@ -8,19 +8,20 @@ import json
 import random
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ftkit.data import files, formats, hub
 from ftkit.data.types import Row, RowError, Rows
 from ftkit.errors import DataError, RecipeError
+from ftkit.tasks import Shape
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from ftkit.data.files import Table
     from ftkit.recipe.spec import Data
-    from ftkit.tasks import Shape, Task
+    from ftkit.tasks import Task
 
     Note = Callable[[str], None]
 
@@ -270,23 +271,24 @@ def _column_map(tables: list[Table], given: dict[str, str], task: Task) -> Colum
 def _map_as_trained(tables: list[Table], trained: dict[str, str], task: Task, answers: bool) -> ColumnMap:
     """The columns that a run was trained on, in other files; `trained` is empty where it converted a chat format."""
     theirs = list(dict.fromkeys(name for table in tables for name in table.columns))
-    wanted = trained or {"messages": "messages"}
-    columns = {column.name: column for shape in task.shapes for column in (*shape.required, *shape.optional) if column.name in wanted}
-    read = [column for name, column in columns.items() if answers or name not in formats.OUTPUTS]
-    found = _candidates(Shape(*read), theirs, {name: mapped for name, mapped in trained.items() if mapped in theirs})
-    if not answers and len(read) == len(theirs) == 1:  # nothing else can be meant
-        found = {read[0].name: theirs}
-    if "messages" in wanted and (not found["messages"] or theirs == ["text"]):
-        first = next((record for table in tables for _, record in table.records), {})
-        plain = "text" if "text" in theirs else theirs[0] if len(theirs) == 1 else None
-        conversion = formats.detect(theirs, first, True, answers, answers) or (None if answers or plain is None else formats.question_in(plain))
-        if conversion:
-            return ColumnMap({"messages": ", ".join(conversion.required)}, frozenset({"messages"}), conversion)
-    for name, names in found.items():
-        if len(names) != 1:
-            what = f"{name} could be {' or '.join(map(repr, names))}" if names else f"there is no column for {name} ({trained.get(name, name)!r} in training)"
+    first = next((record for table in tables for _, record in table.records), {})
+    names = set(trained) or {"messages"}
+    chat = names == {"messages"} and trained.get("messages") not in theirs
+    if chat and (conversion := formats.detect(theirs, first, True, False, answers)):
+        return ColumnMap({"messages": ", ".join(conversion.required)}, frozenset({"messages"}), conversion)
+    shape = next(shape for shape in task.shapes if {column.name for column in shape.required} <= names)
+    given = {column.name for column in (*shape.required, *shape.optional) if column.name in names and (answers or column.name not in formats.OUTPUTS)}
+    required = [column for column in shape.required if column.name in given]
+    wanted = Shape(*required, optional=tuple(column for column in shape.optional if column.name in given))
+    found = _candidates(wanted, theirs, {name: trained[name] for name in given if trained.get(name) in theirs})
+    if len(required) == len(theirs) == 1:  # nothing else can be meant
+        found[required[0].name] = theirs
+    for column in required:
+        if len(found[column.name]) != 1:
+            many = " or ".join(map(repr, found[column.name]))
+            what = f"{column.name} could be {many}" if many else f"there is no column for {column.name} ({trained.get(column.name, column.name)!r} in training)"
             raise DataError(f"{tables[0].source}: {what}\n  there are: {', '.join(theirs) or 'none'}")
-    return ColumnMap({name: names[0] for name, names in found.items()}, frozenset(found))
+    return ColumnMap({name: candidates[0] for name, candidates in found.items() if candidates}, frozenset(column.name for column in required))
 
 
 def _shapes(task: Task, given: dict[str, str]) -> list[Shape]:
