@@ -15,11 +15,12 @@ from ftkit.errors import DataError, RecipeError
 from ftkit.recipe.spec import TrainedTokenizer
 
 if TYPE_CHECKING:
-    from ftkit.data.features import FeatureSet
+    from ftkit.data.features import Encoded, FeatureSet
     from ftkit.model import Source
     from ftkit.recipe import Resolved
     from ftkit.recipe.spec import Recipe
     from ftkit.report import Reporter
+    from ftkit.tasks import Task
 
 
 @dataclass
@@ -52,7 +53,6 @@ def prepare(resolved: Resolved, report: Reporter, poll: Callable[[], None] = lam
     `poll` is called between rows and may raise to stop.
     """
     from ftkit import model
-    from ftkit.data import features
     from ftkit.data.rows import load_rows
 
     recipe = resolved.recipe
@@ -64,27 +64,40 @@ def prepare(resolved: Resolved, report: Reporter, poll: Callable[[], None] = lam
     poll()
     tokenizer = load_tokenizer(recipe, source, rows, report)
     config = model.load_config(recipe.model, source, tokenizer)
+    if getattr(config, "type_vocab_size", 0) < 2:  # the model has no embeddings for a second text
+        tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
     task = recipe.task.resolve(rows.train)
     task.check(tokenizer)
     limits = Limits(max_length(resolved, config, tokenizer, report.note), recipe.data.truncation)
 
+    audits: dict[str, dict[str, Any]] = {}
+
     def encode(name: str, split: list[Row]) -> FeatureSet:
-        with report.stage(f"tokenising {name}", len(split)) as stage:
-            done = features.encode(split, task, tokenizer, limits, split=name, on_bad_rows=recipe.data.on_bad_rows, note=report.note, progress=stage, poll=poll)
-        if not len(done.features):
-            raise DataError(f"{name}: no row is left to use")
-        for line in features.describe(name, done.audit):
-            report.warn(line.removeprefix("WARNING ")) if line.startswith("WARNING ") else report.note(line)
+        done = tokenise(name, split, task, tokenizer, limits, recipe.data.on_bad_rows, report, poll)
         audits[name] = done.audit.to_dict()
         return done.features
 
-    audits: dict[str, dict[str, Any]] = {}
     train = encode("train", rows.train)
     named = {**rows.validation, **({"test": rows.test} if rows.test else {})}
     splits = {name: (split, encode(name, split)) for name, split in named.items()}
     data = recipe.data.model_copy(update={"max_length": limits.max_length, "columns": rows.columns})
     recipe = recipe.model_copy(update={"task": task, "data": data})
     return Prepared(recipe, source, tokenizer, config, limits, rows, train, splits, audits)
+
+
+def tokenise(
+    name: str, rows: list[Row], task: Task, tokenizer: Any, limits: Limits, on_bad_rows: str, report: Reporter, poll: Callable[[], None] = lambda: None
+) -> Encoded:
+    """The rows of a split as features, with progress and an account of what was cut and left out."""
+    from ftkit.data import features
+
+    with report.stage(f"tokenising {name}", len(rows)) as stage:
+        done = features.encode(rows, task, tokenizer, limits, split=name, on_bad_rows=on_bad_rows, note=report.note, progress=stage, poll=poll)
+    if not len(done.features):
+        raise DataError(f"{name}: no row is left to use")
+    for line in features.describe(name, done.audit):
+        report.warn(line.removeprefix("WARNING ")) if line.startswith("WARNING ") else report.note(line)
+    return done
 
 
 def check_metrics(recipe: Recipe, rows: Rows) -> None:

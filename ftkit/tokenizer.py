@@ -47,6 +47,7 @@ def train_tokenizer(spec: TrainedTokenizer, texts: Iterable[str]) -> PreTrainedT
         additional_special_tokens=list(extra),
         chat_template=template,
         clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", *(["token_type_ids"] if spec.kind == "wordpiece" else []), "attention_mask"],
     )
 
 

@@ -1,0 +1,201 @@
+"""Which weights a method picks, by counts known from elsewhere, on models without weights."""
+
+import pytest
+import torch
+import transformers
+
+from ftkit.errors import RecipeError
+from ftkit.methods.head import Head
+from ftkit.methods.lora import LoRA
+from ftkit.methods.modules import choose_targets, layers, linear_modules, shortest_endings
+from ftkit.methods.partial import Partial
+from ftkit.model import Base, Source, head_of, num_values, parameters_by_group, skeleton
+from ftkit.tasks.causal_lm import CausalLM
+from ftkit.tasks.text_classification import TextClassification
+
+
+def base_of(config, task) -> Base:
+    """A loaded model as a method sees it, on the meta device; its head is new if the task's is."""
+    for key, value in task.config_kwargs().items():
+        setattr(config, key, value)
+    model = skeleton(config, task)
+    head = head_of(model)
+    new = {name for name, _ in model.named_parameters() if task.new_head and name.split(".")[0] in head}
+    return Base(model, None, Source("somewhere"), task, head, new)
+
+
+CLASSIFY = TextClassification(labels=["a", "b"])
+
+
+def trainable(model) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_lora_on_roberta_counts_as_in_the_paper():
+    """12 layers x 2 matrices x 8 x (768 + 768) = 294,912 (github.com/microsoft/LoRA), and the head."""
+    base = base_of(transformers.RobertaConfig(), CLASSIFY)
+    head = sum(p.numel() for p in base.model.classifier.parameters())
+    model = LoRA(r=8, targets=["query", "value"]).apply(base)
+    assert trainable(model) - head == 294_912
+    assert parameters_by_group(model, base.head)["adapter"] == {"trainable": 294_912, "total": 294_912}
+    assert parameters_by_group(model, base.head)["head"] == {"trainable": head, "total": head}
+
+
+def llama_3_2_3b():
+    return transformers.LlamaConfig(
+        vocab_size=128256,
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=28,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "count"),
+    [
+        (LoRA(r=32, targets=["q_proj", "v_proj"]), 9_175_040),
+        (LoRA(r=64, targets=["q_proj", "v_proj"]), 18_350_080),
+        (LoRA(r=32, targets=["q_proj", "v_proj"], dora=True), 9_289_728),
+    ],
+)
+def test_lora_on_llama_counts_as_in_pefts_comparison(method, count):
+    """github.com/huggingface/peft, method_comparison/MetaMathQA/results."""
+    assert trainable(method.apply(base_of(llama_3_2_3b(), CausalLM()))) == count
+
+
+def test_the_whole_of_llama_3_2_3b_counts_as_published():
+    groups = parameters_by_group(base_of(llama_3_2_3b(), CausalLM()).model, ["lm_head"])
+    assert sum(group["total"] for group in groups.values()) == 3_212_749_824
+
+
+def small(kind):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
+    match kind:
+        case "bert":
+            return transformers.BertConfig(**sizes)
+        case "distilbert":
+            return transformers.DistilBertConfig(dim=32, n_layers=4, n_heads=2, hidden_dim=64)
+        case "roberta":
+            return transformers.RobertaConfig(**sizes)
+        case "electra":
+            return transformers.ElectraConfig(**sizes, embedding_size=16)
+        case "deberta":
+            return transformers.DebertaV2Config(**sizes)
+        case "modernbert":
+            return transformers.ModernBertConfig(**sizes, vocab_size=100, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2)
+        case "gpt2":
+            return transformers.GPT2Config(n_embd=32, n_layer=4, n_head=2)
+        case "llama":
+            return transformers.LlamaConfig(**sizes, tie_word_embeddings=False)
+        case "phi3":
+            return transformers.Phi3Config(**sizes, vocab_size=100, pad_token_id=0)
+
+
+KINDS = ["bert", "distilbert", "roberta", "electra", "deberta", "modernbert", "gpt2", "llama", "phi3"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_are_found_bottom_first(kind):
+    base = base_of(small(kind), CLASSIFY)
+    names = layers(base)
+    assert len(names) == 4
+    assert [name.rpartition(".")[2] for name in names] == ["0", "1", "2", "3"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_linear_is_every_matrix_of_the_layers_and_nothing_of_the_head(kind):
+    base = base_of(small(kind), CLASSIFY)
+    names = linear_modules(base)
+    prefixes = tuple(f"{name}." for name in layers(base))
+    assert names
+    assert all(name.startswith(prefixes) or "embed" in name for name in names), names
+    matrices = [n for n, p in base.model.named_parameters() if n.startswith(prefixes) and p.ndim == 2 and "rel" not in n]
+    assert {f"{name}.weight" for name in names} >= set(matrices)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_endings_name_the_chosen_modules_and_no_other(kind):
+    base = base_of(small(kind), CLASSIFY)
+    for targets in ("all-linear", "attention"):
+        chosen = choose_targets(base, targets)
+        endings = shortest_endings(chosen, base.model)
+        matched = [name for name, _ in base.model.named_modules() if any(name == e or name.endswith(f".{e}") for e in endings)]
+        assert sorted(matched) == sorted(chosen)
+        assert len(endings) <= 8
+
+
+def test_attention_is_not_the_feed_forward():
+    chosen = choose_targets(base_of(small("llama"), CausalLM()), "attention")
+    assert {name.rpartition(".")[2] for name in chosen} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_head_trains_the_head_alone(kind):
+    base = base_of(small(kind), CLASSIFY)
+    model = Head().apply(base)
+    assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == set(base.head)
+
+
+def test_head_refuses_one_that_is_the_embeddings_too():
+    config = small("llama")
+    config.tie_word_embeddings = True
+    with pytest.raises(RecipeError, match="shares its head 'lm_head' with the input embeddings"):
+        Head().apply(base_of(config, CausalLM()))
+
+
+def test_head_trains_one_of_its_own():
+    model = Head().apply(base_of(small("llama"), CausalLM()))
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["lm_head.weight"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("method", "which"), [(Partial(last=2), [2, 3]), (Partial(first=1), [0])])
+def test_partial_trains_its_layers_and_the_new_head(kind, method, which):
+    base = base_of(small(kind), CLASSIFY)
+    names = layers(base)
+    model = method.apply(base)
+    learning = {name for name, p in model.named_parameters() if p.requires_grad}
+    for number, layer in enumerate(names):
+        assert all((f"{layer}.{name}" in learning) == (number in which) for name, _ in model.get_submodule(layer).named_parameters())
+    assert {name.split(".")[0] for name in learning} >= set(base.head)
+    embeddings = [n for n, _ in model.named_parameters() if "embed" in n or n.split(".")[1] in ("wte", "wpe")]
+    assert not learning & set(embeddings)
+
+
+def test_partial_from_the_top_trains_the_final_norm():
+    model = Partial(last=1).apply(base_of(small("llama"), CLASSIFY))
+    assert model.model.norm.weight.requires_grad
+
+
+def test_partial_by_pattern_trains_what_it_finds_and_the_new_head():
+    model = Partial(pattern=r"layer\.3\.output").apply(base_of(small("bert"), CLASSIFY))
+    learning = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert all("layer.3.output" in name or name.startswith("classifier") for name in learning)
+    assert any("layer.3.output" in name for name in learning)
+    with pytest.raises(RecipeError, match="matches no parameter"):
+        Partial(pattern="no_such_thing").apply(base_of(small("bert"), CLASSIFY))
+
+
+@pytest.mark.parametrize(("rslora", "scale"), [(False, 32 / 16), (True, 32 / 16**0.5)])
+def test_the_scale_of_updates(rslora, scale):
+    """alpha / r, and alpha / sqrt(r) with rsLoRA (arXiv 2312.03732)."""
+    model = LoRA(r=16, alpha=32, rslora=rslora, targets=["query"]).apply(base_of(small("bert"), CLASSIFY))
+    scales = {module.scaling["default"] for module in model.modules() if hasattr(module, "lora_A")}
+    assert scales == {scale}
+
+
+def test_four_bit_weights_count_as_the_values_they_hold():
+    functional = pytest.importorskip("bitsandbytes.functional")
+    import bitsandbytes as bnb
+
+    layer = bnb.nn.Linear4bit(64, 48, bias=False, compute_dtype=torch.float32, quant_type="nf4").to("cpu")
+    packed = layer.weight
+    if packed.quant_state is None:  # quantised by the first move to a device
+        data, state = functional.quantize_4bit(packed.data)
+        packed.data, packed.quant_state = data, state
+    assert packed.numel() == 64 * 48 // 2
+    assert num_values(packed) == 64 * 48

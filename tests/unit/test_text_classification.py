@@ -1,0 +1,129 @@
+"""Labels, truncation, metrics against scikit-learn, and the baselines."""
+
+import numpy as np
+import pytest
+import torch
+
+from ftkit.data.types import Limits, Row, RowError, Scores
+from ftkit.errors import DataError, RecipeError
+from ftkit.tasks.text_classification import TextClassification
+
+
+def rows(*labels, text="roses and tulips"):
+    return [Row({"text": text, "label": label}, "t.csv", i + 1) for i, label in enumerate(labels)]
+
+
+def test_words_are_sorted_by_alphabet_and_numbers_by_size():
+    assert TextClassification().resolve(rows("b", "a", "b")).labels == ["a", "b"]
+    assert TextClassification().resolve(rows("10", "9", "-1")).labels == ["-1", "9", "10"]
+
+
+def test_one_label_in_many_spellings():
+    assert TextClassification().resolve(rows(1, "1", 1.0, " 1 ", 0)).labels == ["0", "1"]
+
+
+@pytest.mark.parametrize("label", [True, 0.5, "", [1], None])
+def test_a_label_that_is_none_is_refused_with_its_row(label):
+    with pytest.raises(RowError):
+        TextClassification().resolve(rows("a", label))
+
+
+def test_given_labels_keep_their_order_and_must_be_complete():
+    assert TextClassification(labels=["b", "a", "unused"]).resolve(rows("a", "b")).labels == ["b", "a", "unused"]
+    with pytest.raises(DataError, match="lacks labels of the training rows: 'c'"):
+        TextClassification(labels=["a", "b"]).resolve(rows("a", "c"))
+    with pytest.raises(RecipeError, match="repeats a label: 'a'"):
+        TextClassification(labels=["a", "b", "a"]).resolve(rows("a", "b"))
+
+
+def test_the_config_carries_the_labels():
+    kwargs = TextClassification(labels=["no", "yes"]).config_kwargs()
+    assert kwargs["id2label"] == {0: "no", 1: "yes"}
+    assert kwargs["label2id"] == {"no": 0, "yes": 1}
+
+
+class TestEncode:
+    task = TextClassification(labels=["a", "b"])
+
+    def row(self, **values):
+        return Row(values, "t.csv", 1)
+
+    def test_a_row_has_one_target(self, tokenizers):
+        (features,) = self.task.encode(self.row(text="roses", label="b"), tokenizers["wordpiece"], Limits(16, "right"))
+        assert (features.targets, features.weights, features.truncated) == ([1], [1.0], 0)
+        assert features.input_ids == tokenizers["wordpiece"]("roses")["input_ids"]
+
+    def test_pairs_have_types(self, tokenizers):
+        (features,) = self.task.encode(self.row(text="roses", text_pair="bread", label="b"), tokenizers["wordpiece"], Limits(16, "right"))
+        assert set(features.token_type_ids) == {0, 1}
+        assert features.input_ids.count(tokenizers["wordpiece"].sep_token_id) == 2
+
+    @pytest.mark.parametrize("side", ["right", "left"])
+    def test_truncation_keeps_one_side_and_counts(self, tokenizers, side):
+        tokenizer = tokenizers["wordpiece"]
+        text = "roses " * 5 + "bread " * 5
+        whole = tokenizer(text)["input_ids"]
+        (features,) = self.task.encode(self.row(text=text, label="a"), tokenizer, Limits(6, side))
+        assert len(features.input_ids) == 6
+        assert features.truncated == len(whole) - 6
+        inner = whole[1:5] if side == "right" else whole[-5:-1]
+        assert features.input_ids[1:-1] == inner
+        assert tokenizer.truncation_side == "right", "the tokenizer is as it was"
+
+    def test_long_rows_can_be_dropped_or_refused(self, tokenizers):
+        row = self.row(text="roses " * 20, label="a")
+        assert self.task.encode(row, tokenizers["wordpiece"], Limits(6, "drop")) == []
+        with pytest.raises(RowError, match=r"\d+ tokens, more than data.max_length: 6"):
+            self.task.encode(row, tokenizers["wordpiece"], Limits(6, "error"))
+
+    def test_an_unknown_label_is_named(self, tokenizers):
+        with pytest.raises(RowError, match="label 'c' does not occur in the training rows \\(known: 'a', 'b'\\)"):
+            self.task.encode(self.row(text="roses", label="c"), tokenizers["wordpiece"], Limits(6, "right"))
+
+
+def scores(logits, targets, weights=None):
+    n = len(targets)
+    weights = torch.ones(n) if weights is None else torch.tensor(weights)
+    return Scores(torch.tensor(logits, dtype=torch.float32), torch.tensor(targets), weights, torch.arange(n))
+
+
+@pytest.mark.parametrize("num_labels", [2, 3, 7])
+def test_metrics_equal_scikit_learns(num_labels):
+    metrics = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(num_labels)
+    gold = rng.integers(0, num_labels, 500)
+    logits = rng.normal(size=(500, num_labels)) + 1.5 * np.eye(num_labels)[gold]
+    said = logits.argmax(1)
+    task = TextClassification(labels=[str(i) for i in range(num_labels)])
+    ours = task.metrics()
+    for part in np.array_split(np.arange(500), 7):
+        ours.update(scores(logits[part], gold[part]))
+    found = ours.compute()
+    assert found["accuracy"] == pytest.approx(metrics.accuracy_score(gold, said), abs=1e-12)
+    assert found["f1"] == pytest.approx(metrics.f1_score(gold, said, average="macro"), abs=1e-12)
+    assert found["mcc"] == pytest.approx(metrics.matthews_corrcoef(gold, said), abs=1e-12)
+    assert found["loss"] == pytest.approx(metrics.log_loss(gold, torch.tensor(logits, dtype=torch.float32).softmax(-1).numpy()), abs=1e-6)
+    assert found["loss_count"] == 500
+    assert ("f1_binary" in found) == (num_labels == 2)
+    if num_labels == 2:
+        assert found["f1_binary"] == pytest.approx(metrics.f1_score(gold, said), abs=1e-12)
+
+
+def test_mcc_of_a_model_that_always_says_the_same_is_zero():
+    metrics = TextClassification(labels=["a", "b"]).metrics()
+    metrics.update(scores([[1.0, 0.0]] * 4, [0, 0, 1, 0]))
+    assert metrics.compute()["mcc"] == 0.0
+
+
+def test_rows_of_weight_zero_count_for_nothing():
+    metrics = TextClassification(labels=["a", "b"]).metrics()
+    metrics.update(scores([[1.0, 0.0], [0.0, 1.0]], [0, 0], [1.0, 0.0]))
+    found = metrics.compute()
+    assert (found["accuracy"], found["loss_count"]) == (1.0, 1.0)
+
+
+def test_baselines_of_a_set_that_words_decide():
+    train = [*rows("a", "a", "a", text="roses tulips"), *rows("b", "b", text="bread butter")]
+    test = [*rows("a", text="tulips bees"), *rows("b", "b", text="butter of bread")]
+    found = TextClassification(labels=["a", "b"]).baselines(train, test)
+    assert found == {"majority": pytest.approx(1 / 3), "bag_of_words": 1.0}
