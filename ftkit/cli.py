@@ -90,7 +90,7 @@ def evaluate(
 ) -> None:
     """Measure a run on its own sets or on other rows."""
     with redirect_stdout(sys.stderr):
-        from ftkit.run import evaluate
+        from ftkit.remeasure import evaluate
 
         summary = evaluate(target, data=data, split=split)
     _print_summary(summary, as_json)

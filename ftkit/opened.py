@@ -12,7 +12,6 @@ from ftkit.errors import RecipeError
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
     from ftkit.recipe.spec import Recipe
 
@@ -24,29 +23,43 @@ class Opened:
     path: Path
     manifest: dict[str, Any]
     recipe: Recipe
-    model: nn.Module
+    model: Any
     tokenizer: Any
     limits: Limits
 
 
 def is_run(target: str | Path) -> bool:
-    """Whether `target` is the directory of a run that finished."""
+    """Whether `target` is the directory of a run."""
     return (Path(target) / "manifest.json").is_file()
 
 
 def open_run(target: str | Path, device: torch.device) -> Opened:
-    """Load the model of a run exactly as its manifest says, in eval mode on `device`."""
+    """Load the model of a run exactly as its manifest says, in eval mode on `device`.
+
+    Raises RecipeError if `target` is no finished run, HubError if its base is on the hub and cannot be had.
+    """
+    from transformers import AutoTokenizer
+
+    from ftkit import reload
+    from ftkit.model import Source, hub_errors, quiet_libraries
     from ftkit.recipe import read
-    from ftkit.reload import load
 
     path = Path(target)
     if not is_run(path):
-        raise RecipeError(f"{target} is not a run directory: it has no manifest.json")
+        what = "has no manifest.json" if path.is_dir() else "does not exist" if not path.exists() else "is a file"
+        raise RecipeError(f"{target} is not a run directory: it {what}")
     manifest = rundir.read_json(path / "manifest.json")
-    if "artifact" not in manifest:
+    artifact = manifest.get("artifact")
+    if artifact is None:
         raise RecipeError(f"{target} has no model yet: its run is {manifest.get('status', 'unfinished')}; continue it with --resume")
     recipe = read(path / "recipe.yaml").recipe
-    model, tokenizer = load(path / "model", manifest["artifact"], str(device))
+    quiet_libraries()
+    directory = path / "model"
+    weights = reload.base_name(directory, artifact) if artifact.get("base") else str(directory)
+    with hub_errors(Source(weights, artifact.get("revision"))):
+        model = reload.load(directory, artifact, str(device))
+    with hub_errors(Source(str(directory))):
+        tokenizer = AutoTokenizer.from_pretrained(directory)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return Opened(path, manifest, recipe, model, tokenizer, Limits(recipe.data.max_length, recipe.data.truncation))

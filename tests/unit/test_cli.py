@@ -178,7 +178,7 @@ class TestTrain:
 
 class TestOtherCommands:
     def test_eval(self, run: Run, stand_in: Callable[..., list[Any]]) -> None:
-        calls = stand_in("ftkit.run", evaluate=lambda *_, **__: {"metrics": {"x": {"accuracy": 1.0}}})
+        calls = stand_in("ftkit.remeasure", evaluate=lambda *_, **__: {"metrics": {"x": {"accuracy": 1.0}}})
         code, out, _ = run("eval", "runs/x", "--data", "x.csv", "--split", "x", "--json")
         assert (code, json.loads(out)) == (0, {"metrics": {"x": {"accuracy": 1.0}}})
         assert calls == [(("runs/x",), {"data": "x.csv", "split": "x"})]

@@ -1,0 +1,146 @@
+"""`ftkit eval`: a finished run measured once more, on its own sets or on other rows; or the untrained base of a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ftkit import rundir
+from ftkit.errors import MissingDependency, RecipeError
+from ftkit.opened import is_run, open_run
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import nn
+
+    from ftkit.data.features import FeatureSet
+    from ftkit.data.types import Limits, Row
+    from ftkit.evaluate import Measured
+    from ftkit.opened import Opened
+    from ftkit.recipe.spec import Recipe
+    from ftkit.report import Reporter
+
+Splits = dict[str, tuple[list["Row"], "FeatureSet"]]
+
+
+class _Run(NamedTuple):
+    """A finished run as `evaluate.measure` takes it."""
+
+    recipe: Recipe
+    accelerator: Accelerator
+    wrapped: nn.Module
+    pad_token_id: int
+    splits: Splits
+
+
+def evaluate(target: str, data: str | None = None, split: str | None = None) -> dict[str, Any]:
+    """Measure a run on its validation and test sets, on one of them, or on the rows of another file.
+
+    What comes out is also written to RUN/eval/NAME.  A recipe's untrained base is measured likewise, and
+    nothing is written.  Returns the summary: {"output": ..., "metrics": {split: {metric: value}}}.
+    """
+    from ftkit.report import Reporter
+
+    with Reporter(None) as report:
+        return _measure_run(target, data, split, report) if is_run(target) else _measure_base(target, data, split, report)
+
+
+def _measure_run(target: str, data: str | None, split: str | None, report: Reporter) -> dict[str, Any]:
+    from accelerate import Accelerator
+
+    from ftkit import device
+    from ftkit.evaluate import measure
+    from ftkit.loop import Trainee
+
+    here = device.pick()
+    device.use_all_cores()
+    with report.stage("loading the model"):
+        run = open_run(target, here)
+    recipe, precision = run.recipe, _precision(run, here, report)
+    rows = _rows(recipe, data, split, report, run.manifest["data"]["sha256"])
+    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=here.type == "cpu")
+    base = run.model.get_base_model() if hasattr(run.model, "get_base_model") else run.model
+    trainee = Trainee(run.model, getattr(base, base.base_model_prefix), recipe.task, recipe.objective)
+    wrapped = accelerator.prepare_model(trainee, evaluation_mode=True)
+    subject = _Run(recipe, accelerator, wrapped, run.tokenizer.pad_token_id, _encoded(rows, recipe, run.tokenizer, run.limits, report))
+    measured = measure(subject, subject.splits, report, lambda: False, keep_records=True)
+    files = [file for name, result in measured.items() for file in _write(run.path / "eval" / name, name, result, subject.splits[name])]
+    return {"output": str(run.path), "metrics": _values(measured), "files": files, "notes": report.notes}
+
+
+def _measure_base(target: str, data: str | None, split: str | None, report: Reporter) -> dict[str, Any]:
+    from ftkit.evaluate import measure
+    from ftkit.model import quiet_libraries
+    from ftkit.prepare import prepare
+    from ftkit.recipe import read
+    from ftkit.session import open_session
+
+    resolved = read(target)
+    quiet_libraries()
+    prepared = prepare(resolved, report)
+    if data:
+        other = _rows(prepared.recipe, data, split, report)
+        prepared.splits = _encoded(other, prepared.recipe, prepared.tokenizer, prepared.limits, report)
+    else:
+        prepared.splits = _chosen(prepared.splits, split)
+    session = open_session(prepared, report)
+    measured = measure(session, prepared.splits, report, lambda: False)
+    return {"metrics": {"base": _values(measured)}, "notes": report.notes}
+
+
+def _precision(run: Opened, here: Any, report: Reporter) -> str:
+    """That of the training, where this machine has it."""
+    from ftkit import device
+
+    trained = run.manifest["precision"]
+    try:
+        return device.precision(trained, here)
+    except MissingDependency:
+        own = device.precision("auto", here)
+        report.note(f"measured in {own}: {trained}, in which the run was trained, needs a GPU")
+        return own
+
+
+def _rows(recipe: Recipe, data: str | None, split: str | None, report: Reporter, sha256: dict[str, str] | None = None) -> dict[str, list[Row]]:
+    """The rows to measure on, by the name of their set.  Says which of the files with a known `sha256` have changed."""
+    from ftkit.data.rows import load_rows, load_split
+
+    with report.stage("reading data"):
+        if data:
+            name = Path(data).name
+            return {name.partition(".")[0] or name: load_split(data, split, recipe.data, recipe.task, report.note)}
+        rows = load_rows(recipe.data, recipe.task, recipe.train.seed, report.note)
+    for source, digest in (sha256 or {}).items():
+        if rows.sha256.get(source, digest) != digest:
+            report.warn(f"{source} has changed since the run")
+    return _chosen({**rows.validation, **({"test": rows.test} if rows.test else {})}, split)
+
+
+def _chosen(splits: dict[str, Any], split: str | None) -> dict[str, Any]:
+    """All sets, or the one that is asked for."""
+    if not splits:
+        raise RecipeError("there are no validation or test rows to measure on; give some with --data FILE")
+    if split is None:
+        return splits
+    if split not in splits:
+        raise RecipeError(f"--split: there is no set {split!r}; there are {', '.join(splits)}")
+    return {split: splits[split]}
+
+
+def _encoded(rows: dict[str, list[Row]], recipe: Recipe, tokenizer: Any, limits: Limits, report: Reporter) -> Splits:
+    from ftkit.prepare import tokenise
+
+    return {name: (split, tokenise(name, split, recipe.task, tokenizer, limits, recipe.data.on_bad_rows, report).features) for name, split in rows.items()}
+
+
+def _write(directory: Path, name: str, result: Measured, split: tuple[list[Row], FeatureSet]) -> list[list[Any]]:
+    """metrics.json and predictions.jsonl of a set; their paths and sizes."""
+    from ftkit.evaluate import predictions
+
+    rundir.write_json(directory / "metrics.json", {name: result.values})
+    rundir.write_text(directory / "predictions.jsonl", predictions(result.records, *split))
+    return [[str(path), path.stat().st_size] for path in (directory / "metrics.json", directory / "predictions.jsonl")]
+
+
+def _values(measured: dict[str, Measured]) -> dict[str, dict[str, float]]:
+    return {name: result.values for name, result in measured.items()}
