@@ -99,18 +99,25 @@ def evaluate(
 @app.command()
 def predict(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory.")],
-    texts: Annotated[list[str] | None, typer.Argument(metavar="TEXT", help="What to answer.")] = None,
+    texts: Annotated[list[str] | None, typer.Argument(metavar="TEXT", help="What to answer; a run on pairs takes two texts each.")] = None,
     file: Annotated[str | None, typer.Option("--file", metavar="F", help="Answer the rows of a data file.")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Talk to the model.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Talk to the model, until the end of input or an empty line.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer texts or the rows of a file, one JSON object a line."""
     if sum((bool(texts), file is not None, chat)) != 1:
         raise UsageError("give texts, or --file F, or --chat")
+    if chat and as_json:
+        raise UsageError("--chat is for people: it has no --json")
+    if chat:
+        from ftkit.predict import chat as talk
+
+        talk(run)
+        return
     with redirect_stdout(sys.stderr):
         from ftkit.predict import predict
 
-        answers = predict(run, texts or [], file, chat)
+        answers = predict(run, texts or [], file)
     if as_json:
         with redirect_stdout(sys.stderr):
             answers = list(answers)

@@ -60,6 +60,7 @@ def open_run(target: str | Path, device: torch.device) -> Opened:
         model = reload.load(directory, artifact, str(device))
     with hub_errors(Source(str(directory))):
         tokenizer = AutoTokenizer.from_pretrained(directory)
+    assert recipe.data.max_length is not None, "a run resolves it"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return Opened(path, manifest, recipe, model, tokenizer, Limits(recipe.data.max_length, recipe.data.truncation))

@@ -157,8 +157,7 @@ class CausalLM(Spec):
         import torch
 
         prompts = [_prompt(row, tokenizer) for row in rows]
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+        positions = _positions(model)
         longest = min(limits.max_length, positions - 1) if positions else limits.max_length
         if limits.truncation == "error":
             for row, prompt in zip(rows, prompts, strict=True):
@@ -181,6 +180,25 @@ class CausalLM(Spec):
                     answers[i]["truncated"] = len(prompts[i]) - longest
         model.train(was_training)
         return answers
+
+    def reply(self, model: Any, tokenizer: Any, messages: list[dict[str, Any]], limits: Limits, generation: Generation, streamer: Any) -> str:
+        """The answer to a conversation, also written token by token to `streamer`; what is too long forgets its oldest exchanges.
+
+        Raises RecipeError for a tokenizer without a chat template.  Beams cannot be streamed: there is one.
+        """
+        import torch
+
+        positions = _positions(model)
+        longest = min(limits.max_length, positions - 1) if positions else limits.max_length
+        prompt = _prompt(Row({"messages": messages}, "chat", len(messages)), tokenizer)
+        while len(prompt) > longest and (shorter := chat.without_oldest_exchange([*messages, {"role": "assistant", "content": ""}])):
+            messages = shorter[:-1]
+            prompt = _prompt(Row({"messages": messages}, "chat", len(messages)), tokenizer)
+        stops = chat.stop_token_ids(tokenizer)
+        with torch.inference_mode():
+            one_beam = generation.model_copy(update={"num_beams": 1})
+            (ids,) = _generate(model, [prompt[-longest:]], stops, tokenizer, one_beam, positions, streamer)
+        return tokenizer.decode(ids, skip_special_tokens=True)
 
 
 class LanguageModelMetrics:
@@ -217,7 +235,14 @@ def _judged(scores: Scores) -> tuple[torch.Tensor, torch.Tensor]:
     return losses, correct
 
 
-def _generate(model: Any, prompts: list[list[int]], stops: list[int], tokenizer: Any, generation: Generation, positions: int | None) -> list[list[int]]:
+def _positions(model: Any) -> int | None:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return getattr(base.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _generate(
+    model: Any, prompts: list[list[int]], stops: list[int], tokenizer: Any, generation: Generation, positions: int | None, streamer: Any = None
+) -> list[list[int]]:
     """The tokens that the model writes after each prompt, the stop token included, padding after it."""
     import torch
     from transformers import GenerationConfig
@@ -236,7 +261,7 @@ def _generate(model: Any, prompts: list[list[int]], stops: list[int], tokenizer:
         pad_token_id=pad,
         use_cache=True,
     )
-    return model.generate(input_ids=input_ids, attention_mask=mask, generation_config=config)[:, length:].tolist()
+    return model.generate(input_ids=input_ids, attention_mask=mask, generation_config=config, streamer=streamer)[:, length:].tolist()
 
 
 def _prompt(row: Row, tokenizer: Any) -> list[int]:

@@ -156,7 +156,13 @@ class TextClassification(Spec):
         from ftkit.data.batches import collate
         from ftkit.data.features import FeatureSet
 
-        features = FeatureSet.of([self.encode(row, tokenizer, limits) for row in rows])
+        def encode(row: Row) -> list[Features]:
+            try:
+                return self.encode(row, tokenizer, limits)
+            except RowError as error:
+                raise DataError(f"{row.where}: {error}") from error
+
+        features = FeatureSet.of(map(encode, rows))
         batch = collate(features, np.arange(len(features)), tokenizer.pad_token_id).to(model.device)
         with torch.inference_mode():
             probabilities = self.scores(model, batch).logits.float().softmax(-1).tolist()

@@ -1,0 +1,296 @@
+"""`ftkit eval`, `predict`, `check` and `show` after a real, tiny run."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+
+@pytest.fixture(scope="module")
+def make_run(tmp_path_factory, checkpoint, data):
+    """make_run(name): the directory of a finished run, trained once for all tests."""
+    from accelerate.state import AcceleratorState
+
+    from ftkit.run import train
+
+    kinds = {
+        "single": {"model": checkpoint("bert"), "task": "text-classification", "data": files(data.single, "csv"), "method": "full"},
+        "pairs": {"model": checkpoint("bert"), "task": "text-classification", "data": files(data.pairs, "csv"), "method": "lora"},
+        "chats": {"model": checkpoint("llama"), "task": "causal-lm", "data": files(data.chats, "jsonl"), "method": "lora"},
+        "prompts": {"model": checkpoint("gpt2"), "task": "causal-lm", "data": files(data.prompts, "jsonl"), "method": "full"},
+    }
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            directory = tmp_path_factory.mktemp(name)
+            recipe = kinds[name] | {"train": {"steps": 3, "batch_size": 8, "learning_rate": 1e-3}, "output": str(directory / "run")}
+            recipe["eval"] = {"generation": {"max_new_tokens": 8}}
+            (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+            AcceleratorState._reset_state(True)
+            train(str(directory / "recipe.yaml"))
+            made[name] = directory / "run"
+        return made[name]
+
+    with pytest.MonkeyPatch.context() as patch:
+        verify_in_this_process(patch)
+        yield make
+
+
+def files(directory: Path, ending: str) -> dict[str, str]:
+    return {name: str(directory / f"{name}.{ending}") for name in ("train", "validation", "test")}
+
+
+def verify_in_this_process(patch: pytest.MonkeyPatch) -> None:
+    from ftkit import verify
+
+    patch.setattr(verify, "check", lambda directory, artifact, expected: {"max_difference": 0.0, "tolerance": expected.tolerance, "base_sha256": None})
+
+
+# --- eval ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["single", "pairs", "chats", "prompts"])
+def test_eval_gives_the_numbers_of_the_run(make_run, ftkit, name):
+    run = make_run(name)
+    metrics = json.loads((run / "metrics.json").read_text())
+    done = ftkit("eval", run, "--json")
+    assert done.code == 0, done.err
+    measured = json.loads(done.out)
+    assert measured["output"] == str(run)
+    assert list(measured["metrics"]) == ["validation", "test"]
+    for split, values in measured["metrics"].items():
+        assert values == pytest.approx(metrics[split], rel=1e-6)
+        assert json.loads((run / "eval" / split / "metrics.json").read_text()) == {split: values}
+        said, again = (run / where / what for where, what in (("predictions", f"{split}.jsonl"), (f"eval/{split}", "predictions.jsonl")))
+        for before, now in zip(map(json.loads, said.open()), map(json.loads, again.open()), strict=True):
+            assert {key: pytest.approx(value, rel=1e-5) if isinstance(value, float) else value for key, value in before.items()} == now
+
+
+def test_eval_measures_one_set_and_prints_a_table(make_run, ftkit):
+    run = make_run("single")
+    done = ftkit("eval", run, "--split", "test")
+    assert done.code == 0
+    assert "accuracy" in done.out
+    assert "test" in done.out
+    assert "validation" not in done.out.replace(str(run), "")
+    done = ftkit("eval", run, "--split", "dev")
+    assert (done.code, done.err.count("there are validation, test")) == (2, 1)
+
+
+def test_eval_measures_other_rows_in_the_columns_of_the_run(make_run, ftkit, data, tmp_path):
+    run = make_run("single")
+    done = ftkit("eval", run, "--data", data.single / "validation.csv", "--json")
+    assert json.loads(done.out)["metrics"]["validation"] == pytest.approx(json.loads((run / "metrics.json").read_text())["validation"], rel=1e-6)
+    renamed = tmp_path / "fresh.csv"
+    renamed.write_text("sentence,category\nroses and bees,garden\nbutter and bread,kitchen\n")
+    done = ftkit("eval", run, "--data", renamed, "--json")
+    assert json.loads(done.out)["metrics"]["fresh"]["loss_count"] == 2
+    assert "text from sentence" in done.err
+    assert [json.loads(line)["label"] for line in (run / "eval" / "fresh" / "predictions.jsonl").open()] == ["garden", "kitchen"]
+
+
+def test_eval_refuses_labels_that_the_run_does_not_know(make_run, ftkit, tmp_path):
+    (tmp_path / "sky.csv").write_text("text,label\nroses,garden\nstars,sky\n")
+    done = ftkit("eval", make_run("single"), "--data", tmp_path / "sky.csv")
+    assert done.code == 3
+    assert "sky.csv:2: label 'sky' does not occur" in done.err
+    assert not (make_run("single") / "eval" / "sky").exists()
+
+
+def test_eval_refuses_other_columns(make_run, ftkit, tmp_path):
+    (tmp_path / "odd.csv").write_text("words,topic\nroses,garden\n")
+    done = ftkit("eval", make_run("single"), "--data", tmp_path / "odd.csv")
+    assert done.code == 3
+    assert "there is no column for text" in done.err
+    assert "there are: words, topic" in done.err
+
+
+def test_eval_of_a_recipe_measures_the_base_and_writes_nothing(make_run, ftkit, tmp_path, monkeypatch):
+    run = make_run("chats")
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(run / "recipe.yaml", "recipe.yaml")
+    recipe = yaml.safe_load(Path("recipe.yaml").read_text())
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe | {"output": str(tmp_path / "out")}))
+    done = ftkit("eval", "recipe.yaml", "--json")
+    assert done.code == 0, done.err
+    base = json.loads((run / "metrics.json").read_text())["base"]
+    assert json.loads(done.out)["metrics"]["base"] == {split: pytest.approx(values, rel=1e-6) for split, values in base.items()}
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_eval_says_what_changed_since_the_run(make_run, ftkit, data, tmp_path):
+    for name in ("train.csv", "validation.csv"):
+        shutil.copy(data.single / name, tmp_path / name)
+    run = tmp_path / "run"
+    shutil.copytree(make_run("single"), run)
+    for name in ("recipe.yaml", "manifest.json"):
+        text = (run / name).read_text()
+        for file in ("train.csv", "validation.csv"):
+            text = text.replace(str(data.single / file), str(tmp_path / file))
+        (run / name).write_text(text)
+    with (tmp_path / "validation.csv").open("a") as file:
+        file.write("one more rose,garden\n")
+    done = ftkit("eval", run)
+    assert done.code == 0, done.err
+    assert f"{tmp_path / 'validation.csv'} has changed since the run" in done.err
+
+
+def test_an_unfinished_run_and_none_are_told_apart(ftkit, tmp_path):
+    (tmp_path / "manifest.json").write_text('{"status": "preempted"}')
+    done = ftkit("eval", tmp_path)
+    assert (done.code, "its run is preempted" in done.err) == (2, True)
+    done = ftkit("predict", tmp_path / "gone", "text")
+    assert (done.code, "does not exist" in done.err) == (2, True)
+
+
+def test_a_run_whose_model_is_gone(make_run, ftkit, tmp_path):
+    shutil.copytree(make_run("single"), tmp_path / "run")
+    (tmp_path / "run" / "model" / "model.safetensors").unlink()
+    done = ftkit("predict", tmp_path / "run", "roses")
+    assert done.code == 2
+    assert "Traceback" not in done.err
+
+
+# --- predict ------------------------------------------------------------------------------------
+
+
+def answers(done) -> list[dict]:
+    assert done.code == 0, done.err
+    return [json.loads(line) for line in done.out.splitlines()]
+
+
+def test_predict_agrees_with_the_predictions_of_the_run(make_run, ftkit, data):
+    run = make_run("single")
+    said = [json.loads(line) for line in (run / "predictions" / "test.jsonl").open()]
+    found = answers(ftkit("predict", run, "--file", data.single / "test.csv"))
+    assert [answer["row"] for answer in found] == [record["row"] for record in said]
+    assert [answer["label"] for answer in found] == [record["prediction"] for record in said]
+    assert [answer["probability"] for answer in found] == pytest.approx([record["probability"] for record in said], rel=1e-4)
+
+
+def test_predict_texts(make_run, ftkit):
+    found = answers(ftkit("predict", make_run("single"), "roses", "a long text about the bread and the butter in the oven"))
+    assert [set(answer["scores"]) for answer in found] == [{"garden", "harbour", "kitchen"}] * 2
+    document = json.loads(ftkit("predict", make_run("single"), "roses", "--json").out)
+    assert document[0]["probability"] == pytest.approx(found[0]["probability"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.txt", "roses\n\na very long line about many bees and roses in the garden\nsoup\n"),
+        ("rows.csv", "sentence,idx\nroses,1\na very long line about many bees and roses in the garden,2\nsoup,3\n"),
+        ("rows.csv", "whatever\nroses\na very long line about many bees and roses in the garden\nsoup\n"),
+        ("rows.jsonl", '{"text": "roses"}\n{"text": "a very long line about many bees and roses in the garden", "label": null}\n{"text": "soup"}\n'),
+    ],
+)
+def test_predict_needs_no_labels_and_answers_in_order(make_run, ftkit, tmp_path, monkeypatch, name, content):
+    monkeypatch.setattr("ftkit.predict.WINDOW", 1)
+    run = tmp_path / "run"
+    shutil.copytree(make_run("single"), run)
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"eval": recipe["eval"] | {"batch_size": 2}}))
+    (tmp_path / name).write_text(content)
+    texts = ["roses", "a very long line about many bees and roses in the garden", "soup"]
+    single = [answers(ftkit("predict", run, text))[0] for text in texts]
+    found = answers(ftkit("predict", run, "--file", tmp_path / name))
+    assert [answer["probability"] for answer in found] == pytest.approx([answer["probability"] for answer in single], rel=1e-4)
+
+
+def test_predict_pairs(make_run, ftkit, data, tmp_path):
+    run = make_run("pairs")
+    (found,) = answers(ftkit("predict", run, "roses and bees", "soup"))
+    assert set(found["scores"]) == {"same", "other"}
+    (tmp_path / "pairs.jsonl").write_text('{"sentence1": "roses and bees", "sentence2": "soup"}\n')
+    (again,) = answers(ftkit("predict", run, "--file", tmp_path / "pairs.jsonl"))
+    assert again["probability"] == pytest.approx(found["probability"], rel=1e-4)
+    done = ftkit("predict", run, "one text")
+    assert done.code == 2
+    assert "text and text_pair: give 2 texts" in done.err
+    (tmp_path / "half.jsonl").write_text('{"sentence1": "roses and bees", "other": "soup"}\n')
+    done = ftkit("predict", run, "--file", tmp_path / "half.jsonl")
+    assert done.code == 3
+    assert "there is no column for text_pair ('sentence2' in training)" in done.err
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.txt", "where are roses?\nwhere is soup?\n"),
+        ("rows.jsonl", '{"instruction": "where are roses?"}\n{"instruction": "where is soup?", "input": ""}\n'),
+        ("rows.jsonl", '{"prompt": "where are roses?"}\n{"prompt": "where is soup?"}\n'),
+        ("rows.jsonl", "".join(json.dumps({"messages": [{"role": "user", "content": text}]}) + "\n" for text in ("where are roses?", "where is soup?"))),
+        ("rows.json", json.dumps([{"conversations": [{"from": "human", "value": text}]} for text in ("where are roses?", "where is soup?")])),
+    ],
+)
+def test_predict_answers_chats_in_every_form(make_run, ftkit, tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    found = answers(ftkit("predict", make_run("chats"), "--file", tmp_path / name))
+    assert [{"text": answer["text"], "finished": answer["finished"]} for answer in found] == answers(
+        ftkit("predict", make_run("chats"), "where are roses?", "where is soup?")
+    )
+
+
+def test_predict_continues_prompts(make_run, ftkit, tmp_path):
+    (tmp_path / "rows.csv").write_text("question,completion\nwhere are roses? ,\n")
+    (found,) = answers(ftkit("predict", make_run("prompts"), "--file", tmp_path / "rows.csv"))
+    (again,) = answers(ftkit("predict", make_run("prompts"), "where are roses? "))
+    assert found == {"row": 1} | again
+    assert set(again) == {"text", "finished"}
+
+
+def test_predict_says_which_row_cannot_be_answered(make_run, ftkit, tmp_path):
+    (tmp_path / "rows.csv").write_text('text\nroses\n"  "\n')
+    done = ftkit("predict", make_run("single"), "--file", tmp_path / "rows.csv")
+    assert done.code == 3
+    assert "rows.csv:2: text is empty" in done.err
+    assert (done.out, ftkit("predict", make_run("single"), " ").code) == ("", 2)
+
+
+def test_predict_refuses_a_row_that_is_too_long_where_the_run_did(make_run, ftkit, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(make_run("single"), run)
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    for truncation, code in (("error", 3), ("drop", 0)):
+        (run / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"data": recipe["data"] | {"truncation": truncation, "max_length": 8}}))
+        done = ftkit("predict", run, "roses and bees and tulips and worms and rain and soil")
+        assert (done.code, "Traceback" in done.err) == (code, False)
+
+
+# --- chat ---------------------------------------------------------------------------------------
+
+
+def test_chat_streams_answers_until_the_input_ends(make_run, ftkit, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("where are roses?\nwhere is soup?\n"))
+    done = ftkit("predict", make_run("chats"), "--chat")
+    assert done.code == 0, done.err
+    (first,) = answers(ftkit("predict", make_run("chats"), "where are roses?"))
+    assert done.out.startswith(first["text"].strip())
+    assert done.err.count("> ") == 3
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert ftkit("predict", make_run("chats"), "--chat").out == ""
+
+
+def test_chat_forgets_what_no_longer_fits(make_run, ftkit, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("where are the roses and the bees and the tulips?\n" * 6))
+    done = ftkit("predict", make_run("chats"), "--chat")
+    assert done.code == 0, done.err
+
+
+def test_chat_needs_a_run_that_talks(make_run, ftkit, monkeypatch, tmp_path):
+    done = ftkit("predict", make_run("single"), "--chat")
+    assert done.code == 2
+    assert "no conversation" in done.err
+    run = tmp_path / "run"
+    shutil.copytree(make_run("prompts"), run)
+    (run / "model" / "chat_template.jinja").unlink()
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    done = ftkit("predict", run, "--chat")
+    assert done.code == 2
+    assert "no chat template" in done.err
