@@ -1,0 +1,84 @@
+"""The driver of the README's tables: which cells there are, and what it keeps when it is killed or a cell fails."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "results"
+
+
+@pytest.fixture(scope="module")
+def results() -> Iterator[Any]:
+    """scripts/results as a module."""
+    loader = SourceFileLoader("results", str(SCRIPT))
+    spec = spec_from_loader("results", loader)
+    assert spec is not None
+    module = sys.modules["results"] = module_from_spec(spec)  # dataclasses look their module up there
+    loader.exec_module(module)
+    yield module
+    del sys.modules["results"]
+
+
+def test_one_seed_of_everything_comes_before_the_other_seeds(results: Any) -> None:
+    cells = list(results.cells())
+    names = [cell.name for cell in cells]
+    assert len(set(names)) == len(names)
+    first = {f"{dataset}/{method}/42/{side}" for dataset in results.METRICS for method in results.METHODS for side in results.SIDES}
+    chain = {"gutenberg_en/pretraining"} | {f"{dataset}/{method}" for dataset in ("enko_chat", "self_instruct") for method in ("lora", "qlora")}
+    assert set(names[: len(first | chain)]) == first | chain
+    assert {cell.seed for cell in cells[len(first | chain) :]} == {13, 87}
+    assert names.index("gutenberg_en/pretraining") < names.index("enko_chat/lora")
+
+
+def test_a_line_that_a_killed_driver_left_unfinished_is_measured_again(results: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    out = tmp_path / "results.jsonl"
+    whole = json.dumps({"cell": "cola/full/42/ftkit", "quick": False}) + "\n"
+    out.write_text(whole + '{"cell": "cola/full/42/pl', encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["results", str(tmp_path), "--out", str(out), "--only", "cola/full/42", "--list"])
+    assert results.main() == 0
+    assert capsys.readouterr().out.split() == ["cola/full/42/plain"]
+    assert out.read_text(encoding="utf-8") == whole
+
+
+def test_a_cell_that_fails_is_not_written_and_does_not_stop_the_others(results: Any, tmp_path: Path, capsys: Any) -> None:
+    @dataclass
+    class Known:
+        name: str
+        value: float | None
+
+        def measure(self, place: Any, scratch: Path) -> dict[str, Any]:
+            if self.value is None:
+                raise results.Failed("code 2")
+            return {"seconds": 0.0}
+
+    out = tmp_path / "results.jsonl"
+    place = results.Place(tmp_path, tmp_path / "work", quick=False)
+    assert not results.measure([Known("a", None), Known("b", 0.5)], out, place)
+    assert [record["cell"] for record in results.finished(out)] == ["b"]
+    assert "code 2" in capsys.readouterr().err
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_only_compares_whole_parts_of_names(results: Any) -> None:
+    cell = results.Classification("cola", "full", 42, "plain")
+    assert results.selected(cell, []) and results.selected(cell, ["snli", "cola/full"])
+    assert not results.selected(cell, ["co"]) and not results.selected(cell, ["cola/lora"])
+
+
+def test_the_table_has_mean_and_deviation_over_seeds(results: Any) -> None:
+    common = {"dataset": "cola", "method": "full", "learning_rate": 3e-4}
+    records = [common | {"side": "ftkit", "value": value, "cpu_seconds": 100.0} for value in (0.25, 0.5, 0.75)]
+    records += [common | {"side": "plain", "value": 0.5, "cpu_seconds": 150.0}]
+    records += [{"dataset": "enko_chat", "method": "lora", "base": 5.5, "value": 4.25, "merged_difference": 2e-6, "cpu_seconds": 60.0}]
+    text = results.tables(records)
+    assert "| cola (mcc) | full | 0.0003 | 0.5000 ± 0.2500 (3) | 0.5000 | 100 ± 0 (3) | 150 |" in text
+    assert "| enko_chat | lora | 5.5000 | 4.2500 | 2.0e-06 | 60 |" in text
