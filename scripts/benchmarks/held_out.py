@@ -29,14 +29,10 @@ def chat_loss(directory: str, rows: list[dict[str, Any]], max_length: int) -> fl
 
 
 def class_loss(directory: str, rows: list[dict[str, Any]]) -> float:
-    """Mean over the rows; each by itself, without padding."""
+    """Mean over the rows, whose labels are class numbers; each by itself, without padding."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32).eval()
-    labels = sorted({row["label"] for row in rows})
-    losses = [
-        F.cross_entropy(model(**tokenizer(row["text"], truncation=True, return_tensors="pt")).logits, torch.tensor([labels.index(row["label"])]))
-        for row in rows
-    ]
+    losses = [F.cross_entropy(model(**tokenizer(row["text"], truncation=True, return_tensors="pt")).logits, torch.tensor([row["label"]])) for row in rows]
     return sum(loss.item() for loss in losses) / len(losses)
 
 
