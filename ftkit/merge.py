@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors import safe_open
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ftkit import device, reload, rundir, verify
 from ftkit.errors import DiskError, RecipeError, VerificationFailed
@@ -296,6 +297,7 @@ def _load_float(adapter: Adapter, base: str, here: str) -> Any:
         # Merging into 4 bits would round the update away: on MiniLM, outputs were off by 0.07 where classes lie 0.2 apart.
         model = model.dequantize()
         _forget_quantisation(model)
+        _restore_conv1d(model)
     return model
 
 
@@ -311,6 +313,17 @@ def _forget_quantisation(model: Any) -> None:
     ]
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+
+
+def _restore_conv1d(model: Any) -> None:
+    """Let GPT-2's Conv1D hold their weights [in, out] again: bitsandbytes turned them into linear modules, [out, in]."""
+    with torch.device("meta"):
+        plain = type(model)(model.config)
+    for name, module in plain.named_modules():
+        if isinstance(module, Conv1D) and isinstance(linear := model.get_submodule(name), nn.Linear):
+            module.weight = nn.Parameter(linear.weight.detach().T.contiguous())
+            module.bias = linear.bias
+            model.set_submodule(name, module)
 
 
 def _merge(model: Any, note: Callable[[str], None]) -> Any:
