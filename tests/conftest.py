@@ -1,0 +1,188 @@
+"""Tiny models, tokenizers and data sets that are made in code, and the real command called in this process."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test may reach for the network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models are slower on many threads, and equal bits need equal threads
+
+import csv
+import gc
+import json
+import random
+import subprocess
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+
+TOPICS = {
+    "garden": ["roses", "tulips", "bees", "soil", "hedge", "rake", "seeds", "rain", "worms", "compost"],
+    "kitchen": ["bread", "butter", "oven", "soup", "knife", "plates", "pepper", "onions", "kettle", "flour"],
+    "harbour": ["boats", "anchors", "gulls", "nets", "ropes", "tide", "sailors", "crates", "fog", "lamps"],
+}
+FILLERS = ["the", "old", "small", "quiet", "two", "my", "our", "many", "of", "with", "near", "under", "before", "after", "and"]
+
+
+def sentence(rng: random.Random, topic: str, words: int) -> str:
+    """About half of the words tell the topic."""
+    return " ".join(rng.choice(TOPICS[topic] if rng.random() < 0.5 else FILLERS) for _ in range(words))
+
+
+def examples(count: int, seed: int) -> list[tuple[str, str]]:
+    """Texts of 3 to 13 words, and the topic that each is about."""
+    rng = random.Random(seed)
+    topics = [list(TOPICS)[i % len(TOPICS)] for i in range(count)]
+    return [(f"{rng.choice(TOPICS[topic])} {sentence(rng, topic, rng.randint(2, 12))}", topic) for topic in topics]
+
+
+class DataSets(NamedTuple):
+    """Files of 32 training, 12 validation and 8 test rows, each in the words of `TOPICS`."""
+
+    single: Path  # directories with train.csv or .jsonl, validation and test
+    pairs: Path
+    text: Path
+    prompts: Path
+    chats: Path
+
+
+def write_csv(path: Path, header: list[str], rows: list) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header, *rows])
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> DataSets:
+    found = DataSets(*(tmp_path_factory.mktemp(name) for name in DataSets._fields))
+    for seed, (split, count) in enumerate({"train": 32, "validation": 12, "test": 8}.items()):
+        rows = examples(count, seed)
+        others = [text for text, _ in examples(count, seed + 100)]
+        write_csv(found.single / f"{split}.csv", ["text", "label"], rows)
+        pairs = [(text, other if i % 2 else text, ("same", "other")[i % 2]) for i, ((text, _), other) in enumerate(zip(rows, others, strict=True))]
+        write_csv(found.pairs / f"{split}.csv", ["sentence1", "sentence2", "label"], pairs)
+        write_jsonl(found.text / f"{split}.jsonl", [{"text": text} for text, _ in rows])
+        write_jsonl(found.prompts / f"{split}.jsonl", [{"prompt": f"where are {text}? ", "completion": f"in the {topic}"} for text, topic in rows])
+        chats = [[{"role": "user", "content": f"where are {text}?"}, {"role": "assistant", "content": f"in the {topic}"}] for text, topic in rows]
+        write_jsonl(found.chats / f"{split}.jsonl", [{"messages": chat if i % 2 else [*chat, *chats[i - 1]]} for i, chat in enumerate(chats)])
+    return found
+
+
+def corpus() -> list[str]:
+    return [f"where are {text}? in the {topic}" for text, topic in examples(60, 7)]
+
+
+@pytest.fixture(scope="session")
+def tokenizers():
+    """A WordPiece tokenizer as BERT has, and a byte-level BPE tokenizer with a chat template."""
+    from ftkit.recipe.spec import TrainedTokenizer
+    from ftkit.tokenizer import train_tokenizer
+
+    sizes = {"wordpiece": 160, "bpe": 320}
+    return {kind: train_tokenizer(TrainedTokenizer(train="data", kind=kind, vocab_size=size), corpus()) for kind, size in sizes.items()}
+
+
+def architecture(name: str):
+    """The config of a model with two layers of 32 channels, and the kind of its tokenizer."""
+    import transformers
+
+    if name == "bert":
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 96}
+        return transformers.BertConfig(**sizes), "wordpiece"
+    if name == "distilbert":
+        return transformers.DistilBertConfig(dim=32, n_layers=2, n_heads=2, hidden_dim=64, max_position_embeddings=96), "wordpiece"
+    if name == "llama":
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 160}
+        return transformers.LlamaConfig(**sizes, num_key_value_heads=1), "bpe"
+    assert name == "gpt2"
+    return transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=160), "bpe"
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tokenizers, tmp_path_factory):
+    """checkpoint(name): a directory with random weights of an architecture and its tokenizer, as `from_pretrained` reads it.
+
+    The encoders are stored without a head, the decoders with that of a language model.
+    """
+    import torch
+    import transformers
+
+    @cache
+    def make(name: str) -> str:
+        config, kind = architecture(name)
+        tokenizer = tokenizers[kind]
+        config.vocab_size = len(tokenizer)
+        config.initializer_range = 0.1  # with the usual 0.02 a random model of 32 channels tells no two texts apart
+        for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            setattr(config, key, getattr(tokenizer, key))
+        torch.manual_seed(0)
+        auto = transformers.AutoModel if kind == "wordpiece" else transformers.AutoModelForCausalLM
+        directory = tmp_path_factory.mktemp(name)
+        auto.from_config(config).save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        return str(directory)
+
+    return make
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_directory(tmp_path_factory):
+    """The token cache of all tests: what it holds is keyed by content."""
+    directory = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FTKIT_CACHE", str(directory))
+        yield directory
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imports_out_of_the_way():
+    """Runs collect garbage on purpose; what the libraries left in memory when they were imported need not be walked each time."""
+    gc.freeze()
+
+
+class Outcome(NamedTuple):
+    """How a command ended, and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def ftkit(capsys):
+    """The command in this process: ftkit("train", path, "train.steps=3") gives exit code, stdout and stderr."""
+    from accelerate.state import AcceleratorState
+
+    from ftkit.cli import main
+
+    def run(*arguments: object) -> Outcome:
+        AcceleratorState._reset_state(True)  # a process of its own would start with none
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def verify_here(monkeypatch):
+    """Do the work of verification's fresh process in this one, which takes 5 s less."""
+    from ftkit import reload
+
+    run_process = subprocess.run
+
+    def run(command, **kwargs):
+        if reload.__file__ not in command:
+            return run_process(command, **kwargs)
+        try:
+            reload.main(Path(command[-1]))
+        except Exception as error:
+            return SimpleNamespace(returncode=1, stderr=f"{type(error).__name__}: {error}")
+        return SimpleNamespace(returncode=0, stderr="")
+
+    monkeypatch.setattr(subprocess, "run", run)

@@ -1,0 +1,67 @@
+"""Every built-in objective keeps the contract; objectives with the usual mistakes do not."""
+
+from typing import Literal
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ftkit import plugins
+from ftkit.data.types import Scores
+from ftkit.recipe.spec import Spec
+from ftkit.testing import check_objective
+
+
+@pytest.mark.parametrize("kind", plugins.BUILTIN["objective"])
+def test_an_objective_keeps_the_contract(kind):
+    check_objective(plugins.find("objective", kind)())
+
+
+class Broken(Spec):
+    """Cross-entropy with the mistakes below."""
+
+    kind: Literal["broken"] = "broken"
+
+
+class Mean(Broken):
+    """Averages."""
+
+    def loss(self, scores: Scores) -> torch.Tensor:
+        return F.cross_entropy(scores.logits.float(), scores.targets)
+
+
+class Unweighted(Broken):
+    """Forgets the weights."""
+
+    def loss(self, scores: Scores) -> torch.Tensor:
+        return F.cross_entropy(scores.logits.float(), scores.targets, reduction="sum")
+
+
+class Cut(Broken):
+    """Gives a constant where there is no item."""
+
+    def loss(self, scores: Scores) -> torch.Tensor:
+        losses = F.cross_entropy(scores.logits.float(), scores.targets, reduction="none") * scores.weights
+        return losses.sum() if len(losses) else torch.zeros(())
+
+
+class Half(Broken):
+    """Computes in whatever dtype the logits have."""
+
+    def loss(self, scores: Scores) -> torch.Tensor:
+        return (F.cross_entropy(scores.logits, scores.targets, reduction="none") * scores.weights.to(scores.logits.dtype)).sum()
+
+
+@pytest.mark.parametrize(
+    ("objective", "told"),
+    [
+        (Mean(), "return the sum, not the mean"),
+        (Unweighted(), "multiply each item by its weight"),
+        (Cut(), "of no item has no gradient"),
+        (Half(), "compute it in float32"),
+    ],
+    ids=["mean", "unweighted", "cut", "half"],
+)
+def test_a_broken_objective_is_told_what_to_change(objective, told):
+    with pytest.raises(AssertionError, match=told):
+        check_objective(objective)

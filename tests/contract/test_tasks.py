@@ -1,0 +1,139 @@
+"""Every built-in task keeps the contract in every shape of its rows, and tasks with the usual mistakes do not."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from ftkit import model, plugins
+from ftkit.data.types import Features, Row, RowError, Scores
+from ftkit.methods.full import Full
+from ftkit.recipe.spec import Model
+from ftkit.tasks.causal_lm import CausalLM
+from ftkit.tasks.text_classification import ClassificationMetrics, TextClassification
+from ftkit.testing import check_task
+
+SHAPES = {  # data set -> task, how its file calls the columns, architectures with the head
+    "single": (TextClassification(), {"text": "text", "label": "label"}, ("bert", "distilbert", "llama", "gpt2")),
+    "pairs": (TextClassification(), {"sentence1": "text", "sentence2": "text_pair", "label": "label"}, ("bert", "llama")),
+    "text": (CausalLM(), {"text": "text"}, ("llama", "gpt2")),
+    "prompts": (CausalLM(), {"prompt": "prompt", "completion": "completion"}, ("llama", "gpt2")),
+    "chats": (CausalLM(), {"messages": "messages"}, ("llama",)),
+}
+
+
+def rows(directory: Path, columns: dict[str, str], count: int = 8) -> list[Row]:
+    path = next(directory.glob("train.*"))
+    with path.open(encoding="utf-8") as file:
+        values = list(csv.DictReader(file)) if path.suffix == ".csv" else [json.loads(line) for line in file]
+    return [Row({name: row[column] for column, name in columns.items()}, str(path), number) for number, row in enumerate(values[:count], 1)]
+
+
+def loaded(checkpoint: str):
+    """The tokenizer of a checkpoint, and a factory of models with the head of a task."""
+    spec = Model(name=checkpoint)
+    source = model.locate(spec)
+    tokenizer = model.load_tokenizer(spec, source, None, ())
+
+    def load(task):
+        config = model.load_config(spec, source)
+        return model.load(spec, source, config, tokenizer, task, Full(), torch.float32, 0, torch.device("cpu")).model
+
+    return tokenizer, load
+
+
+def test_every_built_in_task_is_here():
+    assert {task.kind for task, _, _ in SHAPES.values()} == set(plugins.BUILTIN["task"])
+
+
+@pytest.mark.parametrize(("shape", "architecture"), [(shape, name) for shape, (_, _, names) in SHAPES.items() for name in names])
+def test_a_task_keeps_the_contract(shape, architecture, data, checkpoint):
+    task, columns, _ = SHAPES[shape]
+    check_task(task, rows(getattr(data, shape), columns), *loaded(checkpoint(architecture)))
+
+
+class Unmasked(TextClassification):
+    """Lets the padding in."""
+
+    def scores(self, model, batch):
+        logits = model(input_ids=batch.input_ids, attention_mask=torch.ones_like(batch.input_ids)).logits
+        return Scores(logits, batch.targets, batch.weights, batch.row_ids)
+
+
+class Silent(TextClassification):
+    """Does not tell what it cuts."""
+
+    def encode(self, row, tokenizer, limits):
+        return [Features(**{**_fields(each), "truncated": 0}) for each in super().encode(row, tokenizer, limits)]
+
+
+class Lenient(TextClassification):
+    """Cuts where it should refuse."""
+
+    def encode(self, row, tokenizer, limits):
+        try:
+            return super().encode(row, tokenizer, limits)
+        except RowError:
+            return super().encode(row, tokenizer, limits._replace(truncation="right"))
+
+
+class Miscounted(TextClassification):
+    """Two targets, one weight."""
+
+    def encode(self, row, tokenizer, limits):
+        return [Features(**{**_fields(each), "targets": each.targets * 2}) for each in super().encode(row, tokenizer, limits)]
+
+
+class Averaged(TextClassification):
+    """Averages where sums are wanted."""
+
+    def metrics(self):
+        return AveragedMetrics(len(self._names))
+
+
+class AveragedMetrics(ClassificationMetrics):
+    """The largest loss so far is no sum."""
+
+    def update(self, scores):
+        before = self.sums["loss"].clone()
+        super().update(scores)
+        self.sums["loss"] = torch.maximum(before, (self.sums["loss"] - before) / len(scores.weights))
+
+
+class Lost(TextClassification):
+    """Forgets the last record."""
+
+    def records(self, scores):
+        return super().records(scores)[:-1]
+
+
+class Tensors(TextClassification):
+    """Answers with what JSON does not know."""
+
+    def predict(self, model, tokenizer, rows, limits, generation):
+        return [{"probability": torch.tensor(0.5)} for _ in rows]
+
+
+def _fields(features: Features) -> dict:
+    return {name: getattr(features, name) for name in Features.__dataclass_fields__}
+
+
+@pytest.mark.parametrize(
+    ("task", "told"),
+    [
+        (Unmasked(), "mask the padding"),
+        (Silent(), "truncated says 0"),
+        (Lenient(), "must raise RowError"),
+        (Miscounted(), "2 targets, but 1 weights"),
+        (Averaged(), "keep sums, not means"),
+        (Lost(), "one object for each feature"),
+        (Tensors(), "cannot be written as JSON"),
+    ],
+    ids=["unmasked", "silent", "lenient", "miscounted", "averaged", "lost", "tensors"],
+)
+def test_a_broken_task_is_told_what_to_change(task, told, data, checkpoint):
+    _, columns, _ = SHAPES["single"]
+    with pytest.raises(AssertionError, match=told):
+        check_task(task, rows(data.single, columns), *loaded(checkpoint("bert")))
