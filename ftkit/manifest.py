@@ -36,7 +36,7 @@ class Manifest:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is not None:
             code = error.code if isinstance(error, FtkitError) else 130 if isinstance(error, KeyboardInterrupt) else 1
-            self.update(status=STATUS.get(code, "failed"), exit_code=code, error=str(error) or type(error).__name__)
+            self.update(status=STATUS.get(code, "failed"), exit_code=code, error=str(error) or type(error).__name__, seconds_before=round(self.seconds, 1))
 
     def __getitem__(self, key: str) -> Any:
         return self.facts[key]
