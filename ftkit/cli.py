@@ -120,8 +120,8 @@ def predict(
         answers = predict(run, texts or [], file)
     if as_json:
         with redirect_stdout(sys.stderr):
-            answers = list(answers)
-        _print_json(answers)
+            document = list(answers)
+        _print_json(document)
     else:
         for answer in answers:
             print(json.dumps(answer, ensure_ascii=False), flush=True)

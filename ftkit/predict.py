@@ -77,7 +77,7 @@ def _rows(run: Opened, texts: Sequence[str]) -> list[Row]:
     blank = [number for number, text in enumerate(texts, 1) if not text.strip()]
     if blank:
         raise RecipeError(f"text {blank[0]} is empty")
-    values = [dict(zip(names, texts[i : i + len(names)], strict=True)) for i in range(0, len(texts), len(names))]
+    values: list[dict[str, Any]] = [dict(zip(names, texts[i : i + len(names)], strict=True)) for i in range(0, len(texts), len(names))]
     if names == ["messages"]:
         values = [{"messages": [{"role": "user", "content": each["messages"]}]} for each in values]
     return [Row(each, "text", number) for number, each in enumerate(values, 1)]

@@ -65,7 +65,7 @@ def _measure_run(target: str, data: str | None, split: str | None, report: Repor
     subject = _Run(recipe, accelerator, wrapped, run.tokenizer.pad_token_id, _encoded(rows, recipe, run.tokenizer, run.limits, report))
     measured = measure(subject, subject.splits, report, lambda: False, keep_records=True)
     files = [file for name, result in measured.items() for file in _write(run.path / "eval" / name, name, result, subject.splits[name])]
-    return {"output": str(run.path), "metrics": _values(measured), "files": files, "notes": report.notes}
+    return {"output": str(run.path), "metrics": _values(measured), "files": files}
 
 
 def _measure_base(target: str, data: str | None, split: str | None, report: Reporter) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def _measure_base(target: str, data: str | None, split: str | None, report: Repo
         prepared.splits = _chosen(prepared.splits, split)
     session = open_session(prepared, report)
     measured = measure(session, prepared.splits, report, lambda: False)
-    return {"metrics": {"base": _values(measured)}, "notes": report.notes}
+    return {"metrics": {"base": _values(measured)}}
 
 
 def _precision(run: Opened, here: Any, report: Reporter) -> str:

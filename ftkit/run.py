@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ftkit import checkpoint, launch, model, optim, rundir, signals
-from ftkit.errors import Diverged
+from ftkit.errors import Diverged, RecipeError
 from ftkit.evaluate import measure
 from ftkit.finish import finish
 from ftkit.loop import Position, Step, fit
@@ -30,17 +30,19 @@ if TYPE_CHECKING:
 
 def train(path: str, overrides: Sequence[str] = (), resume: bool = False, overwrite: bool = False, smoke: bool = False) -> dict[str, Any]:
     """Do what the recipe says, verify what was written, and return the summary that `ftkit train` prints."""
-    resolved = read(path, overrides)
     if smoke:
-        from ftkit.smoke import shrink
+        from ftkit.smoke import rehearse
 
-        resolved = shrink(resolved)
+        if resume:
+            raise RecipeError("--smoke always starts anew: leave --resume out")
+        return rehearse(path, overrides)
+    resolved = read(path, overrides)
     output = Path(resolved.recipe.output)
     world, wanted = launch.world(), launch.processes(resolved.recipe.train)
     if world.rank == 0:
         rundir.check(output, resume, overwrite)
     if world.size == 1 and wanted > 1:
-        flags = {"--resume": resume, "--overwrite": overwrite, "--smoke": smoke}
+        flags = {"--resume": resume, "--overwrite": overwrite}
         return _launch(resolved, ["train", str(path), *overrides, *(flag for flag, on in flags.items() if on)], wanted)
     with signals.listening() as stop:
         return _train(resolved, stop, resume, overwrite, world.rank == 0)

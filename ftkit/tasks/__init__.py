@@ -56,6 +56,10 @@ class Task(Protocol):
     metric_names: ClassVar[tuple[str, ...]]
     main_metric: ClassVar[str]  # what the summary leads with; higher is better unless it is `loss` or `perplexity`
 
+    def examples(self) -> list[dict[str, Any]]:
+        """A dozen short rows with all columns, for a rehearsal without data."""
+        ...
+
     def resolve(self, rows: Iterable[Row]) -> Task:
         """This task with what only the training rows tell (label names) filled in."""
         ...

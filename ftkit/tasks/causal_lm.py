@@ -20,6 +20,20 @@ PROMPT = Column("prompt", "text that is given", "instruction", "input", "questio
 COMPLETION = Column("completion", "its continuation, which is learned", "response", "output", "answer")
 TEXT = Column("text", "plain text, all of it learned", "content", "document")
 
+EXAMPLES = (  # questions and their answers
+    ("What do bees make?", "Bees make honey and wax."),
+    ("How many days has a week?", "A week has seven days."),
+    ("Where do whales live?", "Whales live in the sea."),
+    ("What is ice made of?", "Ice is frozen water."),
+    ("Which season follows winter?", "Spring follows winter."),
+    ("What does a clock show?", "A clock shows the time."),
+    ("Who bakes bread?", "A baker bakes bread."),
+    ("What falls from clouds?", "Rain and snow fall from clouds."),
+    ("How many legs has a spider?", "A spider has eight legs."),
+    ("What grows on an oak?", "Acorns grow on an oak."),
+    ("What keeps a boat in its place?", "An anchor keeps it in its place."),
+    ("When does the sun rise?", "The sun rises in the morning."),
+)
 GENERATED_ROWS = 16  # rows generated together: the cache of keys and values grows with them
 JUDGED_POSITIONS = 1024  # positions whose logits are held in float32 at a time
 
@@ -43,6 +57,18 @@ class CausalLM(Spec):
     }
     metric_names: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy")
     main_metric: ClassVar[str] = "loss"
+
+    def examples(self) -> list[dict[str, Any]]:
+        """Questions and answers as chats, as prompts and completions, and as plain text."""
+        return [
+            {
+                "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
+                "prompt": f"{question} ",
+                "completion": answer,
+                "text": f"{question} {answer}",
+            }
+            for question, answer in EXAMPLES
+        ]
 
     def resolve(self, rows: Iterable[Row]) -> CausalLM:
         return self

@@ -20,6 +20,21 @@ TEXT = Column("text", "the text to classify", "sentence", "sentence1", "premise"
 PAIR = Column("text_pair", "a second text", "sentence2", "hypothesis", "question2")
 LABEL = Column("label", "its class: a word or a number", "labels", "class", "category", "intent", "target", "gold_label")
 
+EXAMPLES = (  # a sentence, a second one, and whether it follows from the first
+    ("All the lamps in the hall are lit.", "The hall is dark.", "no"),
+    ("Three boats left the harbour at dawn.", "Boats left the harbour.", "yes"),
+    ("The baker sold every loaf before noon.", "There was bread left at one.", "no"),
+    ("Anna waters the roses each evening.", "Someone waters the roses.", "yes"),
+    ("It has not rained since March.", "It rained in April.", "no"),
+    ("The old bridge is closed to cars.", "Cars cannot cross the old bridge.", "yes"),
+    ("Nobody in the village owns a horse.", "The smith owns a horse.", "no"),
+    ("The train was ten minutes late.", "The train was late.", "yes"),
+    ("Her coat is blue and too long.", "Her coat is red.", "no"),
+    ("Two owls nest in the church tower.", "Birds nest in the tower.", "yes"),
+    ("The library opens at nine on weekdays.", "The library is open at eight on Monday.", "no"),
+    ("He peeled the apples and baked a cake.", "He baked something.", "yes"),
+)
+
 
 class TextClassification(Spec):
     """Which class a text, or a pair of texts, belongs to."""
@@ -37,6 +52,11 @@ class TextClassification(Spec):
     }
     metric_names: ClassVar[tuple[str, ...]] = ("accuracy", "f1", "f1_binary", "mcc", "loss")
     main_metric: ClassVar[str] = "accuracy"
+
+    def examples(self) -> list[dict[str, Any]]:
+        """Pairs of sentences under the labels of the recipe, if it has any."""
+        labels = self.labels or []
+        return [{"text": text, "text_pair": pair, "label": labels[i % len(labels)] if labels else label} for i, (text, pair, label) in enumerate(EXAMPLES)]
 
     def resolve(self, rows: Iterable[Row]) -> TextClassification:
         """With the label names of the training rows, numbers in numeric order and words in alphabetic order."""

@@ -1,0 +1,225 @@
+"""Rehearsals: every kind of recipe in seconds, on tiny random models, without the network."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import yaml
+
+from ftkit.miniature import ARCHITECTURES, architecture, miniature
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "recipes").glob("**/*.yaml"))
+
+
+@pytest.fixture
+def no_network(monkeypatch, tmp_path):
+    """Sockets cannot connect, and the hub's cache is empty."""
+
+    def refuse(self, address):
+        raise AssertionError(f"the network is asked for: {address}")
+
+    from datasets import config
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: refuse(None, _))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(config, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+
+
+@pytest.fixture
+def smoke(ftkit, tmp_path, no_network, verify_here):
+    """smoke(recipe, ...): what a rehearsal ended with; the recipe is a dict, or the path of a file."""
+
+    def run(recipe, *overrides):
+        if isinstance(recipe, dict):
+            (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"output": str(tmp_path / "run")} | recipe))
+            recipe = tmp_path / "recipe.yaml"
+        return ftkit("train", recipe, *overrides, "--smoke", "--json")
+
+    return run
+
+
+def classify(model, rows, **more):
+    """A recipe of text classification."""
+    return {"model": model, "task": "text-classification", "data": {"train": str(rows)}, **more}
+
+
+METHODS = {
+    "full": "full",
+    "head": "head",
+    "partial": {"kind": "partial", "last": 1},
+    "lora": {"kind": "lora", "r": 4},
+    "qlora": {"kind": "qlora", "r": 4},
+}
+MODELS = {
+    "text-classification": ("distilbert/distilbert-base-uncased", ["single", "pairs"]),
+    "causal-lm": ("meta-llama/Llama-3.2-1B-Instruct", ["chats", "prompts", "text"]),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("task", MODELS)
+def test_every_method_is_rehearsed_for_every_task(smoke, data, tmp_path, task, method):
+    model, kinds = MODELS[task]
+    directory: Path = getattr(data, kinds[list(METHODS).index(method) % len(kinds)])
+    files = {name: str(next(directory.glob(f"{name}.*"))) for name in ("train", "validation", "test")}
+    done = smoke({"model": model, "task": task, "method": METHODS[method], "data": files})
+    assert done.code == 0, done.err
+    summary = json.loads(done.out)
+    assert summary["smoke"] is True
+    output = Path(summary["output"])
+    assert output == tmp_path / "run-smoke"
+    assert set(summary["metrics"]) == {"base", "validation", "test"}
+    assert summary["verification"]["max_difference"] <= summary["verification"]["tolerance"]
+    manifest = json.loads((output / "manifest.json").read_text())
+    assert (manifest["smoke"], manifest["status"]) == (True, "finished")
+    adapter = "lora" in method
+    assert ("merge" in summary) is adapter
+    if adapter:
+        assert summary["merge"]["max_difference"] <= summary["merge"]["tolerance"]
+    if method == "qlora":
+        assert manifest["artifact"]["load_kwargs"]["quantization_config"]["load_in_4bit"]
+    assert "the config of" in done.err
+    assert "stands for the data" not in done.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_on_the_disk_is_used(smoke, data, checkpoint, tmp_path):
+    recipe = {"model": checkpoint("bert"), "task": "text-classification", "data": {"train": str(data.single / "train.csv"), "validation": 0.25}}
+    done = smoke(recipe)
+    assert done.code == 0, done.err
+    assert "substituted" not in done.err
+    base = transformers.AutoTokenizer.from_pretrained(checkpoint("bert"))
+    small = transformers.AutoTokenizer.from_pretrained(tmp_path / "run-smoke" / "model")
+    assert small.get_vocab() == base.get_vocab()
+    assert smoke(recipe).code == 0  # in the place of the first
+
+
+def test_it_does_not_write_over_anything_else(smoke, data, checkpoint, tmp_path):
+    (tmp_path / "run-smoke").mkdir()
+    (tmp_path / "run-smoke" / "thesis.txt").write_text("done at last")
+    done = smoke(classify(checkpoint("bert"), data.single / "train.csv"))
+    assert done.code == 2
+    assert "holds something else" in done.out
+    assert [path.name for path in (tmp_path / "run-smoke").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "task", "found"),
+    [
+        ({}, "text-classification", {"text", "label"}),
+        ({"text": "premise", "text_pair": "hypothesis"}, "text-classification", {"text", "text_pair", "label"}),
+        ({}, "causal-lm", {"text"}),
+        ({"messages": "talk"}, "causal-lm", {"messages"}),
+        ({"prompt": "q", "completion": "a"}, "causal-lm", {"prompt", "completion"}),
+    ],
+)
+def test_example_rows_have_the_columns_of_the_recipe(smoke, tmp_path, columns, task, found):
+    model = {"init": "random", "config": {"model_type": "gpt2"}, "tokenizer": {"train": "data", "vocab_size": 4000}}
+    files = {"train": "gone/train.jsonl", "validation": {"a": "gone/a.jsonl", "b": "gone/b.jsonl"}}
+    done = smoke({"model": model, "task": task, "data": files | {"columns": columns}})
+    assert done.code == 0, done.err
+    assert "gone/train.jsonl is not on this machine; example rows" in done.err
+    with (tmp_path / "run-smoke" / "smoke" / "train.jsonl").open() as file:
+        assert set(json.loads(file.readline())) == found
+    assert set(json.loads(done.out)["metrics"]) == {"base", "a", "b"}
+
+
+def test_flaws_of_rows_that_are_here_are_told(smoke, checkpoint, tmp_path):
+    (tmp_path / "train.csv").write_text("words,topic\na,b\nc,d\n")
+    done = smoke(classify(checkpoint("bert"), tmp_path / "train.csv"))
+    assert done.code == 3
+    assert "there are: words, topic" in done.out
+
+
+@pytest.mark.parametrize(
+    ("method", "code"),
+    [
+        ({"kind": "partial", "last": 5}, 0),
+        ({"kind": "lora", "targets": r"layer\.5\..*q_lin"}, 0),
+        ({"kind": "lora", "targets": ["nonsense"]}, 2),
+        ({"kind": "partial", "last": 7}, 2),
+    ],
+)
+def test_a_method_that_names_deep_layers_keeps_them(smoke, data, method, code):
+    done = smoke(classify("distilbert/distilbert-base-uncased", data.single / "train.csv", method=method))
+    assert done.code == code, done.err
+    assert "Traceback" not in done.err
+
+
+def test_a_name_that_tells_no_architecture(smoke, data):
+    done = smoke(classify("org/our-own-thing", data.single / "train.csv"))
+    assert done.code == 8
+    assert "does not tell its architecture" in done.out
+
+
+def test_what_needs_a_gpu_is_left_out_without_one(smoke, data, checkpoint):
+    train = {"precision": "fp16", "parallel": "fsdp", "epochs": 7, "warmup": 500, "trackers": ["wandb"]}
+    done = smoke(classify({"name": checkpoint("bert"), "attention": "flash_attention_2"}, data.single / "train.csv", train=train))
+    if torch.cuda.is_available():
+        pytest.skip("has a GPU")
+    assert done.code == 0, done.err
+    assert "train.precision: auto in place of fp16" in done.err
+
+
+def test_it_is_neither_resumed_nor_launched(ftkit, data, checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(classify(checkpoint("bert"), data.single / "train.csv")))
+    assert ftkit("train", tmp_path / "recipe.yaml", "--smoke", "--resume").code == 2
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = ftkit("train", tmp_path / "recipe.yaml", "--smoke")
+    assert done.code == 2
+    assert "--smoke takes no launcher" in done.err
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipes_pass(smoke, path, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    done = smoke(path, f"output={tmp_path / 'run'}")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["smoke"] is True
+
+
+# --- tiny configs -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", sorted({*ARCHITECTURES.values(), "mixtral", "falcon", "phi", "olmo2"}))
+def test_any_architecture_is_made_tiny(tokenizers, kind):
+    config = transformers.CONFIG_MAPPING[kind]()
+    small = miniature(config, 2, tokenizers["bpe"])
+    assert small.num_hidden_layers == 2
+    for auto in (transformers.AutoModelForSequenceClassification, transformers.AutoModelForCausalLM):
+        if type(small) not in auto._model_mapping:
+            continue
+        small.pad_token_id = 0
+        model = auto.from_config(small).eval()
+        assert sum(parameter.numel() for parameter in model.parameters()) < 300_000
+        ids = torch.randint(1, len(tokenizers["bpe"]), (2, 100))
+        assert model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.isfinite().all()
+
+
+def test_stretched_positions_and_layer_lists_follow(tokenizers):
+    stretched = {"rope_type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48, "rope_theta": 5e5, "original_max_position_embeddings": 4096}
+    small = miniature(transformers.Phi3Config(rope_parameters=stretched), 2, tokenizers["bpe"])
+    assert small.rope_parameters == {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 1.0}
+    gemma = miniature(transformers.Gemma2Config(), 2, tokenizers["bpe"])
+    assert gemma.layer_types == ["sliding_attention", "full_attention"]
+
+
+def test_names_tell_their_architecture():
+    assert architecture("distilbert/distilbert-base-uncased") == "distilbert"
+    assert architecture("sentence-transformers/all-MiniLM-L6-v2") == "bert"
+    assert architecture("microsoft/deberta-v3-base") == "deberta-v2"
+    assert architecture("microsoft/Phi-3-mini-4k-instruct") == "phi3"
+    assert architecture("HuggingFaceTB/SmolLM2-135M-Instruct") == "llama"
+    assert architecture("bert-fans/our-own-thing") is None
+    assert all(kind in transformers.CONFIG_MAPPING for kind in ARCHITECTURES.values())
