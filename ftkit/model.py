@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -116,25 +117,30 @@ def load_config(model: Model, source: Source | None, tokenizer: Any = None) -> t
     else:
         with hub_errors(source):
             config = transformers.AutoConfig.from_pretrained(source.name, **source.kwargs)
-    for key, value in overrides.items():
-        if key not in config.to_dict() and key not in config.attribute_map:
-            raise RecipeError(f"model.config: {type(config).__name__} has no {key!r}{_nearest(key, list(config.to_dict()))}")
-        setattr(config, key, value)
+    with _config_errors():
+        for key, value in overrides.items():
+            if key not in config.to_dict() and key not in config.attribute_map:
+                raise RecipeError(f"model.config: {type(config).__name__} has no {key!r}{_nearest(key, list(config.to_dict()))}")
+            setattr(config, key, value)
+        if source is None:  # made anew, so that what a config derives from other settings (head_dim, key and value heads) follows them
+            config = type(config)(**overrides)
     if model.init == "random" and tokenizer is not None:
         config.vocab_size = max(len(tokenizer), overrides.get("vocab_size", 0))
         for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
             setattr(config, key, getattr(tokenizer, key))
     if model.config:
-        _validate(config)
+        with _config_errors():  # its own checks speak now, not when the trained model is saved
+            config.validate()
     return config
 
 
-def _validate(config: transformers.PreTrainedConfig) -> None:
-    """Let the config's own checks speak now, not when the trained model is saved."""
+@contextmanager
+def _config_errors() -> Iterator[None]:
+    """Turn what a config says of its settings into our errors."""
     from huggingface_hub.errors import StrictDataclassError
 
     try:
-        config.validate()
+        yield
     except StrictDataclassError as error:
         raise RecipeError(f"model.config: {error.__cause__ or _first_line(error)}") from error
 
