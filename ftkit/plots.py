@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import warnings
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
+
+from ftkit.data import cache
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,6 +27,7 @@ LABEL_LENGTH = 24  # characters of a class name
 
 def loss_curve(log: Path, target: Path) -> None:
     """Draw the losses and the learning rate that a `log.jsonl` holds over the optimizer steps, as a PNG."""
+    _settle_matplotlib()
     from matplotlib.ticker import MaxNLocator
 
     records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
@@ -67,6 +71,7 @@ def confusion(matrix: Sequence[Sequence[int]], labels: Sequence[str], target: Pa
 
     Colours are shares of the true class, so that a rare class is as visible as a frequent one.
     """
+    _settle_matplotlib()
     from matplotlib.ticker import PercentFormatter
 
     count = len(labels)
@@ -98,6 +103,11 @@ def confusion(matrix: Sequence[Sequence[int]], labels: Sequence[str], target: Pa
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # drawn as a box; one warning a character helps nobody
         figure.savefig(target, bbox_inches="tight")
+
+
+def _settle_matplotlib() -> None:
+    """Before its first import: its list of fonts belongs into our cache, not into the home directory."""
+    os.environ.setdefault("MPLCONFIGDIR", str(cache.directory() / "matplotlib"))
 
 
 def _figure(width: float, height: float) -> Figure:
