@@ -169,6 +169,31 @@ def ftkit(capsys):
     return run
 
 
+TRAIN = {"steps": 4, "batch_size": 8, "learning_rate": 1e-3, "eval_every": 2, "save_every": 2, "log_every": 1, "precision": "fp32"}
+
+
+@pytest.fixture
+def recipe(data, checkpoint, tmp_path):
+    """recipe("bert", "single", method={"kind": "lora"}, train={"steps": 3}) writes a recipe and gives its path; its run goes to tmp_path/run."""
+
+    def write(model: str | dict, rows: str, train: dict | None = None, name: str = "recipe.yaml", **sections) -> Path:
+        directory = getattr(data, rows)
+        files = {split: str(next(directory.glob(f"{split}.*"))) for split in ("train", "validation", "test")}
+        values = {
+            "model": checkpoint(model) if isinstance(model, str) else model,
+            "task": "text-classification" if rows in ("single", "pairs") else "causal-lm",
+            "data": files,
+            "train": {**TRAIN, **(train or {})},
+            "output": str(tmp_path / "run"),
+            **sections,
+        }
+        path = tmp_path / name
+        path.write_text(json.dumps(values), encoding="utf-8")
+        return path
+
+    return write
+
+
 @pytest.fixture
 def verify_here(monkeypatch):
     """Do the work of verification's fresh process in this one, which takes 5 s less."""

@@ -1,0 +1,255 @@
+"""`ftkit train` end to end: the run directory, repetition, what is written where, and verification that cannot be fooled."""
+
+import csv
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from ftkit import checkpoint as checkpoints
+from ftkit import recipe as recipes
+from ftkit import verify
+
+FROM_NOTHING = {
+    "init": "random",
+    "config": {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 96,
+    },
+    "tokenizer": {"train": "data", "vocab_size": 300},
+}
+RUNS = {  # model, rows, method
+    "bert-full": ("bert", "single", {"kind": "full"}),
+    "distilbert-lora": ("distilbert", "single", {"kind": "lora", "r": 4}),
+    "bert-pairs-partial": ("bert", "pairs", {"kind": "partial", "last": 1}),
+    "gpt2-pairs-head": ("gpt2", "pairs", {"kind": "head"}),
+    "llama-text-full": (FROM_NOTHING, "text", {"kind": "full"}),
+    "llama-text-lora": (FROM_NOTHING, "text", {"kind": "lora", "r": 4}),
+    "gpt2-prompts-lora": ("gpt2", "prompts", {"kind": "lora", "dora": True}),
+    "llama-chats-pissa": ("llama", "chats", {"kind": "lora", "init": "pissa", "r": 2}),
+    "llama-chats-qlora": ("llama", "chats", {"kind": "qlora"}),
+}
+STEP_KEYS = {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_bytes"}
+TIMES = {"tokens_per_second", "peak_memory_bytes"}
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    return {f"{path.relative_to(directory)}:{name}": value for path in directory.rglob("*.safetensors") for name, value in load_file(path).items()}
+
+
+def log(run: Path) -> list[dict]:
+    """log.jsonl without what depends on the clock and the process."""
+    return [{key: value for key, value in record.items() if key not in TIMES} for record in lines(run / "log.jsonl")]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """The same weights to the bit, the same log but for times, the same answers."""
+    weights, others = tensors(one / "model"), tensors(other / "model")
+    assert weights.keys() == others.keys()
+    assert [name for name in weights if not torch.equal(weights[name], others[name])] == []
+    assert log(one) == log(other)
+    for path in (one / "predictions").iterdir():
+        assert path.read_bytes() == (other / "predictions" / path.name).read_bytes()
+    assert (one / "metrics.json").read_bytes() == (other / "metrics.json").read_bytes()
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_writes_every_file_of_its_directory_and_can_be_repeated(name, ftkit, recipe, data, tmp_path, verify_here):
+    model, rows, method = RUNS[name]
+    path, run = recipe(model, rows, method=method), tmp_path / "run"
+
+    outcome = ftkit("train", path, "--json")
+
+    assert outcome.code == 0, outcome.err
+    summary = json.loads(outcome.out)
+    assert summary["output"] == str(run)
+    files = {"recipe.yaml", "manifest.json", "log.jsonl", "metrics.json", "model", "checkpoints", "predictions", "plots", "README.md"}
+    assert {entry.name for entry in run.iterdir()} == files
+    assert not [str(entry) for entry in run.rglob(".*")]
+    assert {Path(file).name for file, _ in summary["files"]} == files
+
+    resolved = (run / "recipe.yaml").read_text(encoding="utf-8")
+    again = recipes.read(run / "recipe.yaml").recipe
+    assert recipes.dump(again) == resolved
+    assert again.train == recipes.read(path).recipe.train
+
+    manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+    assert (manifest["status"], manifest["exit_code"], manifest["seed"]) == ("finished", 0, 42)
+    assert manifest["model"].keys() >= {"name", "revision", "architecture"}
+    assert manifest["versions"].keys() >= {"ftkit", "python", "torch", "transformers", "peft", "accelerate"}
+    assert manifest["hardware"].keys() >= {"threads", "cores", "gpus", "processes"}
+    sources = {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in getattr(data, rows).iterdir()}
+    assert manifest["data"]["sha256"] == sources
+    stored = sum(value.numel() for value in tensors(run / "checkpoints" / "step-4").values())
+    assert 0 < manifest["parameters"]["trainable"] <= min(manifest["parameters"]["total"], stored)
+    loads_with = "peft" if method["kind"] in ("lora", "qlora") else "transformers"
+    assert manifest["artifact"]["loads_with"] == loads_with
+    assert "dtype" in manifest["artifact"]["load_kwargs"]
+    assert 0 <= manifest["verification"]["max_difference"] <= manifest["verification"]["tolerance"]
+    assert (run / "model" / "base").is_dir() == (model is FROM_NOTHING and loads_with == "peft")
+
+    records = log(run)
+    steps = [record for record in records if "split" not in record]
+    assert [record["step"] for record in steps] == [1, 2, 3, 4]
+    assert all(record.keys() == STEP_KEYS - TIMES and all(map(math.isfinite, record.values())) for record in steps)
+    assert {(record["step"], record["split"]) for record in records if "split" in record} >= {(2, "validation"), (4, "validation"), (4, "test")}
+
+    metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics.keys() == {"base", "validation", "test"}
+    assert metrics["base"].keys() == {"validation", "test"}
+    for split, count in {"validation": 12, "test": 8}.items():
+        predictions = lines(run / "predictions" / f"{split}.jsonl")
+        numbers = [prediction["row"] for prediction in predictions]
+        assert numbers == sorted(numbers)
+        assert set(numbers) == set(range(1, count + 1))
+        told, found = metrics[split], recomputed(predictions)
+        assert {key: told[key] for key in found} == pytest.approx(found, rel=1e-5)
+
+    plots = {"loss.png", "confusion.png", "confusion-test.png"} if rows in ("single", "pairs") else {"loss.png"}
+    assert {plot.name for plot in (run / "plots").iterdir()} == plots
+    assert all(plot.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") for plot in (run / "plots").iterdir())
+    card = (run / "README.md").read_text(encoding="utf-8")
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert card.startswith("---\n")
+    assert isinstance(front, dict)
+    assert "from_pretrained" in card
+    for step in (run / "checkpoints").iterdir():
+        assert checkpoints.flaw(step) is None
+    assert {step.name for step in (run / "checkpoints").iterdir()} <= {"step-2", "step-4"}
+
+    repeated = ftkit("train", run / "recipe.yaml", f"output={tmp_path / 'again'}")
+    assert repeated.code == 0, repeated.err
+    assert_same_run(run, tmp_path / "again")
+
+
+def recomputed(predictions: list[dict]) -> dict[str, float]:
+    """The metrics that the predictions themselves tell."""
+    if "prediction" in predictions[0]:
+        return {"accuracy": sum(each["prediction"] == each["label"] for each in predictions) / len(predictions)}
+    tokens = sum(each["tokens"] for each in predictions)
+    return {"loss": sum(each["loss"] * each["tokens"] for each in predictions) / tokens, "loss_count": tokens}
+
+
+def test_a_run_writes_nothing_outside_its_directory_and_the_cache(recipe, tmp_path):
+    """The command as users start it, in a process of its own; verification loads the result in another one."""
+    places = {name: tmp_path / "places" / name for name in ("home", "temporary", "here", "cache")}
+    for place in places.values():
+        place.mkdir(parents=True)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "HF_", "MPL"))}
+    environment |= {"HOME": str(places["home"]), "TMPDIR": str(places["temporary"]), "FTKIT_CACHE": str(places["cache"]), "HF_HUB_OFFLINE": "1"}
+    path = recipe("bert", "single", output="runs/bert")
+    before = sorted(tmp_path.iterdir())
+
+    done = subprocess.run([sys.executable, "-m", "ftkit", "train", str(path)], cwd=places["here"], env=environment, capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr
+    assert "verified" in done.stdout
+    assert sorted(tmp_path.iterdir()) == before
+    assert [*places["here"].iterdir()] == [places["here"] / "runs"]
+    assert [*(places["here"] / "runs").iterdir()] == [places["here"] / "runs" / "bert"]
+    assert [str(left) for name in ("home", "temporary") for left in places[name].rglob("*") if left.is_file()] == []
+
+
+def damaged(path: Path) -> list[bytes]:
+    """The file with one element of each tensor changed, one at a time; or with one character changed, early, midway and late."""
+    if path.suffix != ".safetensors":
+        content = path.read_bytes()
+        return [content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :] for i in {len(content) // 4, len(content) // 2, len(content) - 3}]
+    versions, original, values = [], path.read_bytes(), load_file(path)
+    for name, tensor in values.items():
+        changed = tensor.clone()
+        element = changed.view(-1).view(torch.uint8)[: changed.element_size()]
+        element[0] ^= 1  # the lowest bit of the first element
+        save_file(values | {name: changed}, path, {"format": "pt"})
+        versions.append(path.read_bytes())
+    path.write_bytes(original)
+    return versions
+
+
+@pytest.mark.parametrize("name", ["bert-full", "llama-text-lora", "llama-chats-pissa", "llama-chats-qlora"])
+def test_one_changed_bit_in_any_saved_file_is_exit_9(name, ftkit, recipe, tmp_path, verify_here, monkeypatch):
+    model, rows, method = RUNS[name]
+    check, unseen, tried = verify.check, [], []
+
+    def tampering(directory, artifact, expected):
+        """Everything is changed once; what goes on from here is the last damage."""
+        files = sorted(path for path in directory.rglob("*") if path.is_file())
+        assert any(path.suffix == ".safetensors" for path in files)
+        for path in files:
+            original = path.read_bytes()
+            for version in damaged(path):
+                path.write_bytes(version)
+                tried.append(path.name)
+                try:
+                    check(directory, artifact, expected)
+                except verify.VerificationFailed:
+                    continue
+                finally:
+                    path.write_bytes(original)
+                unseen.append(path.name)
+        assert check(directory, artifact, expected)["max_difference"] <= expected.tolerance
+        path.write_bytes(version)
+        return check(directory, artifact, expected)
+
+    monkeypatch.setattr(verify, "check", tampering)
+    path = recipe(model, rows, {"steps": 1}, method=method)
+    outcome = ftkit("train", path)
+
+    assert outcome.code == 9, outcome.err
+    assert unseen == []
+    assert len(tried) > 10
+    assert "Traceback" not in outcome.err
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text(encoding="utf-8"))
+    assert (manifest["status"], manifest["exit_code"]) == ("failed", 9)
+
+    monkeypatch.setattr(verify, "check", check)
+    assert ftkit("train", path, "--resume").code == 0
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text(encoding="utf-8"))["status"] == "finished"
+
+
+def test_a_used_directory_is_refused_and_replaced_only_when_asked(ftkit, recipe, tmp_path, verify_here):
+    path, run = recipe("bert", "single", {"steps": 1}), tmp_path / "run"
+    run.mkdir()
+    (run / "thesis.tex").write_text("years of work")
+    for flags in ([], ["--overwrite"], ["--resume"]):
+        assert ftkit("train", path, *flags).code == 2
+    assert [*run.iterdir()] == [run / "thesis.tex"]
+    (run / "thesis.tex").unlink()
+
+    assert ftkit("train", path).code == 0
+    first = (run / "manifest.json").read_bytes()
+    (run / "notes.txt").write_text("mine")
+    refused = ftkit("train", path)
+    assert refused.code == 2
+    assert "--resume" in refused.err
+    assert "--overwrite" in refused.err
+    assert (run / "manifest.json").read_bytes() == first
+
+    assert ftkit("train", path, "train.seed=1", "--overwrite").code == 0
+    assert json.loads((run / "manifest.json").read_text(encoding="utf-8"))["seed"] == 1
+    assert (run / "notes.txt").read_text() == "mine"
+
+
+def test_labels_keep_their_names_in_the_saved_model(ftkit, recipe, data, tmp_path, verify_here):
+    from transformers import AutoModelForSequenceClassification
+
+    assert ftkit("train", recipe("bert", "single", {"steps": 1})).code == 0
+    with (data.single / "train.csv").open(encoding="utf-8") as file:
+        labels = sorted({row["label"] for row in csv.DictReader(file)})
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model").config.id2label == dict(enumerate(labels))
