@@ -294,3 +294,124 @@ def test_chat_needs_a_run_that_talks(make_run, ftkit, monkeypatch, tmp_path):
     done = ftkit("predict", run, "--chat")
     assert done.code == 2
     assert "no chat template" in done.err
+
+
+# --- check and show -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recipe(tmp_path, checkpoint, data):
+    """recipe(**changes): the path of a recipe that would train, but for the changes."""
+
+    def write(**changes) -> Path:
+        whole = {
+            "model": checkpoint("bert"),
+            "task": "text-classification",
+            "data": files(data.single, "csv"),
+            "method": "lora",
+            "output": str(tmp_path / "run"),
+        }
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(whole | changes))
+        return path
+
+    return write
+
+
+def test_check_finds_nothing_wrong_and_writes_nothing(ftkit, recipe, tmp_path):
+    path = recipe()
+    done = ftkit("check", path)
+    assert (done.code, done.out) == (0, f"{path}: nothing wrong\n")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("method", ["full", "head", {"kind": "partial", "last": 1}, {"kind": "lora", "init": "pissa"}, {"kind": "lora", "dora": True}, "qlora"])
+def test_check_knows_every_method(ftkit, recipe, method):
+    done = ftkit("check", recipe(method=method))
+    assert done.code == 0, done.err
+
+
+def test_check_tells_all_mistakes_at_once(ftkit, recipe, data, tmp_path):
+    (tmp_path / "file").write_text("")
+    path = recipe(
+        data=files(data.single, "csv") | {"max_length": 1000, "validation": str(tmp_path / "gone.csv")},
+        method={"kind": "lora", "targets": ["nonsense"]},
+        train={"precision": "fp16", "parallel": "fsdp"},
+        output=str(tmp_path / "file"),
+    )
+    done = ftkit("check", path)
+    assert done.code == 2
+    for words in ("is a file", "fp16 needs a GPU", "fsdp needs GPUs", "gone.csv", "1000, but the model has"):
+        assert words in done.err
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "words"),
+    [
+        ({"method": {"kind": "lora", "targets": ["nonsense"]}}, 2, "'nonsense' matches no linear module"),
+        ({"method": {"kind": "partial", "last": 9}}, 2, "9 layers asked for"),
+        ({"task": "causal-lm"}, 2, "no end-of-text token"),
+        ({"model": "org/nowhere"}, 8, "org/nowhere"),
+        ({"model": "./nowhere"}, 2, "there is no directory"),
+        ({"eval": {"metrics": ["bleu"]}}, 2, "'bleu' is not a metric"),
+        ({"train": {"early_stopping": {"metric": "speed"}}}, 2, "'speed' is not a metric"),
+    ],
+)
+def test_check_sees_without_weights(ftkit, recipe, changes, code, words):
+    done = ftkit("check", recipe(**changes))
+    assert (done.code, words in done.err) == (code, True), done.err
+
+
+def test_check_tries_rows_of_each_set(ftkit, recipe, data, tmp_path):
+    (tmp_path / "odd.csv").write_text("text,label\nroses,garden\nstars,sky\n")
+    done = ftkit("check", recipe(data=files(data.single, "csv") | {"validation": str(tmp_path / "odd.csv")}))
+    assert done.code == 3
+    assert "odd.csv:2: label 'sky'" in done.err
+
+
+def test_check_sees_a_base_that_is_quantised_already(ftkit, recipe, checkpoint, tmp_path):
+    shutil.copytree(checkpoint("bert"), tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}))
+    done = ftkit("check", recipe(model=str(tmp_path / "base"), method="qlora"))
+    assert done.code == 2
+    assert "stored quantised already (bitsandbytes)" in done.err
+
+
+@pytest.mark.parametrize("method", ["full", "head", {"kind": "partial", "last": 1}, {"kind": "lora", "r": 4}])
+def test_show_counts_the_parameters_of_the_run(ftkit, recipe, verify_here, method):
+    path = recipe(method=method, train={"steps": 1})
+    shown = json.loads(ftkit("show", path, "--json").out)["parameters"]
+    assert ftkit("train", path).code == 0
+    manifest = json.loads((path.parent / "run" / "manifest.json").read_text())
+    assert shown == manifest["parameters"]["groups"]
+
+
+def test_show_counts_a_model_from_nothing_without_training_its_tokenizer(ftkit, recipe, data, monkeypatch):
+    monkeypatch.setattr("ftkit.tokenizer.train_tokenizer", None)
+    model = {"init": "random", "config": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2}, "tokenizer": {"train": "data", "vocab_size": 1000}}
+    done = ftkit("show", recipe(model=model, task="causal-lm", data={"train": "gone.txt"}, method="full"), "--json")
+    groups = json.loads(done.out)["parameters"]
+    assert groups["embeddings"]["total"] == (1000 + 1024) * 32
+    assert groups["embeddings"]["trainable"] == groups["embeddings"]["total"]
+
+
+@pytest.mark.parametrize(("changes", "words"), [({"model": "org/nowhere"}, "org/nowhere"), ({"data": {"train": "gone.csv"}}, "gone.csv")])
+def test_show_says_why_there_are_no_counts(ftkit, recipe, changes, words):
+    done = ftkit("show", recipe(**changes))
+    assert done.code == 0
+    assert "train.learning_rate" in done.out
+    assert "trainable" not in done.out
+    assert words in done.err
+
+
+def test_the_recipe_of_a_run_on_a_chat_format_repeats_it(ftkit, checkpoint, tmp_path, verify_here):
+    rows = [{"instruction": f"Say {word}.", "output": word} for word in ("rose", "bee", "soup", "boat")]
+    (tmp_path / "alpaca.json").write_text(json.dumps(rows))
+    recipe = {"model": checkpoint("llama"), "task": "causal-lm", "data": {"train": str(tmp_path / "alpaca.json")}, "train": {"steps": 1}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"output": str(tmp_path / "a")}))
+    assert ftkit("train", tmp_path / "recipe.yaml").code == 0
+    done = ftkit("train", tmp_path / "a" / "recipe.yaml", f"output={tmp_path / 'b'}")
+    assert done.code == 0, done.err
+    assert (tmp_path / "a" / "model" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model" / "model.safetensors").read_bytes()
