@@ -115,7 +115,6 @@ class TestUsage:
             (["train", "recipe.yaml", "--resume", "--overwrite"], "choose one"),
             (["predict", "run"], "give texts, or --file F, or --chat"),
             (["predict", "run", "text", "--chat"], "give texts, or --file F, or --chat"),
-            (["predict", "run", "--chat", "--json"], "--chat is for people"),
             (["merge-adapter", "run"], "Missing option"),
             (["merge-adapter", "run", "-o", "out", "--base", "other"], "original"),
             (["train", "gone.yaml"], "gone.yaml: No such file"),
@@ -195,6 +194,13 @@ class TestOtherCommands:
         code, out, _ = run("predict", "runs/x", "--file", "rows.csv", "--json")
         assert json.loads(out) == answers
         assert calls == [(("runs/x", ["größe", "two"], None), {}), (("runs/x", [], "rows.csv"), {})]
+
+    def test_chat(self, run: Run, stand_in: Callable[..., list[Any]]) -> None:
+        calls = stand_in("ftkit.predict", chat=lambda target: None)
+        assert run("predict", "runs/x", "--chat")[0] == 0
+        assert calls == [(("runs/x",), {})]
+        code, out, _ = run("predict", "runs/x", "--chat", "--json")
+        assert (code, "--chat is for people" in out) == (2, True)
 
     def test_merge_adapter(self, run: Run, stand_in: Callable[..., list[Any]]) -> None:
         calls = stand_in("ftkit.merge", merge=lambda *_, note: note("comparing") or {"output": "merged", "max_difference": 0.0})

@@ -182,11 +182,13 @@ def test_it_is_neither_resumed_nor_launched(ftkit, data, checkpoint, tmp_path, m
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_shipped_recipes_pass(smoke, path, tmp_path, monkeypatch):
+def test_shipped_recipes_pass(smoke, ftkit, path, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     done = smoke(path, f"output={tmp_path / 'run'}")
     assert done.code == 0, done.err
     assert json.loads(done.out)["smoke"] is True
+    done = ftkit("check", tmp_path / "run-smoke" / "smoke" / "recipe.yaml")
+    assert done.code == 0, done.err
 
 
 # --- tiny configs -------------------------------------------------------------------------------
