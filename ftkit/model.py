@@ -185,7 +185,8 @@ def model_class(config: transformers.PreTrainedConfig, task: Task) -> Any:
     others = [name for name in dir(transformers) if name.startswith("AutoModelFor") and hasattr(getattr(transformers, name), "_model_mapping")]
     heads = [name.removeprefix("AutoModelFor") for name in others if type(config) in getattr(transformers, name)._model_mapping]
     raise RecipeError(
-        f"task {task.kind}: {config.model_type} has no head for it ({task.auto_class} does not know {type(config).__name__}); it has {', '.join(heads) or 'none'}"
+        f"task {task.kind}: {config.model_type} has no head for it ({task.auto_class} does not know {type(config).__name__}); "
+        f"it has {', '.join(heads) or 'none'}"
     )
 
 

@@ -38,7 +38,8 @@ class Head(Spec):
             for parameter in base.model.get_submodule(name).parameters():
                 if id(parameter) in shared and name in base.head:
                     raise RecipeError(
-                        f"method head: {type(base.model).__name__} shares its head {name!r} with the input embeddings, so the base cannot stay frozen; use method: lora"
+                        f"method head: {type(base.model).__name__} shares its head {name!r} with the input embeddings, "
+                        "so the base cannot stay frozen; use method: lora"
                     )
                 parameter.requires_grad_(True)
         return base.model
