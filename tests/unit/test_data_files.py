@@ -43,8 +43,8 @@ TWO = [{"text": "one, or two", "label": "a"}, {"text": "zwei", "label": "b"}]
         ("d.ndjson", "\ufeff" + "\n\n".join(map(json.dumps, TWO)) + "\n"),
         ("d.json", json.dumps(TWO)),
         ("d.JSON", "\ufeff" + json.dumps({"version": 1, "data": TWO})),
-        ("d.csv.gz", gzip.compress(b'text,label\n"one, or two",a\nzwei,b\n')),
-        ("d.jsonl.gz", gzip.compress("\n".join(map(json.dumps, TWO)).encode())),
+        ("d.csv.gz", gzip.compress(b'text,label\n"one, or two",a\nzwei,b\n', mtime=0)),
+        ("d.jsonl.gz", gzip.compress("\n".join(map(json.dumps, TWO)).encode(), mtime=0)),
     ],
 )
 def test_formats_give_the_same_rows(read, name, content):
@@ -155,7 +155,7 @@ def test_a_txt_file_that_is_not_utf8_is_one_bad_row(read):
         ("d.json", b'["\xff"]', "not UTF-8: byte 0xff at byte offset 2"),
         ("d.parquet", "no parquet", "not a readable Parquet file"),
         ("d.csv.gz", "no gzip", "not a complete gzip file"),
-        ("d.csv.gz", gzip.compress(b"text\n" + bytes(range(97, 120)) * 50)[:-12], "not a complete gzip file"),
+        ("d.csv.gz", gzip.compress(b"text\n" + bytes(range(97, 120)) * 50, mtime=0)[:-12], "not a complete gzip file"),
         ("d.xlsx", "PK", "the ending '.xlsx' says nothing about the format"),
         ("data", "x", "the ending '(none)' says nothing about the format"),
     ],
