@@ -57,7 +57,7 @@ def open_session(prepared: Prepared, report: Reporter) -> Session:
     here = device.pick(world.local_rank)
     threads = device.use_all_cores(world.size if here.type == "cpu" else 1)
     precision = device.precision(train.precision, here)
-    accelerator = _accelerator(train, precision, here, world.size)
+    _check_parallel(train, here, world.size)
     with report.stage("loading the model"):
         base = load_base(prepared, precision, here)
         torch.manual_seed(train.seed)
@@ -67,6 +67,7 @@ def open_session(prepared: Prepared, report: Reporter) -> Session:
             parameter.data = parameter.data.float()
     if train.gradient_checkpointing:
         base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    accelerator = _accelerator(train, precision, here, base)
     trainee = Trainee(learner, base.inner(), recipe.task, recipe.objective)
     optimizer = optim.build(learner, train, here)
     wrapped, prepared_optimizer = accelerator.prepare(trainee, optimizer)
@@ -87,15 +88,25 @@ def _shares(train: Train, accumulate: int, size: int) -> str:
     return f", shared by {size} processes in {accumulate} parts each{changed}"
 
 
-def _accelerator(train: Train, precision: str, here: torch.device, size: int) -> Accelerator:
+def _check_parallel(train: Train, here: torch.device, size: int) -> None:
+    if train.parallel == "fsdp" and here.type == "cpu":
+        raise MissingDependency("train.parallel: fsdp needs GPUs; on CPUs accelerate would silently run DDP. Use parallel: ddp")
+    if train.parallel == "fsdp" and size == 1:
+        raise RecipeError("train.parallel: fsdp shares a model among processes, and this is one alone; set train.processes, or leave parallel out")
+
+
+def _accelerator(train: Train, precision: str, here: torch.device, base: Base) -> Accelerator:
     """accelerate as it is told: counting and averaging stay with the loop."""
     plugin = None
     if train.parallel == "fsdp":
-        if here.type == "cpu":
-            raise MissingDependency("train.parallel: fsdp needs GPUs; on CPUs accelerate would silently run DDP. Use parallel: ddp")
         from accelerate import FullyShardedDataParallelPlugin
 
-        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type="FULL_STATE_DICT")
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=list(base.model._no_split_modules or ()),
+            state_dict_type="FULL_STATE_DICT",
+        )
     return Accelerator(
         gradient_accumulation_steps=1,
         mixed_precision="no" if precision == "fp32" else precision,
