@@ -16,6 +16,9 @@ import typer
 import ftkit
 from ftkit.errors import DiskError, FtkitError, Interrupted, RecipeError
 
+# pydantic otherwise looks for plugins in the metadata of every installed package, a fifth of the time a check takes
+os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+
 app = typer.Typer(
     help="Fine-tune any transformer from one YAML recipe, and prove what the run did.",
     rich_markup_mode=None,
