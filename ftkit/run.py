@@ -26,6 +26,7 @@ from ftkit.trackers import open_trackers
 
 if TYPE_CHECKING:
     from ftkit.recipe import Resolved
+    from ftkit.recipe.spec import Train
 
 
 def train(path: str, overrides: Sequence[str] = (), resume: bool = False, overwrite: bool = False, smoke: bool = False) -> dict[str, Any]:
@@ -62,13 +63,13 @@ def _train(resolved: Resolved, stop: signals.StopRequest, resume: bool, overwrit
     output = Path(resolved.recipe.output)
     with Reporter(output / "log.jsonl", main=main) as report:
         prepared = prepare(resolved, report, stop.poll)
-        before = rundir.continued(output, prepared.recipe, resume) if main else {}
+        before = rundir.continued(output, prepared.recipe, resume)
         if before.get("status") == "finished":
             report.note(f"{output} is finished; --overwrite trains it anew")
             return before["summary"]
         session = open_session(prepared, report)
         if main:
-            rundir.claim(output, overwrite)
+            rundir.claim(output, anew=overwrite or not before)
             report.track(open_trackers(prepared.recipe.train.trackers, output, prepared.recipe.model_dump()))
             rundir.write_text(output / "recipe.yaml", dump(prepared.recipe))
         with Manifest(output, before | describe(session), main) as manifest:
@@ -107,7 +108,8 @@ def _learn(session: Session, output: Path, report: Reporter, stop: signals.StopR
         if position.evaluation_due:  # a signal cut it off
             _validate(session, output, report, stop, position)
         clock, tokens = time.perf_counter(), 0
-        for done in _named_failures(steps, session, output, position):
+        steps = _named_failures(steps, session, output, position)
+        while not _out_of_patience(train, position) and (done := next(steps, None)):
             tokens += done.tokens
             stage.advance()
             last = position.step == num_steps
@@ -133,10 +135,13 @@ def _learn(session: Session, output: Path, report: Reporter, stop: signals.StopR
                 _save(session, output, position, report)
             _stop_if_asked(session, output, position, report, stop)
             clock += time.perf_counter() - pause
-            rule = train.early_stopping
-            if rule is not None and position.evaluations_since_best >= rule.patience:
-                report.note(f"stopped early: no better {rule.metric} since step {position.best_step}")
-                break
+    if train.early_stopping and _out_of_patience(train, position):
+        report.note(f"stopped early: no better {train.early_stopping.metric} since step {position.best_step}")
+
+
+def _out_of_patience(train: Train, position: Position) -> bool:
+    """Whether validation has not improved for as long as the recipe bears; asked before a step, since a resumed run may have stopped there."""
+    return train.early_stopping is not None and position.evaluations_since_best >= train.early_stopping.patience
 
 
 def _validate(session: Session, output: Path, report: Reporter, stop: signals.StopRequest, position: Position) -> None:

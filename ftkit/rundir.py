@@ -13,9 +13,11 @@ from ftkit.errors import DiskError, RecipeError
 if TYPE_CHECKING:
     from ftkit.recipe.spec import Recipe
 
+MANIFEST = "manifest.json"
+CLAIMED = "claimed"  # status of a run that has written nothing yet
 CONTENTS = (
     "recipe.yaml",
-    "manifest.json",
+    MANIFEST,
     "log.jsonl",
     "metrics.json",
     "model",
@@ -42,20 +44,22 @@ def check(output: Path, resume: bool, overwrite: bool) -> None:
         raise DiskError(f"output: cannot write into {existing}")
     if not output.is_dir() or not any(output.iterdir()):
         return
-    ours = (output / "manifest.json").is_file()
-    if not ours:
+    if not any((output / name).is_file() for name in (MANIFEST, _draft(MANIFEST))):
         raise RecipeError(f"output: {output} is not empty and not a run of ftkit; choose another output")
     if not (resume or overwrite):
         raise RecipeError(f"output: {output} holds a run; continue it with --resume, replace it with --overwrite, or choose another output")
 
 
-def claim(output: Path, overwrite: bool) -> None:
-    """Make the directory this run's own; `overwrite` removes what a run wrote, and nothing else."""
+def claim(output: Path, anew: bool) -> None:
+    """Make the directory this run's own, so that a run killed from here on can be resumed.
+
+    `anew` removes what an earlier run wrote, and nothing else; killed meanwhile, it leaves nothing to continue.
+    """
     try:
         output.mkdir(parents=True, exist_ok=True)
-        if overwrite:
-            for name in CONTENTS:
-                path = output / name
+        if anew:
+            write_json(output / MANIFEST, {"status": CLAIMED, "exit_code": None})
+            for path in (output / name for name in CONTENTS if name != MANIFEST):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
     except OSError as error:
         raise DiskError(f"output: cannot write into {output}: {error.strerror}") from error
@@ -63,10 +67,13 @@ def claim(output: Path, overwrite: bool) -> None:
 
 def continued(output: Path, recipe: Recipe, resume: bool) -> dict[str, Any]:
     """The manifest of the run to continue, after making sure that it was this recipe's; empty if there is none."""
-    if not (resume and (output / "manifest.json").is_file()):
+    if not (resume and (output / MANIFEST).is_file()):
+        return {}
+    manifest = read_json(output / MANIFEST)
+    if manifest["status"] == CLAIMED:
         return {}
     check_same_recipe(recipe, output)
-    return read_json(output / "manifest.json")
+    return manifest
 
 
 def check_same_recipe(recipe: Recipe, output: Path) -> None:
@@ -90,11 +97,15 @@ def write_text(path: Path, text: str) -> None:
     """Write text so that a reader sees the old file or the new one, whole."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.draft")
+        draft = path.with_name(_draft(path.name))
         draft.write_text(text, encoding="utf-8")
         draft.replace(path)
     except OSError as error:
         raise DiskError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _draft(name: str) -> str:
+    return f".{name}.draft"
 
 
 def read_json(path: Path) -> Any:

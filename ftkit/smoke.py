@@ -111,7 +111,7 @@ def _claim(output: Path) -> None:
     """Make the directory new; refuses one that no rehearsal made."""
     if output.is_dir() and any(output.iterdir()) and not (output / WORKSHOP).is_dir():
         raise RecipeError(f"output: {output} is where the rehearsal writes, but it holds something else; choose another output")
-    rundir.claim(output, overwrite=True)
+    rundir.claim(output, anew=True)
     shutil.rmtree(output / WORKSHOP, ignore_errors=True)
     (output / WORKSHOP).mkdir()
     rundir.write_json(output / "manifest.json", {"status": "rehearsing", "smoke": True})
