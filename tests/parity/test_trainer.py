@@ -1,0 +1,175 @@
+"""Our training step beside transformers' Trainer: the same losses and gradient norms, step for step."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from accelerate import Accelerator
+from torch.nn import functional as F
+from torch.utils.data import SequentialSampler
+
+from ftkit import loop, model, optim
+from ftkit.data.features import FeatureSet
+from ftkit.data.types import Limits, Row
+from ftkit.loop import Position, Trainee
+from ftkit.methods.full import Full
+from ftkit.methods.lora import LoRA
+from ftkit.objectives.supervised import Supervised
+from ftkit.recipe.spec import Model, Train
+from ftkit.tasks.causal_lm import CausalLM
+from ftkit.tasks.text_classification import TextClassification
+
+IGNORED = -100
+ROWS, BATCH = 20, 6  # the last batch of an epoch has 2 rows
+TRAIN = Train.model_validate({"steps": 7, "batch_size": BATCH, "learning_rate": 3e-3, "schedule": "cosine", "warmup": 2, "weight_decay": 0.1})
+
+
+def sentences(count: int) -> list[str]:
+    rng = np.random.default_rng(0)
+    return [
+        " ".join(rng.choice(["the", "old", "boats", "and", "nets", "under", "a", "small", "oven", "near", "roses"], rng.integers(2, 14))) for _ in range(count)
+    ]
+
+
+CASES = {
+    "bert-classification": ("bert", Full(), TextClassification(), {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}),
+    "llama-lora": ("llama", LoRA(r=4, dropout=0.0), CausalLM(), {}),
+}
+
+
+def rows(task) -> list[Row]:
+    texts = sentences(ROWS)
+    if isinstance(task, TextClassification):
+        return [Row({"text": text, "label": "even" if len(text) % 2 else "odd"}, "rows", i) for i, text in enumerate(texts, 1)]
+    return [Row({"prompt": text, "completion": text[::-1]}, "rows", i) for i, text in enumerate(texts, 1)]
+
+
+@pytest.fixture(params=CASES)
+def case(request, checkpoint):
+    """Everything that both sides start from; `learner` makes equal weights each time."""
+    name, method, task, overrides = CASES[request.param]
+    spec = Model(name=checkpoint(name), config=overrides)
+    source = model.locate(spec)
+    tokenizer = model.load_tokenizer(spec, source, None, ())
+    examples = rows(task)
+    task = task.resolve(examples)
+
+    def learner():
+        base = model.load(spec, source, model.load_config(spec, source), tokenizer, task, method, torch.float32, 0, torch.device("cpu"))
+        torch.manual_seed(1)
+        return method.apply(base), base
+
+    features = FeatureSet.of([task.encode(row, tokenizer, Limits(96, "error")) for row in examples])
+    return SimpleNamespace(task=task, tokenizer=tokenizer, learner=learner, features=features)
+
+
+def ours(case, accumulate: int, monkeypatch) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
+    """Loss and gradient norm of each step, and the learned weights; the rows come in order, and split in order."""
+
+    def in_order(lengths, batch_size, layout, seed, epoch):
+        return [np.arange(i, min(i + batch_size, len(lengths))) for i in range(0, len(lengths), batch_size)]
+
+    def halves(batch, lengths, parts, world, rank):
+        size = BATCH // accumulate
+        return [batch[i : i + size] for i in range(0, len(batch), size)]
+
+    monkeypatch.setattr(loop, "epoch_batches", in_order)
+    monkeypatch.setattr(loop, "split", halves)
+    learner, base = case.learner()
+    trainee = Trainee(learner, base.inner(), case.task, Supervised())
+    optimizer = optim.build(learner, TRAIN, torch.device("cpu"))
+    schedule = optim.schedule(TRAIN, TRAIN.steps)
+    steps = loop.fit(
+        Accelerator(cpu=True, mixed_precision="no"),
+        trainee,
+        optimizer,
+        schedule,
+        case.features,
+        TRAIN,
+        "padded",
+        accumulate,
+        case.tokenizer.pad_token_id,
+        Position(),
+        TRAIN.steps,
+    )
+    return [(step.loss, step.grad_norm) for step in steps], learned(learner)
+
+
+def learned(learner) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in learner.named_parameters() if parameter.requires_grad}
+
+
+class Losses(transformers.TrainerCallback):
+    def __init__(self) -> None:
+        self.steps: list[tuple[float, float]] = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            self.steps.append((logs["loss"], logs["grad_norm"]))
+
+
+class InOrder(transformers.Trainer):
+    def _get_train_sampler(self, *args):
+        return SequentialSampler(self.train_dataset)
+
+
+def mean_over_the_batch(outputs, labels, num_items_in_batch):
+    """Up to transformers 5.23 classification models take `num_items_in_batch` and ignore it: their losses of micro-batches are added up undivided."""
+    return F.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+
+def theirs(case, accumulate: int, tmp_path) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
+    """The same of Trainer with its usual data collator, cross-entropy of the model, AdamW and schedule."""
+    learner, base = case.learner()
+    language = isinstance(case.task, CausalLM)
+
+    def example(index: int) -> dict:
+        row = case.features.get(index)
+        if not language:
+            return {"input_ids": row["input_ids"].tolist(), "token_type_ids": row["token_type_ids"].tolist(), "labels": int(row["targets"][0])}
+        # the model shifts labels itself; the last target is a token of its own
+        ids = [*row["input_ids"].tolist(), int(row["targets"][-1])]
+        labels = [IGNORED, *(int(t) if w else IGNORED for t, w in zip(row["targets"], row["weights"], strict=True))]
+        return {"input_ids": ids, "labels": labels}
+
+    collator = transformers.DataCollatorForTokenClassification(case.tokenizer) if language else transformers.DataCollatorWithPadding(case.tokenizer)
+    losses = Losses()
+    trainer = InOrder(
+        model=learner,
+        args=transformers.TrainingArguments(
+            output_dir=str(tmp_path / "trainer"),
+            per_device_train_batch_size=BATCH // accumulate,
+            gradient_accumulation_steps=accumulate,
+            max_steps=TRAIN.steps,
+            learning_rate=TRAIN.learning_rate,
+            weight_decay=TRAIN.weight_decay,
+            warmup_steps=int(TRAIN.warmup),
+            lr_scheduler_type="cosine",
+            max_grad_norm=TRAIN.max_grad_norm,
+            logging_steps=1,
+            logging_first_step=True,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        ),
+        train_dataset=[example(i) for i in range(ROWS)],
+        data_collator=collator,
+        compute_loss_func=None if language else mean_over_the_batch,
+        callbacks=[losses],
+    )
+    trainer.train()
+    return losses.steps, learned(learner)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_losses_gradient_norms_and_weights_are_those_of_trainer(case, accumulate, tmp_path, monkeypatch):
+    """Micro-batches hold unequal numbers of supervised tokens: a mean of means would show."""
+    our_steps, our_weights = ours(case, accumulate, monkeypatch)
+    their_steps, their_weights = theirs(case, accumulate, tmp_path)
+    assert len(our_steps) == TRAIN.steps
+    np.testing.assert_allclose(our_steps, their_steps, rtol=1e-6)
+    for name, weight in their_weights.items():
+        torch.testing.assert_close(our_weights[name], weight, rtol=0, atol=1e-6, msg=name)
