@@ -75,6 +75,8 @@ def open_session(prepared: Prepared, report: Reporter) -> Session:
     accumulate = max(1, -(-train.accumulate // world.size))
     layout = "bucketed" if train.layout == "auto" else train.layout
     report.note(f"{here}, {threads} threads, {precision}, {layout} batches of {train.batch_size} rows" + _shares(train, accumulate, world.size))
+    if train.optimizer.startswith("paged") and here.type == "cpu":
+        report.note(f"train.optimizer: {train.optimizer} works as {train.optimizer.removeprefix('paged_')} here, since a CPU has nothing to page to")
     if trainee.still:
         report.note(f"without dropout, because frozen below the first part that learns: {', '.join(trainee.still)}")
     torch.manual_seed(train.seed + world.rank)  # dropout differs between processes
