@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ftkit.data.types import Row
     from ftkit.recipe.spec import Recipe
     from ftkit.report import Reporter
+    from ftkit.signals import StopRequest
     from ftkit.tasks import Metrics, Task
 
 
@@ -78,8 +79,8 @@ def evaluate(
     return metrics, records
 
 
-def measure(session: Measurable, names: Iterable[str], report: Reporter, interrupted: Callable[[], bool], keep_records: bool = False) -> dict[str, Measured]:
-    """Measure the named splits; those after an interruption are missing."""
+def measure(session: Measurable, names: Iterable[str], report: Reporter, stop: StopRequest, keep_records: bool = False) -> dict[str, Measured]:
+    """Measure the named splits; those after a request to stop, at whichever process, are missing."""
     measured = {}
     asked = session.recipe.eval.metrics
     for name in names:
@@ -93,10 +94,10 @@ def measure(session: Measurable, names: Iterable[str], report: Reporter, interru
                 session.recipe.eval.batch_size,
                 session.pad_token_id,
                 stage.advance,
-                interrupted,
+                lambda: stop.requested,
                 keep_records,
             )
-        if interrupted():
+        if stop.agreed(session.accelerator):
             break
         measured[name] = Measured(selected(metrics.compute(), asked), metrics, records)
     return measured

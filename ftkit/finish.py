@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 def finish(session: Session, output: Path, report: Reporter, stop: StopRequest, position: Position, manifest: Manifest) -> dict[str, Any]:
     """Everything after the last step; returns the summary."""
     _take_best(session, output, report, position)
-    measured = measure(session, session.prepared.splits, report, lambda: stop.requested, keep_records=True)
-    stop.poll()  # the last step is checkpointed: nothing is lost
+    measured = measure(session, session.prepared.splits, report, stop, keep_records=True)
+    if stop.agreed(session.accelerator):
+        raise stop.error()  # the last step is checkpointed: nothing is lost
     for name, result in measured.items():
         report.evaluation(position.step, name, result.values)
         _write_records(session, output, name, result)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ftkit import rundir
 from ftkit.errors import MissingDependency, RecipeError
 from ftkit.opened import is_run, open_run
+from ftkit.signals import StopRequest
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -63,7 +64,7 @@ def _measure_run(target: str, data: str | None, split: str | None, report: Repor
     trainee = Trainee(run.model, getattr(base, base.base_model_prefix), recipe.task, recipe.objective)
     wrapped = accelerator.prepare_model(trainee, evaluation_mode=True)
     subject = _Run(recipe, accelerator, wrapped, run.tokenizer.pad_token_id, _encoded(rows, recipe, run.tokenizer, run.limits, report))
-    measured = measure(subject, subject.splits, report, lambda: False, keep_records=True)
+    measured = measure(subject, subject.splits, report, StopRequest(), keep_records=True)
     files = [file for name, result in measured.items() for file in _write(run.path / "eval" / name, name, result, subject.splits[name])]
     return {"output": str(run.path), "metrics": _values(measured), "files": files}
 
@@ -84,7 +85,7 @@ def _measure_base(target: str, data: str | None, split: str | None, report: Repo
     else:
         prepared.splits = _chosen(prepared.splits, split)
     session = open_session(prepared, report)
-    measured = measure(session, prepared.splits, report, lambda: False)
+    measured = measure(session, prepared.splits, report, StopRequest())
     return {"metrics": {"base": _values(measured)}}
 
 

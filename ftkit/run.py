@@ -9,8 +9,6 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ftkit import checkpoint, launch, model, optim, rundir, signals
 from ftkit.errors import Diverged, RecipeError
 from ftkit.evaluate import measure
@@ -75,7 +73,7 @@ def _train(resolved: Resolved, stop: signals.StopRequest, resume: bool, overwrit
         with Manifest(output, before | describe(session), main) as manifest:
             position = _restore(session, output, report, resume)
             if position.step == 0 and "base" not in before:
-                base = measure(session, prepared.splits, report, lambda: stop.requested)
+                base = measure(session, prepared.splits, report, stop)
                 _stop_if_asked(session, output, position, report, stop)
                 manifest.update(base={name: measured.values for name, measured in base.items()})
             if position.step == 0:
@@ -131,7 +129,7 @@ def _learn(session: Session, output: Path, report: Reporter, stop: signals.StopR
             pause = time.perf_counter()
             if position.evaluation_due:
                 _validate(session, output, report, stop, position)
-            if position.step % save_every == 0 or last or _agreed(session, stop):
+            if position.step % save_every == 0 or last or stop.agreed(session.accelerator):
                 _save(session, output, position, report)
             _stop_if_asked(session, output, position, report, stop)
             clock += time.perf_counter() - pause
@@ -147,7 +145,7 @@ def _out_of_patience(train: Train, position: Position) -> bool:
 def _validate(session: Session, output: Path, report: Reporter, stop: signals.StopRequest, position: Position) -> None:
     """Measure the validation sets and remember the best step; a signal leaves the evaluation due."""
     names = session.prepared.validation
-    measured = measure(session, names, report, lambda: stop.requested)
+    measured = measure(session, names, report, stop)
     _stop_if_asked(session, output, position, report, stop)
     position.evaluation_due = False
     for name, result in measured.items():
@@ -229,16 +227,8 @@ def _restore(session: Session, output: Path, report: Reporter, resume: bool) -> 
     return Position(**{field.name: getattr(state, field.name) for field in fields(Position)})
 
 
-def _agreed(session: Session, stop: signals.StopRequest) -> bool:
-    """Whether a signal arrived at any process; afterwards all of them know it."""
-    if session.accelerator.num_processes > 1:
-        everyone = torch.tensor([stop.signum], device=session.accelerator.device)
-        stop.signum = int(session.accelerator.gather(everyone).max())
-    return stop.requested
-
-
 def _stop_if_asked(session: Session, output: Path, position: Position, report: Reporter, stop: signals.StopRequest) -> None:
     """Checkpoint and leave, if a signal asked for it."""
-    if _agreed(session, stop):
+    if stop.agreed(session.accelerator):
         _save(session, output, position, report)
         raise stop.error()

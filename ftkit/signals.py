@@ -16,8 +16,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 from ftkit.errors import Interrupted, Preempted
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -25,8 +29,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 class StopRequest:
     """Whether, and by which signal, the run was asked to stop.
 
-    `signum` is 0 until a signal arrives.  A loop over several processes takes the maximum of theirs
-    and writes it back, so that all stop after the same step.
+    `signum` is 0 until a signal arrives.
     """
 
     signum = 0
@@ -34,6 +37,15 @@ class StopRequest:
     @property
     def requested(self) -> bool:
         return self.signum != 0
+
+    def agreed(self, accelerator: Accelerator) -> bool:
+        """Whether a stop was requested of any process of the run, which all of them know afterwards.  Collective."""
+        if accelerator.num_processes > 1:
+            import torch
+
+            everyone: Any = accelerator.gather(torch.tensor([self.signum], device=accelerator.device))
+            self.signum = int(everyone.max())
+        return self.requested
 
     def error(self) -> Preempted | Interrupted:
         """What to raise, once everything worth keeping is saved."""

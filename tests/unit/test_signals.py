@@ -4,11 +4,13 @@ import contextlib
 import os
 import signal
 import threading
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from ftkit.errors import Interrupted, Preempted
-from ftkit.signals import STOP_SIGNALS, listening
+from ftkit.signals import STOP_SIGNALS, StopRequest, listening
 
 
 @pytest.mark.parametrize(
@@ -68,3 +70,12 @@ def test_outside_the_main_thread_nothing_is_installed():
     thread.start()
     thread.join()
     assert seen == [(False, before)]
+
+
+@pytest.mark.parametrize(("here", "elsewhere", "agreed"), [(0, 0, 0), (0, signal.SIGUSR1, signal.SIGUSR1), (signal.SIGTERM, 0, signal.SIGTERM)])
+def test_all_processes_stop_for_a_signal_to_one(here, elsewhere, agreed):
+    stop = StopRequest()
+    stop.signum = here
+    two = SimpleNamespace(num_processes=2, device="cpu", gather=lambda signum: torch.cat([signum, torch.tensor([elsewhere])]))
+    assert stop.agreed(two) == bool(agreed)
+    assert stop.signum == agreed
