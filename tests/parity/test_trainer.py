@@ -26,11 +26,12 @@ ROWS, BATCH = 20, 6  # the last batch of an epoch has 2 rows
 TRAIN = Train.model_validate({"steps": 7, "batch_size": BATCH, "learning_rate": 3e-3, "schedule": "cosine", "warmup": 2, "weight_decay": 0.1})
 
 
+WORDS = ["the", "old", "boats", "and", "nets", "under", "a", "small", "oven", "near", "roses"]
+
+
 def sentences(count: int) -> list[str]:
     rng = np.random.default_rng(0)
-    return [
-        " ".join(rng.choice(["the", "old", "boats", "and", "nets", "under", "a", "small", "oven", "near", "roses"], rng.integers(2, 14))) for _ in range(count)
-    ]
+    return [" ".join(rng.choice(WORDS, rng.integers(2, 14))) for _ in range(count)]
 
 
 CASES = {
@@ -122,7 +123,7 @@ def mean_over_the_batch(outputs, labels, num_items_in_batch):
 
 def theirs(case, accumulate: int, tmp_path) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
     """The same of Trainer with its usual data collator, cross-entropy of the model, AdamW and schedule."""
-    learner, base = case.learner()
+    learner, _ = case.learner()
     language = isinstance(case.task, CausalLM)
 
     def example(index: int) -> dict:
