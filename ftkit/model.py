@@ -191,9 +191,18 @@ def model_class(config: transformers.PreTrainedConfig, task: Task) -> Any:
 
 
 def skeleton(config: transformers.PreTrainedConfig, task: Task) -> transformers.PreTrainedModel:
-    """The model without weights, on the meta device: names and shapes only."""
+    """The model without weights, on the meta device: names and shapes only.
+
+    Refuses an encoder that would see the very tokens it is to predict.
+    """
     with torch.device("meta"):
-        return model_class(config, task).from_config(config)
+        model = model_class(config, task).from_config(config)
+    if task.auto_class == "AutoModelForCausalLM" and not getattr(model.config, "is_decoder", True):
+        raise RecipeError(
+            f"task {task.kind}: {type(model).__name__} looks at the tokens after each one, so there is nothing to predict; "
+            "set model.config: {is_decoder: true} to hide them, or name a model that was trained to continue text"
+        )
+    return model
 
 
 def head_of(model: transformers.PreTrainedModel) -> list[str]:

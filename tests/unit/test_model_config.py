@@ -5,6 +5,7 @@ import pytest
 from ftkit import model
 from ftkit.errors import RecipeError
 from ftkit.recipe.spec import Model
+from ftkit.tasks.causal_lm import CausalLM
 
 
 def from_nothing(**config) -> Model:
@@ -29,3 +30,15 @@ def test_settings_go_by_the_names_that_all_models_share():
 def test_impossible_settings_are_refused(config):
     with pytest.raises(RecipeError, match=r"hidden.size"):
         model.load_config(from_nothing(**config), None)
+
+
+def test_an_encoder_that_sees_what_it_is_to_predict_is_refused():
+    bert = {"model_type": "bert", "hidden_size": 48, "num_attention_heads": 4}
+    with pytest.raises(RecipeError, match="is_decoder: true"):
+        model.skeleton(model.load_config(Model(init="random", config=bert), None), CausalLM())
+    model.skeleton(model.load_config(Model(init="random", config=bert | {"is_decoder": True}), None), CausalLM())
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "bart"])
+def test_decoders_are_not_refused(model_type):
+    model.skeleton(model.load_config(Model(init="random", config={"model_type": model_type}), None), CausalLM())
