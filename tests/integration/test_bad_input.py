@@ -170,7 +170,9 @@ def model_without_chat_template(scene):
 @mistake(2, r"turn")
 def template_that_never_ends_a_turn(scene):
     model = scene.model_without("chat_template*", architecture="llama")
-    Path(model, "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}")
+    Path(model, "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
     scene.chat(model)
 
 
