@@ -113,7 +113,7 @@ class Train(Spec):
     parallel: Literal["ddp", "fsdp"] = option("ddp", "how several processes share the work; fsdp is experimental and needs GPUs")
     eval_every: int | None = option(None, "steps between evaluations; every epoch if empty", ge=1)
     save_every: int | None = option(None, "steps between checkpoints; every epoch if empty", ge=1)
-    keep: int = option(1, "checkpoints kept besides the best one", ge=1)
+    keep: int = option(2, "newest checkpoints kept besides the best one: should the last be damaged, there is one before it", ge=1)
     early_stopping: EarlyStopping | None = option(None, "stop early, and keep the best checkpoint")
     log_every: int = option(10, "steps between log lines", ge=1)
     trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = option([], "also log there")
