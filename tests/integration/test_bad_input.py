@@ -134,7 +134,7 @@ def row_longer_than_allowed(scene):
     scene.recipe["data"] |= {"max_length": 16, "truncation": "error"}
 
 
-@mistake(2, r"data\.max_length: 4096, but the model has 64 positions")
+@mistake(2, r"data\.max_length: 4096, but the model has \d+ positions")
 def longer_than_the_model(scene):
     scene.recipe["data"]["max_length"] = 4096
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from ftkit import launch
@@ -101,6 +102,7 @@ def start(tmp_path):
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
+                preexec_fn=listen_to_interrupts,
             )
         )
         return started[-1]
@@ -108,8 +110,14 @@ def start(tmp_path):
     yield run
     for process in started:
         if process.poll() is None:
-            process.terminate()
+            for member in (*psutil.Process(process.pid).children(recursive=True), process):
+                member.kill()
             process.wait()
+
+
+def listen_to_interrupts():
+    """A shell starts what it puts into the background with SIGINT ignored, and so are the tests where that is how they run."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def both_train(process):
