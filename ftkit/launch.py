@@ -20,8 +20,6 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import psutil
-
 from ftkit.errors import FtkitError, Interrupted, Preempted, RecipeError
 from ftkit.signals import STOP_SIGNALS, StopRequest
 
@@ -151,6 +149,8 @@ def _num_cores() -> int:
 @contextmanager
 def _forwarding_signals() -> Iterator[StopRequest]:
     """Hand signals that ask for an end on to the ranks, which run in sessions of their own."""
+    import psutil  # not above: every error of the command line passes through this file
+
     stop = StopRequest()
 
     def forward(signum: int, frame: FrameType | None) -> None:
