@@ -40,6 +40,7 @@ class Reporter:
         self.notes: list[str] = []
         self._main = main
         self._quiet = quiet or not main
+        self._warns = main
         self._log = log
         self._log_file: BinaryIO | None = None  # opened by the first line: a run that is refused leaves no file
         self._trackers: list[Tracker] = []
@@ -67,8 +68,17 @@ class Reporter:
     def warn(self, text: str) -> None:
         """Say what the user probably does not want."""
         self.notes.append(f"warning: {text}")
-        if self._main:
+        if self._warns:
             self._display.print(f"warning: {text}", style="yellow")
+
+    @contextmanager
+    def told(self, by_another: bool) -> Iterator[None]:
+        """Collect notes and warnings without a word where another process has told them already."""
+        before = self._quiet, self._warns
+        if by_another:
+            self._quiet, self._warns = True, False
+        yield
+        self._quiet, self._warns = before
 
     @contextmanager
     def stage(self, title: str, total: int | None = None) -> Iterator[Stage]:

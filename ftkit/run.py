@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
@@ -60,7 +61,8 @@ def _train(resolved: Resolved, stop: signals.StopRequest, resume: bool, overwrit
     model.quiet_libraries()
     output = Path(resolved.recipe.output)
     with Reporter(output / "log.jsonl", main=main) as report:
-        prepared = prepare(resolved, report, stop.poll)
+        with report.told(by_another=launch.ERROR_DIR in os.environ):  # by the process that launched this one
+            prepared = prepare(resolved, report, stop.poll)
         before = rundir.continued(output, prepared.recipe, resume)
         if before.get("status") == "finished":
             report.note(f"{output} is finished; --overwrite trains it anew")

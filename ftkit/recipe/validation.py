@@ -57,12 +57,33 @@ def build(tree: Node, texts: Mapping[tuple[str, ...], str], problems: list[Probl
     for path, text in texts.items():
         tree = _as_text(tree, path, text, recipe_type)
     try:
-        # As JSON, since strict validation of Python values would refuse a list for a tuple.
-        recipe = recipe_type.model_validate_json(json.dumps(tree.plain()), strict=True)
+        recipe = _validated(tree, recipe_type)
     except ValidationError as error:
         problems.extend(_problems(error, tree, recipe_type))
+        known = _without_unknown(error, tree)  # the rules of a section are asked only where all of its keys are known
+        try:
+            _validated(known, recipe_type)
+        except ValidationError as rest:
+            problems.extend(_problems(rest, known, recipe_type))
     refuse(problems)
     return recipe, tree
+
+
+def _validated(tree: Node, recipe_type: Any) -> Recipe[Any, Any, Any]:
+    """As JSON, since strict validation of Python values would refuse a list for a tuple."""
+    return recipe_type.model_validate_json(json.dumps(tree.plain()), strict=True)
+
+
+def _without_unknown(error: ValidationError, tree: Node) -> Node:
+    """The tree without the keys that the error calls unknown."""
+    unknown = {_path(detail, tree) for detail in error.errors(include_url=False, include_input=False) if detail["type"] == "extra_forbidden"}
+
+    def keep(path: tuple[str, ...], node: Node) -> Node:
+        if not isinstance(node.value, dict):
+            return node
+        return Node({key: child for key, child in node.value.items() if (*path, key) not in unknown}, node.place)
+
+    return tree.changed(keep)
 
 
 def origins(value: Any, node: Node | None, path: str = "", source: str | None = None) -> Iterator[tuple[str, str]]:

@@ -61,6 +61,8 @@ def test_two_processes_learn_what_one_learns_and_stop_and_resume_together(ftkit,
     outcome = ftkit("train", path, "--json")
     assert outcome.code == 0, outcome.err
     assert json.loads(outcome.out)["output"] == str(two)
+    assert outcome.err.count("columns: ") == 1  # what was found in the data is told once, not by the parent and the first rank
+    assert any(note.startswith("columns: ") for note in json.loads((two / "manifest.json").read_text())["notes"])
     assert json.loads((two / "manifest.json").read_text())["hardware"]["processes"] == 2
     assert_alike(one, two)
 

@@ -270,6 +270,10 @@ class TestProblems:
         (problem,) = problems("model: {init: random}\ntask: sorting\ndata: {train: x.csv}\n")
         assert problem.startswith("recipe.yaml:1:1: give model.name")
 
+    def test_rules_of_a_section_stand_beside_its_unknown_keys(self) -> None:
+        found = problems(MINIMAL + "train: {steps: 5, epochs: 1, sead: 3}\n")
+        assert [line.partition(": ")[2].partition("`")[0] for line in found] == ["give train.epochs or train.steps, not both", "unknown key "]
+
     def test_duplicates_stand_beside_other_problems(self) -> None:
         found = problems(MINIMAL + "train: {seed: 1, seed: 2, sead: 3}\n")
         assert len(found) == 2

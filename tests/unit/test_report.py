@@ -140,6 +140,17 @@ def test_quiet_keeps_warnings_only(capsys, quick):
     assert capsys.readouterr().err == "warning: beware\n"
 
 
+def test_what_another_process_told_is_only_kept(capsys):
+    with Reporter(None) as report:
+        with report.told(by_another=True):
+            report.note("12 rows")
+            report.warn("1 bad")
+        with report.told(by_another=False):
+            report.warn("2 bad")
+    assert report.notes == ["12 rows", "warning: 1 bad", "warning: 2 bad"]
+    assert capsys.readouterr().err == "warning: 2 bad\n"
+
+
 def test_other_processes_write_nothing(capsys, tmp_path):
     log = tmp_path / "log.jsonl"
     with Reporter(log, main=False) as report:
