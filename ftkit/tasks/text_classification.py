@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 TEXT = Column("text", "the text to classify", "sentence", "sentence1", "premise", "question1", "content", "review", "document")
 PAIR = Column("text_pair", "a second text", "sentence2", "hypothesis", "question2")
 LABEL = Column("label", "its class: a word or a number", "labels", "class", "category", "intent", "target", "gold_label")
+WHOLE_NUMBER = re.compile(r"-?[0-9]{1,18}")
 
 EXAMPLES = (  # a sentence, a second one, and whether it follows from the first
     ("All the lamps in the hall are lit.", "The hall is dark.", "no"),
@@ -60,10 +61,17 @@ class TextClassification(Spec):
 
     def resolve(self, rows: Iterable[Row]) -> TextClassification:
         """With the label names of the training rows, numbers in numeric order and words in alphabetic order."""
-        found = {_name(row.values["label"]) for row in rows}
+        found, flaw = set(), ""
+        for row in rows:
+            try:
+                found.add(_name(row.values["label"]))
+            except RowError as error:  # encode() says it of each such row
+                flaw = flaw or f"{row.where}: {error}"
+        if flaw and not found:
+            raise DataError(f"the training rows have no label that can be used: {flaw}")
         if self.labels is None:
-            numeric = all(name.lstrip("-").isdigit() for name in found)
-            labels = sorted(found, key=int) if numeric else sorted(found)
+            numeric = all(WHOLE_NUMBER.fullmatch(name) for name in found)
+            labels = sorted(found, key=lambda name: (int(name), name)) if numeric else sorted(found)
         else:
             labels = self.labels
             if missing := sorted(found - set(labels)):
@@ -226,8 +234,10 @@ class ClassificationMetrics:
 
 
 def _name(label: Any) -> str:
-    """The name of a label as data files spell it: 1, 1.0, "1" and " 1" are one label."""
-    if isinstance(label, bool) or label is None or isinstance(label, list | dict):
+    """The name of a label as data files spell it: 1, 1.0, "1" and " 1" are one label, and so are true and "true"."""
+    if isinstance(label, bool):
+        return str(label).lower()
+    if label is None or isinstance(label, list | dict):
         raise RowError(f"label {label!r} is neither a word nor a number")
     if isinstance(label, float):
         if not label.is_integer():

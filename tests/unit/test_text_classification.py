@@ -22,10 +22,34 @@ def test_one_label_in_many_spellings():
     assert TextClassification().resolve(rows(1, "1", 1.0, " 1 ", 0)).labels == ["0", "1"]
 
 
-@pytest.mark.parametrize("label", [True, 0.5, "", [1], None])
-def test_a_label_that_is_none_is_refused_with_its_row(label):
-    with pytest.raises(RowError):
-        TextClassification().resolve(rows("a", label))
+def test_booleans_are_words():
+    assert TextClassification().resolve(rows(True, False, "true")).labels == ["false", "true"]
+
+
+def test_only_ascii_digits_are_numbers():
+    assert TextClassification().resolve(rows("²", "1")).labels == ["1", "²"]
+    assert TextClassification().resolve(rows("--1", "2")).labels == ["--1", "2"]
+
+
+def test_the_order_of_equal_numbers_does_not_depend_on_hashes():
+    assert TextClassification().resolve(rows("1", "01", "001", "-0", "0")).labels == ["-0", "0", "001", "01", "1"]
+
+
+BAD_LABELS = {0.5: "label 0.5 is not a whole number", "": "the label is empty", (1,): "is neither a word nor a number", None: "is neither a word nor a number"}
+
+
+@pytest.mark.parametrize("label", BAD_LABELS)
+def test_a_label_that_is_none_is_left_to_the_account_of_bad_rows(tokenizers, label):
+    value = list(label) if isinstance(label, tuple) else label
+    task = TextClassification().resolve(rows("a", value, "b"))
+    assert task.labels == ["a", "b"]
+    with pytest.raises(RowError, match=BAD_LABELS[label]):
+        task.encode(rows(value)[0], tokenizers["wordpiece"], Limits(16, "right"))
+
+
+def test_where_no_label_can_be_used_the_reason_is_told():
+    with pytest.raises(DataError, match=r"no label that can be used: t\.csv:1: label 0\.5 is not a whole number; for regression"):
+        TextClassification().resolve(rows(0.5, 1.5))
 
 
 def test_given_labels_keep_their_order_and_must_be_complete():
