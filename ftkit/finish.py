@@ -52,7 +52,7 @@ def finish(session: Session, output: Path, report: Reporter, stop: StopRequest, 
     manifest.update(artifact=artifact)
     with report.stage("loading the result in a fresh process"):
         verification = verify.check(output / "model", artifact, expected)
-    baselines = _baselines(session)
+    baselines = _baselines(session, report)
     summary: dict[str, Any] = {
         "output": str(output),
         "metrics": {"base": manifest["base"]} | {name: result.values for name, result in measured.items()},
@@ -144,13 +144,20 @@ def _draw(session: Session, output: Path, measured: dict[str, Measured]) -> None
             plots.confusion(result.metrics.sums["confusion"].long().tolist(), session.recipe.task.labels, output / "plots" / target)
 
 
-def _baselines(session: Session) -> dict[str, float]:
-    """What needs no model at all would score on the first validation set, if the task knows such a thing."""
-    names = session.prepared.validation
+def _baselines(session: Session, report: Reporter) -> dict[str, float]:
+    """What needs no model at all would score on the first validation set, if the task knows such a thing; of the rows that were used."""
+    import numpy as np
+
+    prepared, names = session.prepared, session.prepared.validation
     baselines = getattr(session.recipe.task, "baselines", None)
     if baselines is None or not names:
         return {}
-    return baselines(session.prepared.rows.train, session.prepared.rows.validation[names[0]])
+    measured, features = prepared.splits[names[0]]
+    with report.stage("baselines"):
+        return baselines(
+            [prepared.rows.train[row] for row in np.unique(prepared.train.row)],
+            [measured[row] for row in np.unique(features.row)],
+        )
 
 
 def _release(session: Session) -> None:

@@ -98,6 +98,12 @@ def one_label_only(scene):
     scene.recipe["data"].pop("validation")
 
 
+@mistake(3, r"1 row cannot be used:\n  .*t\.jsonl:2: label 0\.5 is not a whole number")
+def label_that_is_a_fraction(scene):
+    scene.train("t.jsonl", '{"text": "roses", "label": "garden"}\n{"text": "bread", "label": 0.5}\n{"text": "boats", "label": "harbour"}\n')
+    scene.recipe["data"].pop("validation")
+
+
 @mistake(3, r"validation\.csv:2: label 'sky' does not occur in the training rows")
 def label_unseen_in_training(scene):
     scene.recipe["data"]["validation"] = scene.file("validation.csv", "text,label\nroses,garden\nboats,sky\n")
@@ -315,6 +321,20 @@ def test_a_mistake_is_told_and_costs_nothing(name, scene, ftkit):
     assert "Traceback" not in outcome.err
     assert outcome.out == ""
     assert all(path.read_bytes() == content for path, content in before.items()), "nothing of the user's may change"
+
+
+def test_labels_that_cannot_be_used_may_be_left_out(scene, ftkit, verify_here):
+    """In the training rows and in those that are measured, whose baselines know of none but the used ones."""
+    rows = [{"text": f"roses {i}", "label": i % 2 == 0} for i in range(8)]
+    bad = [{"text": "bread", "label": 0.5}, {"text": "butter", "label": [1]}]
+    lines = "".join(json.dumps(row) + "\n" for row in [*bad, *rows])
+    scene.recipe["data"] = {"train": scene.file("t.jsonl", lines), "validation": scene.file("v.jsonl", lines), "on_bad_rows": "skip"}
+    recipe = scene.path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(scene.recipe))
+    outcome = ftkit("train", recipe, "--json")
+    assert outcome.code == 0, outcome.err
+    assert re.search(r"2 bad rows left out:\n.*t\.jsonl:1: label 0\.5 .*\n.*t\.jsonl:2: label \[1\] ", outcome.err)
+    assert json.loads(outcome.out)["baselines"]["majority"] == 0.5
 
 
 REFUSED_AT_ONCE = {

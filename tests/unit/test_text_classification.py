@@ -1,5 +1,9 @@
 """Labels, truncation, metrics against scikit-learn, and the baselines."""
 
+import math
+import random
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -151,3 +155,31 @@ def test_baselines_of_a_set_that_words_decide():
     test = [*rows("a", text="tulips bees"), *rows("b", "b", text="butter of bread")]
     found = TextClassification(labels=["a", "b"]).baselines(train, test)
     assert found == {"majority": pytest.approx(1 / 3), "bag_of_words": 1.0}
+
+
+def naive_bayes(train, test):
+    """Accuracy by the definition, word by word."""
+    prior = Counter(row.values["label"] for row in train)
+    counts = {label: Counter(word for row in train if row.values["label"] == label for word in row.values["text"].split()) for label in prior}
+    vocabulary = {word for counter in counts.values() for word in counter}
+
+    def score(label, row):
+        known = [word for word in row.values["text"].split() if word in vocabulary]
+        return math.log(prior[label]) + sum(math.log((counts[label][word] + 1) / (counts[label].total() + len(vocabulary))) for word in known)
+
+    return sum(max(prior, key=lambda label: score(label, row)) == row.values["label"] for row in test) / len(test)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_words_are_weighed_as_naive_bayes_does(seed):
+    rng = random.Random(seed)
+    words = [f"w{i}" for i in range(40)]
+
+    def drawn(count):
+        labels = [rng.choice("aabc") for _ in range(count)]
+        return [Row({"text": " ".join([*rng.choices(words, k=rng.randint(0, 6)), label * rng.randint(1, 3)]), "label": label}, "t", 1) for label in labels]
+
+    train, test = drawn(30), drawn(60)
+    found = TextClassification(labels=["a", "b", "c"]).baselines(train, test)["bag_of_words"]
+    assert found == pytest.approx(naive_bayes(train, test), abs=1e-12)
+    assert 0 < found < 1
