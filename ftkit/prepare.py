@@ -95,6 +95,9 @@ def tokenise(
         done = features.encode(rows, task, tokenizer, limits, split=name, on_bad_rows=on_bad_rows, note=report.note, progress=stage, poll=poll)
     if not len(done.features):
         raise DataError(f"{name}: no row is left to use")
+    if not done.audit.supervised:
+        cut = f" (data.max_length: {limits.max_length} cuts it off)" if done.audit.truncated_rows else ""
+        raise DataError(f"{name}: nothing is supervised in its {len(rows):,} rows, so there is nothing to measure{cut}")
     for line in features.describe(name, done.audit):
         report.warn(line.removeprefix("WARNING ")) if line.startswith("WARNING ") else report.note(line)
     return done

@@ -91,14 +91,15 @@ def load_rows(data: Data, task: Task, seed: int, note: Note) -> Rows:
         validation = {name: reader.rows(source(file, "validation").tables("validation")) for name, file in data.validation.items()}
     elif given := source(data.validation, "validation") if data.validation else own:
         validation = {name: reader.rows(given.tables(name)) for name in given.validation_splits(required=bool(data.validation))}
-    test: list[Row] = []
+    test_tables: list[Table] = []
     if data.test:
-        test = reader.rows(source(data.test, "test").tables("test"))
+        test_tables = source(data.test, "test").tables("test")
     elif own and not own.on_hub and "test" in own.splits:  # the labels of test splits on the hub are often withheld
-        test = reader.rows(own.tables("test"))
+        test_tables = own.tables("test")
+    test = reader.rows(test_tables)
 
     report_bad(reader.bad, data.on_bad_rows, note)
-    for name, rows in {"train": train, **validation}.items():
+    for name, rows in {"train": train, **validation, **({"test": test} if test_tables else {})}.items():
         if not rows:
             raise DataError(f"{name}: no row is left")
     if not validation:

@@ -140,6 +140,15 @@ def row_longer_than_allowed(scene):
     scene.recipe["data"] |= {"max_length": 16, "truncation": "error"}
 
 
+@mistake(3, r"validation: nothing is supervised in its 2 rows, so there is nothing to measure \(data\.max_length: 16 cuts it off\)")
+def every_answer_cut_off(scene):
+    scene.chat(scene.checkpoint("llama"))
+    rows = [{"prompt": "where are roses?" * repeats, "completion": "in the garden"} for repeats in (9, 9, 1)]
+    lines = [json.dumps(row) + "\n" for row in rows]
+    files = {"validation": scene.file("v.jsonl", "".join(lines[:2])), "train": scene.file("t.jsonl", lines[2])}
+    scene.recipe["data"] = {**files, "max_length": 16}
+
+
 @mistake(2, r"data\.max_length: 4096, but the model has \d+ positions")
 def longer_than_the_model(scene):
     scene.recipe["data"]["max_length"] = 4096

@@ -179,6 +179,12 @@ def test_no_row_left_is_an_error(write):
     assert "no row can be read" in refused(train=write("d.jsonl", [1, 2]), on_bad_rows="skip")
 
 
+def test_no_row_left_to_test_on_is_an_error_where_one_is_named(write, tmp_path):
+    train, test = write("set/train.csv", "text,label\na,b\n"), write("set/test.csv", "text,label\n,1\n")
+    assert "test: no row is left" in refused(train=train, test=test, on_bad_rows="skip")
+    assert "test: no row is left" in refused(train=str(tmp_path / "set"), on_bad_rows="skip")
+
+
 def test_bad_validation_rows_count_too(write):
     train, validation = write("t.csv", "text,label\na,b\n"), write("v.csv", "text,label\nc,\n")
     assert f"{validation}:1: label is empty" in refused(train=train, validation=validation)
