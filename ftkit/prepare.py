@@ -64,8 +64,9 @@ def prepare(resolved: Resolved, report: Reporter, poll: Callable[[], None] = lam
     poll()
     tokenizer = load_tokenizer(recipe, source, rows, report)
     config = model.load_config(recipe.model, source, tokenizer)
-    if getattr(config, "type_vocab_size", 0) < 2:  # the model has no embeddings for a second text
-        tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+    if getattr(config, "type_vocab_size", 0) < 2 and "token_type_ids" in tokenizer.model_input_names:  # no embeddings for a second text
+        names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+        tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names  # the latter is stored with the tokenizer
     task = recipe.task.resolve(rows.train)
     task.check(tokenizer)
     limits = Limits(max_length(resolved, config, tokenizer, report.note), recipe.data.truncation)

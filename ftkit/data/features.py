@@ -318,8 +318,8 @@ def _key(rows: Sequence[Row], task: Task, tokenizer: Any, limits: Limits, traini
 
 
 def _tokenizer_digests(tokenizer: Any) -> dict[str, str]:
-    """The files that the tokenizer writes of itself, special tokens and chat template included."""
-    digests = {"class": f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__}"}
+    """The files that the tokenizer writes of itself, special tokens and chat template included, and what it does not write."""
+    digests = {"class": f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__}", "gives": " ".join(tokenizer.model_input_names)}
     with tempfile.TemporaryDirectory() as directory:
         tokenizer.save_pretrained(directory)
         for path in sorted(Path(directory).rglob("*")):

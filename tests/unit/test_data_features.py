@@ -264,6 +264,7 @@ CHANGES = {
     "the split": lambda t: {"split": "validation"},
     "the chat template": lambda t: setattr(t, "chat_template", "{{ messages }}") or {},
     "a special token": lambda t: setattr(t, "sep_token", "!") or {},
+    "the inputs of the model": lambda t: setattr(t, "model_input_names", ["input_ids"]) or {},
     "an added token": lambda t: t.add_tokens(["new"]) and {},
     "the vocabulary": lambda t: setattr(t.backend_tokenizer, "pre_tokenizer", pre_tokenizers.Punctuation()) or {},
 }
