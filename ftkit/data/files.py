@@ -96,10 +96,11 @@ def _find(path: Path, split: str, format: str | None, note: Callable[[str], None
         raise DataError(f"{path}: {'is not a regular file' if path.exists() else _missing(path)}")
     by_split: dict[str, list[Path]] = {}
     for entry in sorted(path.iterdir()):
-        if (match := _SPLIT_NAME.fullmatch(entry.name)) and (files := _data_files(entry, format)):
-            by_split.setdefault(SPLITS[match[1].lower()], []).extend(_one_format(path, files, format))
+        if (match := _SPLIT_NAME.fullmatch(entry.name)) and (found := _data_files(entry, format)):
+            by_split.setdefault(SPLITS[match[1].lower()], []).extend(found)
     files = _data_files(path, format)
     if by_split:
+        _check_one_format(path, [file for found in by_split.values() for file in found], format)
         rest = [file.name for file in files if not _SPLIT_NAME.fullmatch(file.name)]
         if rest:
             note(f"{path}: left out, since other files are named after splits: {', '.join(rest)}")
@@ -107,7 +108,8 @@ def _find(path: Path, split: str, format: str | None, note: Callable[[str], None
     if not files:
         wanted = format or ", ".join(FORMATS)
         raise DataError(f"{path}: no data files in this directory (looked for {wanted})")
-    return {split: _one_format(path, files, format)}
+    _check_one_format(path, files, format)
+    return {split: files}
 
 
 def _data_files(path: Path, format: str | None) -> list[Path]:
@@ -117,11 +119,11 @@ def _data_files(path: Path, format: str | None) -> list[Path]:
     return [entry for entry in found if (name := format_of(entry)) and wanted in (None, name)]
 
 
-def _one_format(path: Path, files: list[Path], format: str | None) -> list[Path]:
+def _check_one_format(path: Path, files: list[Path], format: str | None) -> None:
+    """Several formats side by side may well be the same rows twice."""
     formats = sorted({format_of(file) or "" for file in files})
     if len(formats) > 1 and format is None:
         raise DataError(f"{path}: this directory mixes {', '.join(formats)} files; choose with\n  data: {{format: {formats[0]}}}")
-    return files
 
 
 def _missing(path: Path) -> str:

@@ -196,21 +196,22 @@ def test_a_directory_is_its_files_in_order(tmp_path):
 
 
 def test_files_and_directories_named_after_splits(tmp_path):
-    touch(tmp_path, "train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "dev.jsonl", "test/b.csv", "test/a.csv", "more.csv")
+    touch(tmp_path, "train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "dev.parquet", "test/b.parquet", "test/a.parquet", "more.csv")
     found, notes = find(tmp_path)
     assert found == {
         "train": ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"],
-        "validation": ["dev.jsonl"],
-        "test": ["a.csv", "b.csv"],
+        "validation": ["dev.parquet"],
+        "test": ["a.parquet", "b.parquet"],
     }
     assert notes == [f"{tmp_path}: left out, since other files are named after splits: more.csv"]
 
 
-def test_mixed_formats_need_a_choice(tmp_path):
-    touch(tmp_path, "a.csv", "b.jsonl")
+@pytest.mark.parametrize("names", [("a.csv", "b.jsonl"), ("train.csv", "train.jsonl"), ("train.csv", "train/b.jsonl"), ("dev.csv", "train.jsonl")])
+def test_mixed_formats_need_a_choice(tmp_path, names):
+    touch(tmp_path, *names)
     with pytest.raises(DataError, match=r"mixes csv, jsonl files; choose with\n  data: {format: csv}"):
         find(tmp_path)
-    assert find(tmp_path, format="jsonl")[0] == {"train": ["b.jsonl"]}
+    assert find(tmp_path, format="jsonl")[0] == {"train": [names[1].rpartition("/")[2]]}
 
 
 def test_nothing_there(tmp_path):
