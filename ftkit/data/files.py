@@ -276,18 +276,24 @@ def _read_csv(file: BinaryIO, table: Table, note: Callable[[str], None]) -> None
 
 
 def _read_tsv(file: BinaryIO, table: Table, note: Callable[[str], None]) -> None:
-    """Programs write TSV with quotes as in CSV; by its definition, and in GLUE, a quote is just a character."""
-    _delimited(file, table, delimiter="\t", strict=True)
-    if table.bad:
+    """Programs write TSV with quotes as in CSV; by its definition, and in GLUE, a quote is just a character.
+
+    Quotes at the beginning of two texts look like one field of several lines; where each of these lines is
+    a whole row by itself, that is what they are.
+    """
+    folded = _delimited(file, table, delimiter="\t", strict=True)
+    if table.bad or (folded and len(table.columns) > 1):
         file.seek(0)
         literal = Table(table.source, sha256=table.sha256)
         _delimited(file, literal, delimiter="\t", quoting=csv.QUOTE_NONE)
-        if len(literal.bad) < len(table.bad):
+        if literal.columns == table.columns and (not literal.bad or len(literal.bad) < len(table.bad)):  # a quoted header means quoted fields
             note(f"{table.source}: quotes do not delimit its fields and are kept as characters")
             table.columns, table.records, table.bad = literal.columns, literal.records, literal.bad
 
 
-def _delimited(file: BinaryIO, table: Table, **dialect: Any) -> None:
+def _delimited(file: BinaryIO, table: Table, **dialect: Any) -> bool:
+    """Fill the table; returns whether any row spans several lines."""
+    folded = False
     undecodable: dict[int, str] = {}  # physical line -> reason
 
     def lines() -> Iterator[str]:
@@ -302,6 +308,7 @@ def _delimited(file: BinaryIO, table: Table, **dialect: Any) -> None:
     reader = csv.reader(lines(), **dialect)
     for number, first_line, fields in _records(reader):
         last_line = reader.line_num
+        folded = folded or last_line > first_line
         reason = next((undecodable[line] for line in range(first_line, last_line + 1) if line in undecodable), None)
         if reason is None and isinstance(fields, csv.Error):
             reason = "a quote is opened and never closed" if "end of data" in str(fields) else str(fields)
@@ -319,6 +326,7 @@ def _delimited(file: BinaryIO, table: Table, **dialect: Any) -> None:
             table.reject(number, f"{reason} ({place})")
         else:
             table.records.append((number, dict(zip(table.columns, fields, strict=True))))
+    return folded
 
 
 def _records(reader: Any) -> Iterator[tuple[int, int, Any]]:
@@ -355,7 +363,7 @@ def _read_parquet(path: Path, table: Table) -> None:
 
 
 def add_batches(table: Table, batches: Iterable[pa.RecordBatch]) -> None:
-    """Append the rows of Arrow record batches, numbered on from those already there."""
+    """Fill the table with the rows of Arrow record batches, numbered from 1."""
     number = 0
     for batch in batches:
         try:

@@ -107,6 +107,18 @@ def test_tsv_takes_quotes_as_characters_where_they_do_not_delimit(read):
     assert rows(quoted) == [{"sentence": 'say "a\tb"', "label": "1"}]
 
 
+def test_quotes_of_a_tsv_do_not_swallow_whole_rows(read):
+    notes = []
+    swallowed = read("d.tsv", 'sentence\tlabel\n"Hello\t1\nplain\t0\nworld"\t0\n', notes=notes)
+    assert [row["sentence"] for row in rows(swallowed)] == ['"Hello', "plain", 'world"']
+    assert "kept as characters" in notes[0]
+
+
+@pytest.mark.parametrize("content", ['sentence\tlabel\n"Hello\nworld"\t0\n', 'sentence\n"Hello\nworld"\n', '"sentence"\t"n\no"\n"Hello\nworld"\t"1\n2"\n'])
+def test_a_field_of_a_tsv_may_have_several_lines(read, content):
+    assert [row["sentence"] for row in rows(read("d.tsv", content))] == ["Hello\nworld"]
+
+
 def test_a_field_may_be_longer_than_the_csv_module_likes(read):
     assert len(rows(read("d.csv", "text\n" + "x" * 200_000))[0]["text"]) == 200_000
 
