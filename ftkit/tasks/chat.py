@@ -14,6 +14,7 @@ from ftkit.data.types import RowError
 from ftkit.errors import RecipeError
 
 PROBE = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Good morning."}]
+BESIDE_CONTENT = ("tool_calls", "reasoning_content", "thinking")  # what an answer may hold more, under the names that templates know
 
 
 class Rendered(NamedTuple):
@@ -42,13 +43,16 @@ def render(messages: list[dict[str, Any]], tokenizer: Any) -> Rendered:
     leave only those answers to train that stand in the whole conversation as they were generated: the
     last one at least.
 
-    Raises RowError for messages that the template refuses or rewrites, RecipeError for a tokenizer
+    Raises RowError for messages that the template refuses, rewrites or leaves out, RecipeError for a tokenizer
     without a chat template and for a template that never ends a turn.
     """
-    messages, trained = _read(messages)
+    trained = _trained(messages)
     if not trained:
         raise RowError("no assistant message to learn from")
+    messages = _plain(messages)
     special = _special_tokens(tokenizer)
+    for i in trained:
+        _check_shown(messages[: i + 1], tokenizer)
     last = _answer(messages[: trained[-1] + 1], tokenizer, special)
     answers = [_earlier_answer(messages[: i + 1], tokenizer, special, last.text) for i in trained[:-1]]
     spans = [(answer.start, answer.end) for answer in [*answers, last] if answer is not None]
@@ -61,7 +65,7 @@ def render(messages: list[dict[str, Any]], tokenizer: Any) -> Rendered:
 
 def prompt_ids(messages: list[dict[str, Any]], tokenizer: Any) -> list[int]:
     """The tokens after which the model is to answer; an answer that already ends the conversation is left out."""
-    messages, _ = _read(messages)
+    messages = _plain(messages)
     if messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     if not messages:
@@ -93,19 +97,34 @@ def stop_token_ids(tokenizer: Any) -> list[int]:
     return list(dict.fromkeys(ids))
 
 
-def _read(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[int]]:
-    """The messages without their weights, and the places of the answers to learn."""
-    plain, trained = [], []
-    for i, message in enumerate(messages):
-        weight = message.get("weight")
-        if weight not in (None, 0, 1):
-            raise RowError(f"message {i + 1}: weight must be 0 or 1, not {weight!r}")
-        if message["role"] == "assistant" and weight != 0:
-            if not (message.get("content") or "").strip() and not message.get("tool_calls"):
-                raise RowError(f"message {i + 1} (assistant) is empty: there is nothing to learn in it")
-            trained.append(i)
-        plain.append({key: value for key, value in message.items() if key != "weight"})
-    return plain, trained
+def _trained(messages: list[dict[str, Any]]) -> list[int]:
+    """The places of the answers to learn."""
+    return [i for i, message in enumerate(messages) if message["role"] == "assistant" and message.get("weight") != 0]
+
+
+def _plain(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages without their weights, which templates need not know."""
+    for number, message in enumerate(messages, 1):
+        if (weight := message.get("weight")) not in (None, 0, 1):
+            raise RowError(f"message {number}: weight must be 0 or 1, not {weight!r}")
+    return [{key: value for key, value in message.items() if key != "weight"} for message in messages]
+
+
+def _check_shown(messages: list[dict[str, Any]], tokenizer: Any) -> None:
+    """Refuse an answer, the last message, that is empty, or that holds something beside its content which the template never shows."""
+    *before, answer = messages
+    if not (answer.get("content") or "").strip() and not answer.get("tool_calls"):
+        raise RowError(f"message {len(messages)} (assistant) is empty: there is nothing to learn in it")
+    for name in BESIDE_CONTENT:
+        if not answer.get(name):
+            continue
+        try:
+            shown = _text(messages, tokenizer, add_generation_prompt=False)
+            without = _text([*before, {key: value for key, value in answer.items() if key != name}], tokenizer, add_generation_prompt=False)
+        except RowError:  # a template that misses it does not ignore it; one that refuses the whole says so itself
+            continue
+        if shown == without:
+            raise RowError(f"message {len(messages)}: the chat template ignores its {name}, which would not be learned; take another template, or leave it out")
 
 
 def _text(messages: list[dict[str, Any]], tokenizer: Any, add_generation_prompt: bool) -> str:

@@ -48,6 +48,12 @@ DEEPSEEK_R1 = (  # drops every thought, and opens one in the generation prompt
     "{% else %}<|Assistant|>{{ m.content.split('</think>')[-1] }}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}"
 )
+TOOLS = CHATML.replace(
+    "{{ m.content }}<|im_end|>", "{{ m.content }}{% for call in m.tool_calls or [] %}<call>{{ call.function.name }}</call>{% endfor %}<|im_end|>"
+)
+REASONS = CHATML.replace(
+    "{{ m.content }}<|im_end|>", "{% if m.reasoning_content and loop.last %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}<|im_end|>"
+)
 NEVER_ENDS = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 
 SPECIAL = [
@@ -209,6 +215,48 @@ def test_chats_without_anything_to_learn(tokenizer, messages, reason):
     tokenizer.chat_template = CHATML
     with pytest.raises(RowError, match=reason):
         chat.render(messages, tokenizer)
+
+
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "clock", "arguments": {}}}]}
+CALLED = [{"role": "user", "content": "When?"}, CALL, {"role": "tool", "content": "9"}, {"role": "assistant", "content": "At nine."}]
+
+
+def test_tool_calls_are_learned_as_the_template_writes_them(tokenizer):
+    tokenizer.chat_template = TOOLS
+    assert learned(chat.render(CALLED, tokenizer), tokenizer) == ["<call>clock</call><|im_end|>", "At nine.<|im_end|>"]
+
+
+@pytest.mark.parametrize("messages", [CALLED, CALLED[:2]], ids=["earlier", "last"])
+def test_tool_calls_that_the_template_ignores_are_refused(tokenizer, messages):
+    """What would be learned is the end of the turn alone: to say nothing."""
+    tokenizer.chat_template = CHATML
+    with pytest.raises(RowError, match=r"message 2: the chat template ignores its tool_calls, which would not be learned"):
+        chat.render(messages, tokenizer)
+    given = [{**m, "weight": 0} if m is CALL else m for m in [*CALLED[:3], *turns("When?", "At nine.")]]
+    assert learned(chat.render(given, tokenizer), tokenizer) == ["At nine.<|im_end|>"]
+
+
+def test_a_template_that_refuses_an_answer_without_its_tool_calls_does_not_ignore_them(tokenizer):
+    tokenizer.chat_template = TOOLS.replace(
+        "{{ m.content }}", "{{ raise_exception('nothing said') if m.role == 'assistant' and not m.content and not m.tool_calls }}{{ m.content }}"
+    )
+    assert learned(chat.render(CALLED, tokenizer), tokenizer) == ["<call>clock</call><|im_end|>", "At nine.<|im_end|>"]
+
+
+def test_reasoning_that_the_template_never_shows_is_refused(tokenizer):
+    messages = [{**m, "reasoning_content": "Hm."} if m["role"] == "assistant" else m for m in TWO_TURNS]
+    tokenizer.chat_template = REASONS  # of the last answer only
+    rendered = chat.render(messages, tokenizer)
+    assert learned(rendered, tokenizer) == ["<think>Hm.</think>At nine.<|im_end|>"]
+    assert rendered.untrained_answers == 1
+    tokenizer.chat_template = CHATML
+    with pytest.raises(RowError, match=r"message 2: the chat template ignores its reasoning_content"):
+        chat.render(messages, tokenizer)
+
+
+def test_an_empty_answer_can_be_part_of_a_prompt(tokenizer):
+    tokenizer.chat_template = CHATML
+    assert tokenizer.decode(chat.prompt_ids(turns("When?", "", "When?"), tokenizer)).count("assistant\n<|im_end|>") == 1
 
 
 def test_a_greeting_before_any_question_is_counted_and_not_learned(tokenizer):
