@@ -112,11 +112,9 @@ class CausalLM(Spec):
 
     def _encode_chat(self, messages: list[dict[str, Any]], tokenizer: Any, limits: Limits) -> list[Features]:
         whole = rendered = chat.render(messages, tokenizer)
-        while len(rendered.input_ids) > limits.max_length + 1 and limits.truncation == "left":
-            shorter = chat.without_oldest_exchange(messages)
-            if shorter is None:
-                break
-            messages, rendered = shorter, chat.render(shorter, tokenizer)
+        if len(whole.input_ids) > limits.max_length + 1 and limits.truncation == "left":
+            latest = chat.without_oldest_exchanges(messages, lambda shorter: len(chat.render(shorter, tokenizer).input_ids) <= limits.max_length + 1)
+            rendered = chat.render(latest, tokenizer)
         fitted = _fit(rendered.input_ids, rendered.trained, limits, tokenizer)
         for features in fitted:
             features.truncated += len(whole.input_ids) - len(rendered.input_ids)
@@ -217,8 +215,9 @@ class CausalLM(Spec):
         positions = _positions(model)
         longest = min(limits.max_length, positions - 1) if positions else limits.max_length
         prompt = _prompt(Row({"messages": messages}, "chat", len(messages)), tokenizer)
-        while len(prompt) > longest and (shorter := chat.without_oldest_exchange([*messages, {"role": "assistant", "content": ""}])):
-            messages = shorter[:-1]
+        if len(prompt) > longest:
+            answered = [*messages, {"role": "assistant", "content": ""}]
+            messages = chat.without_oldest_exchanges(answered, lambda shorter: len(chat.prompt_ids(shorter, tokenizer)) <= longest)[:-1]
             prompt = _prompt(Row({"messages": messages}, "chat", len(messages)), tokenizer)
         stops = chat.stop_token_ids(tokenizer)
         with torch.inference_mode():

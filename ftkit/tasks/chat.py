@@ -8,6 +8,8 @@ the second rendering adds is what a generating model writes; all else, such as t
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ftkit.data.types import RowError
@@ -74,12 +76,20 @@ def prompt_ids(messages: list[dict[str, Any]], tokenizer: Any) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def without_oldest_exchange(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
-    """The conversation from its second user message on, after leading system messages; None if none is left."""
+def without_oldest_exchanges(messages: list[dict[str, Any]], fits: Callable[[list[dict[str, Any]]], bool]) -> list[dict[str, Any]]:
+    """A conversation that is too long, without as many of its oldest exchanges as it takes until the rest `fits`.
+
+    Leading system messages stay, and so does the exchange of the last answer to learn, whether it fits or not.
+    """
     first = next((i for i, message in enumerate(messages) if message["role"] not in ("system", "developer")), len(messages))
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    later = [i for i, message in enumerate(messages) if message["role"] == "user" and first < i and answers and i < answers[-1]]
-    return messages[:first] + messages[later[0] :] if later else None
+    last = max(_trained(messages), default=0)
+    starts = [first, *(i for i, message in enumerate(messages) if message["role"] == "user" and first < i < last)]
+
+    def since(start: int) -> list[dict[str, Any]]:
+        return messages[:first] + messages[start:]
+
+    place = bisect_left(starts, True, key=lambda start: fits(since(start)))
+    return since(starts[min(place, len(starts) - 1)])
 
 
 def stop_token_ids(tokenizer: Any) -> list[int]:

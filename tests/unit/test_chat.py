@@ -315,10 +315,27 @@ def test_generation_stops_at_the_end_of_turn_and_of_text(tokenizer, template, en
     assert len(ids) == len(set(ids))
 
 
-def test_the_oldest_exchange_goes_first_and_the_system_message_stays():
+def contents(messages):
+    return [message["content"] for message in messages]
+
+
+def test_the_oldest_exchanges_go_first_and_the_system_message_stays():
     messages = turns("a", "b", "c", "d", "e", "f", system="s")
-    shorter = chat.without_oldest_exchange(messages)
-    assert [m["content"] for m in shorter] == ["s", "c", "d", "e", "f"]
-    assert [m["content"] for m in chat.without_oldest_exchange(shorter)] == ["s", "e", "f"]
-    assert chat.without_oldest_exchange(chat.without_oldest_exchange(shorter)) is None
-    assert chat.without_oldest_exchange(turns("a", "b", "c")) is None
+    assert contents(chat.without_oldest_exchanges(messages, lambda shorter: len(shorter) <= 5)) == ["s", "c", "d", "e", "f"]
+    assert contents(chat.without_oldest_exchanges(messages, lambda shorter: len(shorter) <= 4)) == ["s", "e", "f"]
+    assert contents(chat.without_oldest_exchanges(messages, lambda shorter: False)) == ["s", "e", "f"], "the last one stays, whatever its length"
+    assert contents(chat.without_oldest_exchanges(turns("a", "b", "c"), lambda shorter: False)) == ["a", "b", "c"], "c has no answer"
+
+
+def test_an_exchange_goes_only_if_an_answer_to_learn_is_left():
+    messages = turns("a", "b", "c", "d")
+    messages[3]["weight"] = 0
+    assert contents(chat.without_oldest_exchanges(messages, lambda shorter: False)) == ["a", "b", "c", "d"]
+
+
+def test_few_lengths_are_tried():
+    tried = []
+    messages = turns(*map(str, range(400)))
+    left = chat.without_oldest_exchanges(messages, lambda shorter: tried.append(shorter) or len(shorter) <= 100)
+    assert len(left) == 100
+    assert len(tried) < 10
