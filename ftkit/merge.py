@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ HEADS = {  # PEFT's task_type -> the Auto class that has the head
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 TOLERANCE_8BIT = 5e-2  # an 8-bit layer also rounds its inputs to 127 steps, which the merged one no longer does
 WEIGHT_KWARGS = ("dtype", "quantization_config", "ignore_mismatched_sizes")  # of from_pretrained that are not the config's
+DRAFT = ".draft"  # inside the output, until the merged model is verified
 ROWS, LONGEST = 8, 48  # inputs that are compared, and tokens in the longest
 
 
@@ -95,10 +95,12 @@ def merge(
     trained = _load_trained(adapter, here)
     as_trained = reload.answers(trained, rows)
     del trained
-    _free()
+    device.free_memory()
     model = PeftModel.from_pretrained(_load_float(adapter, base, here), adapter.directory).eval()
     reference = as_trained if base == "stored" else reload.answers(model, rows)
     merged = _merge(model, note).to(getattr(torch, written))
+    if (adapter.directory / "generation_config.json").is_file():  # with the tokens that end a turn as it was learned
+        merged.generation_config = transformers.GenerationConfig.from_pretrained(adapter.directory)
     del model
     as_merged = reload.answers(merged, rows)
     difference, tolerance = _compare(adapter, base, written, reference, as_merged)
@@ -120,14 +122,19 @@ def merge(
         "difference_to_trained": from_trained,
         "rows": len(rows),
     }
+    draft = output / DRAFT
     try:
-        merged.save_pretrained(output)
-        tokenizer.save_pretrained(output)
-        rundir.write_text(output / "README.md", _card(summary, artifact))
-        expected = verify.capture(merged, tokenizer, rows, output, artifact)
+        shutil.rmtree(draft, ignore_errors=True)
+        merged.save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
+        rundir.write_text(draft / "README.md", _card(summary, artifact))
+        expected = verify.capture(merged, tokenizer, rows, draft, artifact)
         del merged
-        _free()
-        summary["verification"] = verify.check(output, artifact, expected)
+        device.free_memory()
+        summary["verification"] = verify.check(draft, artifact, expected)
+        for path in sorted(draft.iterdir(), key=lambda path: path.name == "config.json"):  # last, since nothing loads without it
+            path.rename(output / path.name)
+        draft.rmdir()
     except BaseException as error:
         _clear(output)
         if isinstance(error, OSError):
@@ -140,8 +147,8 @@ def find(target: Path) -> Adapter:
     """The adapter of a run directory, or in a directory of PEFT's."""
     if not target.is_dir():
         raise RecipeError(f"there is no directory {target}")
-    inside = target.name == "model" and (target.parent / "manifest.json").is_file()
-    run = target.parent if inside else target if (target / "manifest.json").is_file() else None
+    inside = target.name == "model" and rundir.is_run(target.parent)
+    run = target.parent if inside else target if rundir.is_run(target) else None
     directory = run / "model" if run else target
     if not (directory / "adapter_config.json").is_file():
         if (directory / "config.json").is_file():
@@ -150,9 +157,7 @@ def find(target: Path) -> Adapter:
     if not (directory / "adapter_model.safetensors").is_file():
         raise RecipeError(f"{directory} has no adapter_model.safetensors; pickled weights (.bin) are not read: convert them with peft first")
     config = _read_peft_config(directory)
-    manifest = rundir.read_json(run / "manifest.json") if run else {}
-    if run and "artifact" not in manifest:
-        raise RecipeError(f"{run} is not finished: continue it with --resume first")
+    manifest = rundir.finished(run) if run else {}
     artifact = manifest.get("artifact") or _foreign_artifact(directory, config)
     base_config = _read_base_config(directory, artifact)
     if not run:
@@ -219,7 +224,7 @@ def _skeleton(artifact: Mapping[str, Any], config: transformers.PreTrainedConfig
 def _check_empty(output: Path) -> None:
     if output.is_file():
         raise RecipeError(f"-o {output} is a file")
-    if output.is_dir() and any(output.iterdir()):
+    if output.is_dir() and any(path.name != DRAFT for path in output.iterdir()):  # a merge that was killed may have left one
         raise RecipeError(f"-o {output} is not empty; choose another directory")
 
 
@@ -384,9 +389,3 @@ tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)
 def _clear(output: Path) -> None:
     for path in output.iterdir() if output.is_dir() else ():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -97,7 +97,9 @@ def _sha256(tensor: torch.Tensor) -> str:
 
 def facts(model: Any, tokenizer: Any, texts: Sequence[str]) -> dict[str, Any]:
     """What must survive a save beside the weights, JSON-able: labels, and all that the tokenizer does."""
+    settings = getattr(model, "generation_config", None) if not hasattr(model, "peft_config") else None  # an adapter leaves its base's
     return {
+        "end tokens": settings and settings.eos_token_id,
         "labels": {str(index): label for index, label in (model.config.id2label or {}).items()},
         "token ids": [tokenizer(text)["input_ids"] for text in texts],
         "special tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},

@@ -125,7 +125,7 @@ def test_a_run_keeps_its_label_names_and_refuses_another_base(tmp_path, tokenize
     artifact = {"loads_with": "peft", "auto_class": auto_class, "base": str(tmp_path / "base"), "revision": None, "load_kwargs": kwargs}
     model = reload.load(run / "model", artifact, "cpu")
     expected = verify.capture(model, tokenizer, merging.sample(tokenizer, 64), run / "model", artifact)
-    manifest = {"artifact": artifact, "verification": verify.check(run / "model", artifact, expected)}
+    manifest = {"status": "finished", "artifact": artifact, "verification": verify.check(run / "model", artifact, expected)}
     (run / "manifest.json").write_text(json.dumps(manifest))
     merge(run, tmp_path / "out")
     assert transformers.AutoConfig.from_pretrained(tmp_path / "out").id2label == names
@@ -162,7 +162,7 @@ def test_a_run_on_a_quantised_base_merges_into_either_base(tmp_path, tokenizer):
     tokenizer.save_pretrained(run / "model")
     kwargs = {"dtype": "float32", "quantization_config": NF4}
     artifact = {"loads_with": "peft", "auto_class": "AutoModelForCausalLM", "base": str(tmp_path / "base"), "revision": None, "load_kwargs": kwargs}
-    (run / "manifest.json").write_text(json.dumps({"artifact": artifact}))
+    (run / "manifest.json").write_text(json.dumps({"status": "finished", "artifact": artifact}))
     notes = []
     stored = merge(run, tmp_path / "stored")
     original = merge(run, tmp_path / "original", base="original", note=notes.append)
@@ -235,6 +235,22 @@ def test_what_does_not_belong_together_is_refused_before_any_weight_is_loaded(tm
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("status", "code", "message"), [("preempted", 75, "continue it with --resume"), ("failed", 9, "gave other outputs")])
+def test_a_run_without_a_verified_model_is_refused(tmp_path, tokenizer, status, code, message):
+    (tmp_path / "run").mkdir()
+    save_adapter(tmp_path, llama(), tokenizer, lora("q_proj")).rename(tmp_path / "run" / "model")
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps({"status": status, "exit_code": code, "artifact": {}}))
+    with pytest.raises(RecipeError, match=message):
+        merge(tmp_path / "run", tmp_path / "out")
+
+
+def test_the_merged_model_ends_where_the_adapter_learned_to(tmp_path, tokenizer):
+    adapter = save_adapter(tmp_path, llama(), tokenizer, lora("q_proj"))
+    transformers.GenerationConfig(eos_token_id=[2, 7]).save_pretrained(adapter)
+    merge(adapter, tmp_path / "out")
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [2, 7]
+
+
 def test_prompts_cannot_be_merged(tmp_path, tokenizer):
     adapter = save_adapter(tmp_path, llama(), tokenizer, peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
     with pytest.raises(RecipeError, match="PROMPT_TUNING adapter cannot be merged"):
@@ -245,9 +261,26 @@ def test_a_whole_model_has_nothing_to_merge(tmp_path, tokenizer):
     llama().save_pretrained(tmp_path / "run" / "model")
     with pytest.raises(RecipeError, match="nothing to merge: it holds a whole model"):
         merge(tmp_path / "run" / "model", tmp_path / "out")
-    (tmp_path / "run" / "manifest.json").write_text("{}")
+    (tmp_path / "run" / "manifest.json").write_text('{"status": "finished"}')
     with pytest.raises(RecipeError, match="nothing to merge: this run saved a whole model"):
         merge(tmp_path / "run", tmp_path / "out")
+
+
+def test_a_merge_that_dies_leaves_nothing_that_loads(tmp_path, tokenizer, monkeypatch):
+    adapter, out = save_adapter(tmp_path, llama(), tokenizer, lora("q_proj")), tmp_path / "out"
+
+    def die(*_):
+        assert [path.name for path in out.iterdir()] == [".draft"]
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(verify, "check", die)
+        merge(adapter, out)
+    (out / ".draft").mkdir(exist_ok=True)  # as a kill -9 leaves it
+    (out / ".draft" / "model.safetensors").write_text("half")
+    merge(adapter, out)
+    assert "config.json" in (names := {path.name for path in out.iterdir()})
+    assert ".draft" not in names
 
 
 def test_a_non_empty_output_is_refused(tmp_path):
