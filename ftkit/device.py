@@ -16,7 +16,7 @@ def pick(local_rank: int = 0) -> torch.device:
     import torch
 
     if torch.cuda.is_available():
-        return torch.device("cuda", local_rank)
+        return torch.device("cuda", local_rank % torch.cuda.device_count())  # srun may show each rank only its own
     return torch.device("cpu")
 
 
@@ -43,5 +43,21 @@ def use_all_cores(processes_here: int = 1) -> int:
     import torch
 
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes_here))
+        torch.set_num_threads(max(1, num_cores() // processes_here))
     return torch.get_num_threads()
+
+
+def num_cores() -> int:
+    """Cores that this process may use: in a container or a job, fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_memory() -> None:
+    """Give back what is no longer referenced, so that another process can have it."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from ftkit.data.batches import by_length, collate
+from ftkit.errors import Diverged
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -80,9 +82,13 @@ def evaluate(
 
 
 def measure(session: Measurable, names: Iterable[str], report: Reporter, stop: StopRequest, keep_records: bool = False) -> dict[str, Measured]:
-    """Measure the named splits; those after a request to stop, at whichever process, are missing."""
+    """Measure the named splits; those after a request to stop, at whichever process, are missing.
+
+    Raises Diverged where the loss is not finite.
+    """
     measured = {}
     asked = session.recipe.eval.metrics
+    alone = session.recipe.train.parallel == "ddp"  # under FSDP a forward pass waits for the other processes: none may break off
     for name in names:
         _, features = session.splits[name]
         with report.stage(f"evaluating {name}", len(features)) as stage:
@@ -94,12 +100,15 @@ def measure(session: Measurable, names: Iterable[str], report: Reporter, stop: S
                 session.recipe.eval.batch_size,
                 session.pad_token_id,
                 stage.advance,
-                lambda: stop.requested,
+                lambda: stop.requested and alone,
                 keep_records,
             )
         if stop.agreed(session.accelerator):
             break
-        measured[name] = Measured(selected(metrics.compute(), asked), metrics, records)
+        values = metrics.compute()
+        if not math.isfinite(values["loss"]):
+            raise Diverged(f"{name}: the loss is {values['loss']}; the weights, or numbers on the way to it, are no longer finite")
+        measured[name] = Measured(selected(values, asked), metrics, records)
     return measured
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from ftkit.errors import DiskError, FtkitError, HubError, Interrupted, OutOfMemory
 
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 _NETWORK_LIBRARIES = {"huggingface_hub", "httpx", "httpx2", "requests"}
 _OUT_OF_MEMORY = re.compile(r"out of memory|DefaultCPUAllocator|can't allocate memory|ALLOC_FAILED")
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how libraries in Rust (safetensors, tokenizers) report errno
@@ -49,7 +49,7 @@ def _as_documented(error: BaseException) -> FtkitError | None:
             f"the hub or the network failed{_detail(error)}\n"
             "Check the name and the network; private and gated repositories need `hf auth login`; with HF_HUB_OFFLINE=1 only cached files are used."
         )
-    if (number := _errno(error)) in _DISK:
+    if (number := _errno(error)) in DISK_ERRORS:
         name = getattr(error, "filename", None)
         return DiskError(f"{name}: {errno.errorcode[number]}{_detail(error)}" if name else f"disk{_detail(error)}")
     return None

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftkit import checkpoint, plots, rundir, verify
+from ftkit import checkpoint, device, plots, rundir, verify
 from ftkit.card import model_card
 from ftkit.evaluate import measure, predictions
 from ftkit.model import Source
@@ -43,6 +43,8 @@ def finish(session: Session, output: Path, report: Reporter, stop: StopRequest, 
             if session.base.source is None and artifact["loads_with"] == "peft":
                 _write_base(session, output / "model" / "base")
             rows = verify.choose(_sample_split(session))
+            if session.recipe.model.attention == "flash_attention_2":  # takes no float32, which learned weights are stored in
+                session.base.model.set_attn_implementation("sdpa")
             expected = verify.capture(session.learner, session.prepared.tokenizer, rows, output / "model", artifact, converted=bool(session.base.initial))
     _release(session)
     if not main:
@@ -162,8 +164,6 @@ def _baselines(session: Session, report: Reporter) -> dict[str, float]:
 
 def _release(session: Session) -> None:
     """End the process group and let go of the model: verification happens in a process of its own."""
-    import gc
-
     import torch
 
     session.accelerator.end_training()
@@ -172,7 +172,7 @@ def _release(session: Session) -> None:
     session.accelerator.free_memory()
     session.wrapped = session.learner = session.optimizer = None  # type: ignore[assignment]
     session.base.model = None  # type: ignore[assignment]
-    gc.collect()
+    device.free_memory()
 
 
 def _tokens_per_second(log: Path) -> float | None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ftkit import device
 from ftkit.errors import FtkitError, Interrupted, Preempted, RecipeError
 from ftkit.signals import STOP_SIGNALS, StopRequest
 
@@ -67,7 +68,7 @@ def first_host(nodelist: str) -> str:
 def processes(train: Train) -> int:
     """How many processes the run takes: more than `world().size` means that they are to be launched.
 
-    Raises RecipeError if a launcher started another number than the recipe asks for.
+    Raises RecipeError if a launcher started another number than the recipe asks for, or there are not as many GPUs.
     """
     here = world()
     if here.size > 1 or "RANK" in os.environ:
@@ -76,11 +77,16 @@ def processes(train: Train) -> int:
                 f"train.processes: {train.processes}, but the launcher started {here.size}; leave train.processes out, or start ftkit without a launcher"
             )
         return here.size
-    if train.processes != "auto":
-        return train.processes
+    if train.processes == 1:
+        return 1
     import torch
 
-    return max(1, torch.cuda.device_count())
+    num_gpus = torch.cuda.device_count()
+    if train.processes == "auto":
+        return max(1, num_gpus)
+    if 0 < num_gpus < train.processes:
+        raise RecipeError(f"train.processes: {train.processes}, but there are {num_gpus} GPUs here")
+    return train.processes
 
 
 def leave_error(code: int, message: str) -> bool:
@@ -118,7 +124,7 @@ def launch(argv: Sequence[str], num_processes: int, module: str = "ftkit") -> No
         elastic.addHandler(logging.NullHandler())
         elastic.propagate = False  # it would tell of every rank's end once more, in its own words
         os.environ[ERROR_DIR] = directory
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _num_cores() // num_processes)))
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, device.num_cores() // num_processes)))
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -132,18 +138,13 @@ def launch(argv: Sequence[str], num_processes: int, module: str = "ftkit") -> No
             signals_to_handle="SIGQUIT",  # the others are ours: torchrun would kill the ranks 30 s later, checkpoint or not
         )
         try:
-            elastic_launch(config, sys.executable)("-m", module, *argv)
+            elastic_launch(config, sys.executable)("-P", "-m", module, *argv)  # -P: a user's torch.py stays off the path
         except ChildFailedError as failed:
             cause = _cause([*_told(directory), *_silent(directory, failed.failures)], stop)
             kinds = {kind.code: kind for kind in FtkitError.__subclasses__()}
             raise kinds.get(cause.code, FtkitError)(cause.message) from None
         finally:
             del os.environ[ERROR_DIR]
-
-
-def _num_cores() -> int:
-    """Cores that this process may use: in a container or a job, fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

@@ -40,7 +40,7 @@ class Trainee(nn.Module):
         super().__init__()
         self.model, self.task, self.objective = model, task, objective
         frozen = frozen_bottom(inner)
-        self.still = [name for name, module in inner.named_modules() if any(module is other for other in frozen)]
+        self.still = [name or "the whole base" for name, module in inner.named_modules() if any(module is other for other in frozen)]
         self._still = frozen
 
     def forward(self, batch: Batch, judge: bool = False) -> Any:
@@ -134,7 +134,8 @@ def train_step(
     parameters = [p for p in trainee.parameters() if p.requires_grad]
     norm = accelerator.clip_grad_norm_(parameters, math.inf if max_grad_norm is None else max_grad_norm)
     value, norm_value = total.item(), float(norm)
-    scaling = accelerator.scaler is not None  # fp16 skips steps whose scaled gradients overflow, and lowers the scale
+    # fp16 skips steps whose scaled gradients overflow, and halves the scale; at 1 nothing is left to halve
+    scaling = accelerator.scaler is not None and accelerator.scaler.get_scale() > 1
     if not math.isfinite(value) or not (math.isfinite(norm_value) or scaling):
         raise Diverged(f"loss {value}, gradient norm {norm_value}")
     optimizer.step()

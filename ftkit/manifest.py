@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftkit import rundir
+from ftkit import device, rundir
 from ftkit.errors import FtkitError
 
 if TYPE_CHECKING:
@@ -63,8 +63,6 @@ class Manifest:
 
 def describe(session: Session) -> dict[str, Any]:
     """What the run is made of: versions, model, data, seed, hardware, parameters."""
-    import os
-
     import torch
 
     from ftkit.model import parameters_by_group
@@ -84,7 +82,7 @@ def describe(session: Session) -> dict[str, Any]:
         "hardware": {
             "platform": platform.platform(),
             "processor": _processor(),
-            "cores": len(os.sched_getaffinity(0)),
+            "cores": device.num_cores(),
             "threads": torch.get_num_threads(),
             "gpus": gpus,
             "processes": session.accelerator.num_processes,

@@ -15,7 +15,9 @@ import torch
 import transformers
 from torch import nn
 
+from ftkit import rundir
 from ftkit.errors import FtkitError, HubError, MissingDependency, RecipeError
+from ftkit.exits import DISK_ERRORS
 
 if TYPE_CHECKING:
     from ftkit.methods import Method
@@ -91,7 +93,8 @@ def locate(model: Model) -> Source | None:
         return None
     path = Path(model.name)
     if path.is_dir():
-        if (path / "manifest.json").is_file() and (path / "model").is_dir():
+        if rundir.is_run(path):
+            rundir.finished(path)
             path = path / "model"
         if (path / "adapter_config.json").is_file():
             raise RecipeError(f"model.name: {model.name} holds an adapter; merge it first: ftkit merge-adapter {model.name} -o DIR")
@@ -190,13 +193,18 @@ def model_class(config: transformers.PreTrainedConfig, task: Task) -> Any:
     )
 
 
-def skeleton(config: transformers.PreTrainedConfig, task: Task) -> transformers.PreTrainedModel:
+def skeleton(config: transformers.PreTrainedConfig, task: Task, attention: str | None = None) -> transformers.PreTrainedModel:
     """The model without weights, on the meta device: names and shapes only.
 
-    Refuses an encoder that would see the very tokens it is to predict.
+    Refuses an encoder that would see the very tokens it is to predict, and attention that the architecture has not.
     """
-    with torch.device("meta"):
-        model = model_class(config, task).from_config(config)
+    try:
+        with torch.device("meta"):
+            model = model_class(config, task).from_config(config, **({"attn_implementation": attention} if attention else {}))
+    except (ValueError, ImportError) as error:
+        if attention is None:
+            raise
+        raise (MissingDependency if isinstance(error, ImportError) else RecipeError)(f"model.attention: {attention}: {_first_line(error)}") from error
     if task.auto_class == "AutoModelForCausalLM" and not getattr(model.config, "is_decoder", True):
         raise RecipeError(
             f"task {task.kind}: {type(model).__name__} looks at the tokens after each one, so there is nothing to predict; "
@@ -211,16 +219,15 @@ def head_of(model: transformers.PreTrainedModel) -> list[str]:
     return [name for name, module in children if name != model.base_model_prefix and next(module.parameters(), None) is not None]
 
 
-def plan(model: Model, source: Source | None, config: Any, tokenizer: Any, task: Task, method: Method) -> Base:
+def plan(model: Model, source: Source | None, config: Any, tokenizer: Any, task: Task, method: Method, precision: str = "auto") -> Base:
     """The base without weights, on the meta device, after everything that can be refused before weights are read.
 
     Completes `config` with what the task and the tokenizer say.
     """
     for key, value in task.config_kwargs().items():
         setattr(config, key, value)
-    if config.get_text_config().pad_token_id is None:
-        config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    plain = skeleton(config, task)
+    _pad_alike(config.get_text_config(), tokenizer)
+    plain = skeleton(config, task, model.attention)
     if not hasattr(plain, plain.base_model_prefix):
         raise RecipeError(f"{type(plain).__name__} does not tell its head from its base; it cannot be fine-tuned here")
     embeddings: Any = plain.get_input_embeddings()
@@ -229,7 +236,7 @@ def plan(model: Model, source: Source | None, config: Any, tokenizer: Any, task:
             f"the tokenizer has {len(tokenizer)} tokens but the model has embeddings for {embeddings.num_embeddings}: they do not belong together"
         )
     head = head_of(plain)
-    extra = method.load_kwargs(head)
+    extra = method.load_kwargs(head, precision)
     if extra and model.init == "random":
         raise RecipeError(f"method {method.kind} loads stored weights in few bits; with init: random there are none (train them first, then name that run)")
     stored = getattr(config, "quantization_config", None)
@@ -239,19 +246,44 @@ def plan(model: Model, source: Source | None, config: Any, tokenizer: Any, task:
     return Base(plain, tokenizer, None if model.init == "random" else source, task, head, load_kwargs=extra)
 
 
+def _pad_alike(config: Any, tokenizer: Any) -> None:
+    """Let the model know padding by the token that the tokenizer pads with.
+
+    A decoder under a classification head reads its answer at the last token that is no padding; where the two
+    differ, what it says of a row depends on the rows beside it.
+    """
+    if config.model_type in OFFSET_POSITIONS and config.pad_token_id not in (None, tokenizer.pad_token_id):
+        raise RecipeError(
+            f"the tokenizer pads with token {tokenizer.pad_token_id}, but {config.model_type} counts positions from its own padding token, "
+            f"{config.pad_token_id}: they do not belong together"
+        )
+    config.pad_token_id = tokenizer.pad_token_id
+
+
 def load(
-    model: Model, source: Source | None, config: Any, tokenizer: Any, task: Task, method: Method, dtype: torch.dtype, seed: int, device: torch.device
+    model: Model,
+    source: Source | None,
+    config: Any,
+    tokenizer: Any,
+    task: Task,
+    method: Method,
+    dtype: torch.dtype,
+    seed: int,
+    device: torch.device,
+    precision: str = "auto",
 ) -> Base:
     """The base model with the task's head, in `dtype`, without any method applied.
 
     New parameters are drawn from `seed`.  Weights are read from safetensors only.
     """
-    planned = plan(model, source, config, tokenizer, task, method)
+    stored_padding = config.get_text_config().pad_token_id
+    planned = plan(model, source, config, tokenizer, task, method, precision)
     cls, head, extra = model_class(config, task), planned.head, planned.load_kwargs
     attention = {"attn_implementation": model.attention} if model.attention else {}
     torch.manual_seed(seed)
     if model.init == "random":
         built = cls.from_config(config, dtype=dtype, **attention)
+        _let_padding_learn(built, tokenizer)
         return Base(built, tokenizer, None, task, head)
     assert source is not None
     placement = {"device_map": {"": device}} if extra else {}
@@ -278,7 +310,27 @@ def load(
         raise RecipeError(f"{source.name} holds no weights of {type(loaded).__name__}: every parameter of the base would be random")
     if resized:  # a head for other labels is stored there: whoever loads this base must leave it out, too
         extra = extra | {"ignore_mismatched_sizes": True}
+    if config.get_text_config() is config and stored_padding != config.pad_token_id:
+        extra = extra | {"pad_token_id": config.pad_token_id}
+    _let_padding_learn(loaded, tokenizer)
+    if loaded.can_generate():
+        _mend(loaded.generation_config)
     return Base(loaded, tokenizer, source, task, head, missing | resized, extra)
+
+
+def _let_padding_learn(model: Any, tokenizer: Any) -> None:
+    """A token that pads and also ends texts has an embedding like any other; torch gives that of `padding_idx` no gradient."""
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        model.get_input_embeddings().padding_idx = None
+
+
+def _mend(generation: transformers.GenerationConfig) -> None:
+    """Drop sampling settings where nothing is sampled: transformers ignores them in use, and refuses to save them."""
+    if not generation.do_sample:
+        plain = transformers.GenerationConfig()
+        for name in ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"):
+            if hasattr(generation, name):
+                setattr(generation, name, getattr(plain, name))
 
 
 def _objects(extra: dict[str, Any]) -> dict[str, Any]:
@@ -342,6 +394,8 @@ class hub_errors:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is None or isinstance(error, FtkitError) or not isinstance(error, OSError | ValueError | ImportError):
             return
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            return  # a full disk is no trouble with the hub
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
         name, chain = self.source.name, []

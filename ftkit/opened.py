@@ -28,11 +28,6 @@ class Opened:
     limits: Limits
 
 
-def is_run(target: str | Path) -> bool:
-    """Whether `target` is the directory of a run."""
-    return (Path(target) / "manifest.json").is_file()
-
-
 def open_run(target: str | Path, device: torch.device) -> Opened:
     """Load the model of a run exactly as its manifest says, in eval mode on `device`.
 
@@ -45,13 +40,11 @@ def open_run(target: str | Path, device: torch.device) -> Opened:
     from ftkit.recipe import read
 
     path = Path(target)
-    if not is_run(path):
-        what = "has no manifest.json" if path.is_dir() else "does not exist" if not path.exists() else "is a file"
+    if not rundir.is_run(path):
+        what = "has no manifest.json of ftkit" if path.is_dir() else "does not exist" if not path.exists() else "is a file"
         raise RecipeError(f"{target} is not a run directory: it {what}")
-    manifest = rundir.read_json(path / "manifest.json")
-    artifact = manifest.get("artifact")
-    if artifact is None:
-        raise RecipeError(f"{target} has no model yet: its run is {manifest.get('status', 'unfinished')}; continue it with --resume")
+    manifest = rundir.finished(path)
+    artifact = manifest["artifact"]
     recipe = read(path / "recipe.yaml").recipe
     quiet_libraries()
     directory = path / "model"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from ftkit.errors import DataError, FtkitError, MissingDependency, RecipeError
+from ftkit.errors import DataError, FtkitError, MissingDependency
 from ftkit.recipe.spec import TrainedTokenizer
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def check(resolved: Resolved, report: Reporter) -> list[FtkitError]:
     Reads the data and the model's config and tokenizer, and applies the method to a model without weights.
     What depends on something that is missing is not looked at.  Writes nothing.
     """
-    from ftkit import device, model, prepare, rundir
+    from ftkit import device, model, optim, prepare, rundir, session
     from ftkit.data.rows import load_rows
     from ftkit.data.types import Limits
 
@@ -48,9 +48,9 @@ def check(resolved: Resolved, report: Reporter) -> list[FtkitError]:
     attempt(device.precision, recipe.train.precision, device.pick())
     attempt(_check_devices, recipe.train)
     rows = attempt(load_rows, recipe.data, recipe.task, recipe.train.seed, report.note)
-    task = attempt(recipe.task.resolve, rows.train) if rows else None
+    task = attempt(recipe.task.resolve, rows.pool) if rows else None
     if rows:
-        attempt(prepare.check_metrics, recipe, rows)
+        attempt(prepare.check_metrics, recipe.model_copy(update={"task": task or recipe.task}), rows)
     found = attempt(_architecture, recipe)
     tokenizer = attempt(_tokenizer, recipe, found.source, rows, report) if found else None
     if found is None or tokenizer is None:
@@ -62,9 +62,10 @@ def check(resolved: Resolved, report: Reporter) -> list[FtkitError]:
     if length is not None:
         attempt(_try_rows, rows, task, tokenizer, Limits(length, recipe.data.truncation), recipe.data.on_bad_rows)
     config = model.load_config(recipe.model, found.source, tokenizer)
-    planned = attempt(model.plan, recipe.model, found.source, config, tokenizer, task, recipe.method)
-    if planned is not None:
-        attempt(recipe.method.apply, planned)
+    planned = attempt(model.plan, recipe.model, found.source, config, tokenizer, task, recipe.method, recipe.train.precision)
+    if planned is not None and attempt(recipe.method.apply, planned) is not None and recipe.train.gradient_checkpointing:
+        attempt(session.check_checkpointing, planned)
+    attempt(optim.schedule, recipe.train, optim.num_steps(recipe.train, len(rows.train)))
     return problems
 
 
@@ -77,7 +78,7 @@ def parameters(recipe: Recipe) -> dict[str, dict[str, int]]:
     from ftkit.data.rows import load_rows
 
     def rows() -> Iterator[Row]:  # read only if the task wants them
-        yield from load_rows(recipe.data, recipe.task, recipe.train.seed, lambda text: None).train
+        yield from load_rows(recipe.data, recipe.task, recipe.train.seed, lambda text: None).pool
 
     model.quiet_libraries()
     source, spec = model.locate(recipe.model), recipe.model
@@ -119,10 +120,8 @@ def _check_devices(train: Train) -> None:
 
     from ftkit import launch
 
-    gpus, processes = torch.cuda.device_count(), launch.processes(train)
-    if gpus and processes > gpus:
-        raise RecipeError(f"train.processes: {processes}, but there are {gpus} GPUs here")
-    if train.parallel == "fsdp" and not gpus:
+    launch.processes(train)
+    if train.parallel == "fsdp" and not torch.cuda.is_available():
         raise MissingDependency("train.parallel: fsdp needs GPUs; use parallel: ddp")
     if train.optimizer.endswith("_8bit") and find_spec("bitsandbytes") is None:
         raise MissingDependency(f"train.optimizer: {train.optimizer} needs bitsandbytes, which is not installed: pip install bitsandbytes")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ftkit import rundir
 from ftkit.errors import MissingDependency, RecipeError
-from ftkit.opened import is_run, open_run
+from ftkit.opened import open_run
 from ftkit.signals import StopRequest
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def evaluate(target: str, data: str | None = None, split: str | None = None) -> 
     from ftkit.report import Reporter
 
     with Reporter(None) as report:
-        return _measure_run(target, data, split, report) if is_run(target) else _measure_base(target, data, split, report)
+        return _measure_run(target, data, split, report) if rundir.is_run(target) else _measure_base(target, data, split, report)
 
 
 def _measure_run(target: str, data: str | None, split: str | None, report: Reporter) -> dict[str, Any]:

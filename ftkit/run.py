@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -63,12 +62,13 @@ def _train(resolved: Resolved, stop: signals.StopRequest, resume: bool, overwrit
     with Reporter(output / "log.jsonl", main=main) as report:
         with report.told(by_another=launch.ERROR_DIR in os.environ):  # by the process that launched this one
             prepared = prepare(resolved, report, stop.poll)
-        before = rundir.continued(output, prepared.recipe, resume)
+        before = rundir.continued(output, prepared, resume, report.warn)
         if before.get("status") == "finished":
             report.note(f"{output} is finished; --overwrite trains it anew")
             return before["summary"]
         session = open_session(prepared, report)
         if main:
+            rundir.spare(output, prepared)
             rundir.claim(output, anew=overwrite or not before)
             report.track(open_trackers(prepared.recipe.train.trackers, output, prepared.recipe.model_dump()))
             rundir.write_text(output / "recipe.yaml", dump(prepared.recipe))
@@ -88,14 +88,13 @@ def _train(resolved: Resolved, stop: signals.StopRequest, resume: bool, overwrit
 def _learn(session: Session, output: Path, report: Reporter, stop: signals.StopRequest, position: Position) -> None:
     """Train to the end, or until validation no longer improves; log, evaluate and save when due."""
     train, features = session.recipe.train, session.prepared.train
-    per_epoch = math.ceil(len(features) / train.batch_size)
-    num_steps = train.steps or math.ceil((train.epochs or 0) * per_epoch)
+    per_epoch, num_steps = optim.steps_per_epoch(train, len(features)), optim.num_steps(train, len(features))
     eval_every, save_every = train.eval_every or per_epoch, train.save_every or per_epoch
     steps = fit(
         session.accelerator,
         session.wrapped,
         session.optimizer,
-        optim.schedule(train, num_steps),
+        session.schedule,
         features,
         train,
         session.layout,
@@ -105,8 +104,8 @@ def _learn(session: Session, output: Path, report: Reporter, stop: signals.StopR
         num_steps,
     )
     with report.training(num_steps, position.step) as stage:
-        if position.evaluation_due:  # a signal cut it off
-            _validate(session, output, report, stop, position)
+        if position.evaluation_due and _validate(session, output, report, stop, position):  # a signal had cut it off
+            _save(session, output, position, report)
         clock, tokens = time.perf_counter(), 0
         steps = _named_failures(steps, session, output, position)
         while not _out_of_patience(train, position) and (done := next(steps, None)):
@@ -129,11 +128,12 @@ def _learn(session: Session, output: Path, report: Reporter, stop: signals.StopR
                 clock, tokens = time.perf_counter(), 0
             position.evaluation_due = position.step % eval_every == 0 and (not last or train.early_stopping is not None)
             pause = time.perf_counter()
-            if position.evaluation_due:
-                _validate(session, output, report, stop, position)
-            if position.step % save_every == 0 or last or stop.agreed(session.accelerator):
+            best = position.evaluation_due and _validate(session, output, report, stop, position)
+            stopping = stop.agreed(session.accelerator)
+            if best or position.step % save_every == 0 or last or stopping:
                 _save(session, output, position, report)
-            _stop_if_asked(session, output, position, report, stop)
+            if stopping:
+                raise stop.error()
             clock += time.perf_counter() - pause
     if train.early_stopping and _out_of_patience(train, position):
         report.note(f"stopped early: no better {train.early_stopping.metric} since step {position.best_step}")
@@ -144,25 +144,26 @@ def _out_of_patience(train: Train, position: Position) -> bool:
     return train.early_stopping is not None and position.evaluations_since_best >= train.early_stopping.patience
 
 
-def _validate(session: Session, output: Path, report: Reporter, stop: signals.StopRequest, position: Position) -> None:
-    """Measure the validation sets and remember the best step; a signal leaves the evaluation due."""
+def _validate(session: Session, output: Path, report: Reporter, stop: signals.StopRequest, position: Position) -> bool:
+    """Measure the validation sets and remember the best step; whether this one may become the model.  A signal leaves the evaluation due."""
     names = session.prepared.validation
     measured = measure(session, names, report, stop)
     _stop_if_asked(session, output, position, report, stop)
     position.evaluation_due = False
     for name, result in measured.items():
         report.evaluation(position.step, name, result.values)
+    watched = session.recipe.train.early_stopping
+    best = False
     if names:
-        watched = session.recipe.train.early_stopping
         name, margin = (watched.metric, watched.min_delta) if watched else ("loss", 0.0)
         values = measured[names[0]].metrics.compute()  # eval.metrics may not ask for the one that is watched
         sign = -1 if name in LOWER_IS_BETTER else 1
-        if position.best_metric is None or sign * (values[name] - position.best_metric) > margin:
+        best = position.best_metric is None or sign * (values[name] - position.best_metric) > margin
+        if best:
             position.best_step, position.best_metric, position.evaluations_since_best = position.step, values[name], 0
-            if watched:
-                _save(session, output, position, report)
         else:
             position.evaluations_since_best += 1
+    return best and watched is not None
 
 
 def _named_failures(steps: Iterator[Step], session: Session, output: Path, position: Position) -> Iterator[Step]:
@@ -218,7 +219,12 @@ def _restore(session: Session, output: Path, report: Reporter, resume: bool) -> 
     state = checkpoint.load(path, session.accelerator.process_index)
     checkpoint.restore_model(session.learner, state.model)
     checkpoint.restore_optimizer(session.optimizer, session.learner.named_parameters(), state.optimizer)
-    for difference in checkpoint.changes(state.environment, checkpoint.environment(session.accelerator.num_processes)):
+    differences = [*checkpoint.changes(state.environment, checkpoint.environment(session.accelerator.num_processes))]
+    if session.accelerator.device.type == "cuda":
+        differences.append("GPUs add in no fixed order")
+    elif session.accelerator.num_processes > 2:
+        differences.append("more than two processes add in another order in the first step")  # DDP orders its buckets after it
+    for difference in differences:
         report.warn(f"not bit for bit as without the interruption: {difference}")
     if session.accelerator.scaler and state.scaler:
         session.accelerator.scaler.load_state_dict(state.scaler)

@@ -8,9 +8,12 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftkit.errors import DiskError, RecipeError
+from ftkit.errors import DiskError, RecipeError, VerificationFailed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ftkit.prepare import Prepared
     from ftkit.recipe.spec import Recipe
 
 MANIFEST = "manifest.json"
@@ -31,8 +34,10 @@ CONTENTS = (
     "mlruns",
     "errors",
 )
-# What a resumed run may do otherwise than before: none of it changes a number.
+# What a resumed run may do otherwise than before: none of it changes a number, ...
 MAY_CHANGE = {"train.processes", "train.log_every", "train.keep", "train.save_every", "train.trackers", "output"}
+# ... or only its last digits, since sums are taken in another order: what helps a run that ran out of memory.
+MAY_ROUND = {"train.accumulate", "train.gradient_checkpointing", "eval.batch_size"}
 
 
 def check(output: Path, resume: bool, overwrite: bool) -> None:
@@ -44,10 +49,29 @@ def check(output: Path, resume: bool, overwrite: bool) -> None:
         raise DiskError(f"output: cannot write into {existing}")
     if not output.is_dir() or not any(output.iterdir()):
         return
-    if not any((output / name).is_file() for name in (MANIFEST, _draft(MANIFEST))):
+    if not (is_run(output) or (output / _draft(MANIFEST)).is_file()):
         raise RecipeError(f"output: {output} is not empty and not a run of ftkit; choose another output")
     if not (resume or overwrite):
         raise RecipeError(f"output: {output} holds a run; continue it with --resume, replace it with --overwrite, or choose another output")
+
+
+def is_run(path: str | Path) -> bool:
+    """Whether it is the directory of a run: other programs, too, keep a manifest.json."""
+    try:
+        manifest = json.loads((Path(path) / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and "status" in manifest
+
+
+def finished(run: Path) -> dict[str, Any]:
+    """The manifest of a run whose model is written and verified; RecipeError for any other."""
+    manifest = read_json(run / MANIFEST)
+    if manifest["status"] == "finished":
+        return manifest
+    if manifest.get("exit_code") == VerificationFailed.code:
+        raise RecipeError(f"{run} failed: a fresh load of its model gave other outputs; train it anew with --overwrite")
+    raise RecipeError(f"{run} has no model yet: its run is {manifest['status']}; continue it with --resume")
 
 
 def claim(output: Path, anew: bool) -> None:
@@ -65,27 +89,51 @@ def claim(output: Path, anew: bool) -> None:
         raise DiskError(f"output: cannot write into {output}: {error.strerror}") from error
 
 
-def continued(output: Path, recipe: Recipe, resume: bool) -> dict[str, Any]:
-    """The manifest of the run to continue, after making sure that it was this recipe's; empty if there is none."""
-    if not (resume and (output / MANIFEST).is_file()):
+def spare(output: Path, prepared: Prepared) -> None:
+    """Refuse to remove, with an earlier run, what this one starts from."""
+    data = prepared.recipe.data
+    sets = data.validation.values() if isinstance(data.validation, dict) else [data.validation]
+    sources = [prepared.source and prepared.source.name, *([data.train] if isinstance(data.train, str) else data.train), *sets, data.test]
+    ours = [(output / name).resolve() for name in CONTENTS]
+    for source in sources:
+        if isinstance(source, str) and Path(source).exists() and any(Path(source).resolve().is_relative_to(path) for path in ours):
+            raise RecipeError(f"output: this run would write over {source}, which it starts from; choose another output")
+
+
+def continued(output: Path, prepared: Prepared, resume: bool, warn: Callable[[str], None]) -> dict[str, Any]:
+    """The manifest of the run to continue, after making sure that it had this recipe, data and model; empty if there is none."""
+    if not (resume and is_run(output)):
         return {}
     manifest = read_json(output / MANIFEST)
     if manifest["status"] == CLAIMED:
         return {}
-    check_same_recipe(recipe, output)
+    check_same_recipe(prepared.recipe, output, warn)
+    now = json.loads(json.dumps({"data": prepared.rows.sha256, "rows and tokens": prepared.audits, "model": prepared.commit}))
+    then = {"data": manifest["data"]["sha256"], "rows and tokens": manifest["data"]["audit"], "model": manifest["model"]["revision"]}
+    if changed := [name for name in now if now[name] != then[name]]:
+        raise RecipeError(
+            f"--resume: since the run in {output} was started, something else has come under the same names: {', '.join(changed)}; "
+            "bring back what it was, or start anew with --overwrite"
+        )
     return manifest
 
 
-def check_same_recipe(recipe: Recipe, output: Path) -> None:
+def check_same_recipe(recipe: Recipe, output: Path, warn: Callable[[str], None]) -> None:
     """Refuse to continue a run under a recipe that would have trained otherwise; names what differs."""
     from ftkit.recipe import read
 
     before = _flat(read(output / "recipe.yaml").recipe.model_dump())
     now = _flat(recipe.model_dump())
-    differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and key not in MAY_CHANGE)
-    if differing:
-        lines = "\n".join(f"  {key}: {before.get(key)!r} before, {now.get(key)!r} now" for key in differing)
+    changes = {
+        key: f"{key}: {before.get(key)!r} before, {now.get(key)!r} now"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and key not in MAY_CHANGE
+    }
+    if changes.keys() - MAY_ROUND:
+        lines = "\n".join(f"  {change}" for change in changes.values())
         raise RecipeError(f"--resume: the run in {output} was started with another recipe:\n{lines}\nset these back, or start anew with --overwrite")
+    for change in changes.values():
+        warn(f"not bit for bit as without the interruption: {change}")
 
 
 def write_json(path: Path, value: Any) -> None:

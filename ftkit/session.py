@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ class Session:
     wrapped: nn.Module  # the learner with task and objective (`Trainee`), as accelerate prepared it: what everything calls
     optimizer: Any
     precision: str
+    schedule: Callable[[int], float]  # step -> factor of the learning rate
     accumulate: int  # micro-batches of one process in a step
     layout: str
 
@@ -57,6 +59,7 @@ def open_session(prepared: Prepared, report: Reporter) -> Session:
     here = device.pick(world.local_rank)
     threads = device.use_all_cores(world.size if here.type == "cpu" else 1)
     precision = device.precision(train.precision, here)
+    schedule = optim.schedule(train, optim.num_steps(train, len(prepared.train)))
     _check_parallel(train, here, world.size)
     with report.stage("loading the model"):
         base = load_base(prepared, precision, here)
@@ -66,6 +69,7 @@ def open_session(prepared: Prepared, report: Reporter) -> Session:
         if parameter.requires_grad:  # fp32 master weights: bf16 cannot hold updates much smaller than the weight
             parameter.data = parameter.data.float()
     if train.gradient_checkpointing:
+        check_checkpointing(base)
         base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     accelerator = _accelerator(train, precision, here, base)
     trainee = Trainee(learner, base.inner(), recipe.task, recipe.objective)
@@ -80,7 +84,7 @@ def open_session(prepared: Prepared, report: Reporter) -> Session:
     if trainee.still:
         report.note(f"without dropout, because frozen below the first part that learns: {', '.join(trainee.still)}")
     torch.manual_seed(train.seed + world.rank)  # dropout differs between processes
-    return Session(recipe, prepared, accelerator, base, learner, wrapped, prepared_optimizer, precision, accumulate, layout)
+    return Session(recipe, prepared, accelerator, base, learner, wrapped, prepared_optimizer, precision, schedule, accumulate, layout)
 
 
 def _shares(train: Train, accumulate: int, size: int) -> str:
@@ -95,6 +99,14 @@ def _check_parallel(train: Train, here: torch.device, size: int) -> None:
         raise MissingDependency("train.parallel: fsdp needs GPUs; on CPUs accelerate would silently run DDP. Use parallel: ddp")
     if train.parallel == "fsdp" and size == 1:
         raise RecipeError("train.parallel: fsdp shares a model among processes, and this is one alone; set train.processes, or leave parallel out")
+
+
+def check_checkpointing(base: Base) -> None:
+    """Refuse gradient checkpointing where the architecture has none, or nothing would be recomputed; after `Method.apply`."""
+    if not base.model.supports_gradient_checkpointing:
+        raise RecipeError(f"train.gradient_checkpointing: {type(base.model).__name__} does not support it")
+    if not any(parameter.requires_grad for parameter in base.inner().parameters()):
+        raise RecipeError("train.gradient_checkpointing has no effect here: no gradient goes through the layers below the head; leave it out")
 
 
 def _accelerator(train: Train, precision: str, here: torch.device, base: Base) -> Accelerator:
@@ -128,7 +140,9 @@ def load_base(prepared: Prepared, precision: str, here: torch.device) -> Base:
         dtype = getattr(torch, spec.dtype)
     else:
         dtype = torch.bfloat16 if here.type == "cuda" and precision == "bf16" and recipe.method.frozen_base else torch.float32
-    base = model.load(spec, prepared.source, prepared.config, prepared.tokenizer, recipe.task, recipe.method, dtype, recipe.train.seed, here)
+    base = model.load(
+        spec, prepared.source, prepared.config, prepared.tokenizer, recipe.task, recipe.method, dtype, recipe.train.seed, here, recipe.train.precision
+    )
     model.steady_4bit(base.model)
     return base
 

@@ -28,8 +28,8 @@ class Method(Protocol):
     frozen_base: ClassVar[bool]  # the base stays as it was and is not saved again
     defaults: ClassVar[Mapping[str, Default]]  # dotted recipe key -> value and source
 
-    def load_kwargs(self, head: list[str]) -> dict[str, Any]:
-        """Keyword arguments for `from_pretrained`; `head` names modules that must stay unquantised."""
+    def load_kwargs(self, head: list[str], precision: str) -> dict[str, Any]:
+        """Keyword arguments for `from_pretrained`; `head` names modules that must stay unquantised, `precision` is the recipe's."""
         ...
 
     def apply(self, base: Base) -> nn.Module:

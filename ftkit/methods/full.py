@@ -26,7 +26,7 @@ class Full(Spec):
         "train.learning_rate": Default(2e-5, "BERT: 2e-5 to 5e-5 (arXiv 1810.04805 A.3)"),
     }
 
-    def load_kwargs(self, head: list[str]) -> dict[str, Any]:
+    def load_kwargs(self, head: list[str], precision: str) -> dict[str, Any]:
         return {}
 
     def apply(self, base: Base) -> nn.Module:

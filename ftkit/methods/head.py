@@ -23,12 +23,12 @@ class Head(Spec):
 
     kind: Literal["head"] = "head"
 
-    frozen_base: ClassVar[bool] = True
+    frozen_base: ClassVar[bool] = False  # it stays as it was, but is saved again, in full precision
     defaults: ClassVar[Mapping[str, Default]] = {
         "train.learning_rate": Default(1e-3, "a linear probe on frozen features: arXiv 1903.05987 (feature extraction needs larger rates than fine-tuning)"),
     }
 
-    def load_kwargs(self, head: list[str]) -> dict[str, Any]:
+    def load_kwargs(self, head: list[str], precision: str) -> dict[str, Any]:
         return {}
 
     def apply(self, base: Base) -> nn.Module:

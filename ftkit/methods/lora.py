@@ -48,7 +48,7 @@ class LoRA(Spec):
             raise ValueError("dora and init: pissa both change how the frozen weight counts; choose one")
         return self
 
-    def load_kwargs(self, head: list[str]) -> dict[str, Any]:
+    def load_kwargs(self, head: list[str], precision: str) -> dict[str, Any]:
         return {}
 
     def apply(self, base: Base) -> nn.Module:
@@ -94,11 +94,11 @@ def _save_converted(model: Any, base: Base, directory: Path) -> None:
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     for name, initial in base.initial.items():
         key = name.replace(".default.", ".")
-        pair = (state[key], initial.cpu()) if ".lora_A." in name else (state[key], -initial.cpu())
-        state[key] = torch.cat(pair, dim=0 if ".lora_A." in name else 1)
+        learned, initial = state[key].cpu(), initial.cpu()  # apply ran before the model moved to its device
+        state[key] = torch.cat((learned, initial), dim=0) if ".lora_A." in name else torch.cat((learned, -initial), dim=1)
     config = type(model.peft_config["default"])(**model.peft_config["default"].to_dict())
     growth = 2**0.5 if config.use_rslora else 2  # keeps the scale s at twice the rank
     config.r, config.lora_alpha, config.init_lora_weights, config.inference_mode = 2 * config.r, config.lora_alpha * growth, True, True
     directory.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous().cpu() for name, tensor in state.items()}, directory / "adapter_model.safetensors", {"format": "pt"})
+    save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, directory / "adapter_model.safetensors", {"format": "pt"})
     config.save_pretrained(directory)

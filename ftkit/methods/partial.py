@@ -40,7 +40,7 @@ class Partial(Spec):
             raise ValueError("say which part learns: exactly one of last, first and pattern")
         return self
 
-    def load_kwargs(self, head: list[str]) -> dict[str, Any]:
+    def load_kwargs(self, head: list[str], precision: str) -> dict[str, Any]:
         return {}
 
     def apply(self, base: Base) -> nn.Module:

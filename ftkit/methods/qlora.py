@@ -25,7 +25,7 @@ class QLoRA(LoRA):
             raise ValueError("init: pissa needs float weights; a quantised base takes init: default")
         return self
 
-    def load_kwargs(self, head: list[str]) -> dict[str, Any]:
+    def load_kwargs(self, head: list[str], precision: str) -> dict[str, Any]:
         """bitsandbytes' settings; heads and poolers stay in float, since they learn or are tiny."""
         from importlib.util import find_spec
 
@@ -36,7 +36,7 @@ class QLoRA(LoRA):
         skip = [*head, "pooler"]
         if self.bits == 8:
             return {"quantization_config": {"load_in_8bit": True, "llm_int8_skip_modules": skip}}
-        compute = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[device.precision("auto", device.pick())]
+        compute = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[device.precision(precision, device.pick())]
         return {
             "quantization_config": {
                 "load_in_4bit": True,

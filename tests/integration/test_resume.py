@@ -194,3 +194,25 @@ def test_resume_starts_where_there_is_nothing_to_continue(ftkit, recipe, tmp_pat
     path, run = write(recipe, "bucketed", tmp_path / "run", steps=1), tmp_path / "run"
     assert ftkit("train", path, "--resume").code == 0
     assert status(run) == ("finished", 0)
+
+
+def test_resume_on_other_rows_is_refused(ftkit, recipe, data, tmp_path, verify_here):
+    rows = tmp_path / "rows.csv"
+    shutil.copy(data.single / "train.csv", rows)
+    model, _, method, changes = CONFIGURATIONS["bucketed"]
+    path = recipe(model, "single", {**STEPS, **changes}, method=method, output=str(tmp_path / "run"), data={"train": str(rows), "validation": 0.25})
+    killed(path, "ftkit.loop.train_step", 4)
+    before = (tmp_path / "run" / "manifest.json").read_bytes()
+    rows.write_text(rows.read_text() + "two old boats,harbour\n")
+    refused = ftkit("train", path, "--resume")
+    assert refused.code == 2
+    assert "something else has come under the same names: data" in refused.err
+    assert (tmp_path / "run" / "manifest.json").read_bytes() == before
+
+
+def test_what_only_rounds_otherwise_may_change_and_is_told(ftkit, recipe, tmp_path, verify_here):
+    path = write(recipe, "bucketed", tmp_path / "run")
+    killed(path, "ftkit.loop.train_step", 4)
+    resumed = ftkit("train", path, "--resume", "train.accumulate=2")
+    assert resumed.code == 0, resumed.err
+    assert "not bit for bit as without the interruption: train.accumulate: 1 before, 2 now" in resumed.err

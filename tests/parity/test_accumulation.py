@@ -17,6 +17,7 @@ from ftkit.methods.full import Full
 from ftkit.methods.lora import LoRA
 from ftkit.objectives.supervised import Supervised
 from ftkit.recipe.spec import Model
+from ftkit.session import check_checkpointing
 from ftkit.tasks.causal_lm import CausalLM
 from ftkit.tasks.text_classification import TextClassification
 
@@ -41,7 +42,7 @@ def case(request, data, checkpoint):
     else:
         rows = [Row(json.loads(line), "train.jsonl", i) for i, line in enumerate((data.prompts / "train.jsonl").read_text().splitlines(), 1)]
     features = FeatureSet.of([task.encode(row, tokenizer, Limits(96, "error")) for row in rows])
-    return SimpleNamespace(trainee=Trainee(learner, base.inner(), task, Supervised()), features=features, pad=tokenizer.pad_token_id)
+    return SimpleNamespace(base=base, trainee=Trainee(learner, base.inner(), task, Supervised()), features=features, pad=tokenizer.pad_token_id)
 
 
 class Keep:
@@ -82,6 +83,15 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(case, parts):
 def test_unequal_parts_count_by_what_is_supervised_in_them(case):
     batch = np.arange(11)
     assert_same(step(case, [batch]), step(case, [batch[:1], batch[1:3], batch[3:]]))
+
+
+def test_recomputed_activations_give_the_same_gradients(case):
+    batch = np.arange(8)
+    kept = step(case, [batch])
+    check_checkpointing(case.base)
+    case.base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert case.base.model.is_gradient_checkpointing
+    assert_same(kept, step(case, [batch]))
 
 
 def test_rows_of_weight_0_change_nothing(case):

@@ -1,11 +1,20 @@
 """Configs from recipes: overrides of known settings only, and what a config derives follows them."""
 
+import copy
+
 import pytest
+import torch
+import transformers
 
 from ftkit import model
-from ftkit.errors import RecipeError
+from ftkit.errors import MissingDependency, RecipeError
+from ftkit.methods.full import Full
+from ftkit.methods.head import Head
+from ftkit.methods.lora import LoRA
 from ftkit.recipe.spec import Model
+from ftkit.session import check_checkpointing
 from ftkit.tasks.causal_lm import CausalLM
+from ftkit.tasks.text_classification import TextClassification
 
 
 def from_nothing(**config) -> Model:
@@ -42,3 +51,73 @@ def test_an_encoder_that_sees_what_it_is_to_predict_is_refused():
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "bart"])
 def test_decoders_are_not_refused(model_type):
     model.skeleton(model.load_config(Model(init="random", config={"model_type": model_type}), None), CausalLM())
+
+
+CPU = torch.device("cpu")
+
+
+def load(spec: Model, task, method, tokenizer) -> model.Base:
+    source = model.locate(spec)
+    return model.load(spec, source, model.load_config(spec, source), tokenizer, task, method, torch.float32, 0, CPU)
+
+
+@pytest.mark.parametrize("stored", [None, 5])
+def test_a_row_is_classified_alike_alone_and_beside_longer_ones(tmp_path, checkpoint, stored):
+    """Decoders read their answer at the last token that is no padding: model and tokenizer must mean the same token."""
+    config = transformers.AutoConfig.from_pretrained(checkpoint("gpt2"))
+    config.pad_token_id = stored
+    transformers.AutoModelForCausalLM.from_pretrained(checkpoint("gpt2"), config=config).save_pretrained(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint("gpt2"))
+    base = load(Model(name=str(tmp_path)), TextClassification(labels=("a", "b")), LoRA(), tokenizer)
+    both = tokenizer(["two old boats", "many quiet gulls near the old nets and ropes"], padding=True, return_tensors="pt")
+    alone = tokenizer(["two old boats"], return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(base.model.eval()(**both).logits[:1], base.model(**alone).logits)
+    assert base.load_kwargs["pad_token_id"] == tokenizer.pad_token_id  # plain PEFT users get the same
+
+
+def test_positions_that_count_from_another_padding_token_are_refused(tokenizers):
+    spec = Model(init="random", config={"model_type": "roberta", "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "pad_token_id": 5})
+    config = model.load_config(spec, None)
+    with pytest.raises(RecipeError, match="do not belong together"):
+        model.plan(spec, None, config, tokenizers["bpe"], TextClassification(labels=("a", "b")), Full())
+
+
+def test_the_embedding_of_a_token_that_also_pads_learns(tmp_path, checkpoint):
+    tokenizer = copy.deepcopy(transformers.AutoTokenizer.from_pretrained(checkpoint("llama")))
+    tokenizer.pad_token = tokenizer.eos_token
+    base = load(Model(name=checkpoint("llama")), CausalLM(), Full(), tokenizer)
+    ids = torch.tensor([[tokenizer.eos_token_id, 9, 10]])
+    base.model(input_ids=ids, labels=ids).loss.backward()
+    assert base.model.get_input_embeddings().weight.grad[tokenizer.eos_token_id].abs().max() > 0
+
+
+def test_sampling_settings_that_contradict_each_other_can_be_saved(tmp_path, checkpoint):
+    stored = transformers.AutoModelForCausalLM.from_pretrained(checkpoint("llama"))
+    stored.save_pretrained(tmp_path / "stored")
+    (tmp_path / "stored" / "generation_config.json").write_text('{"temperature": 0.9, "top_p": 0.5, "do_sample": false, "eos_token_id": 3}')
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint("llama"))
+    base = load(Model(name=str(tmp_path / "stored")), CausalLM(), Full(), tokenizer)
+    base.model.save_pretrained(tmp_path / "saved")
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "saved").eos_token_id == 3
+
+
+@pytest.mark.parametrize(("attention", "error"), [("sdpa", RecipeError), ("flash_attention_2", (RecipeError, MissingDependency))])
+def test_attention_that_an_architecture_lacks_is_refused_before_weights_are_read(attention, error):
+    spec = Model(init="random", config={"model_type": "deberta-v2"}, attention=attention)
+    with pytest.raises(error, match=f"model.attention: {attention}"):
+        model.skeleton(model.load_config(spec, None), TextClassification(labels=("a", "b")), attention)
+
+
+def test_checkpointing_that_would_recompute_nothing_is_refused(checkpoint, tokenizers):
+    base = load(Model(name=checkpoint("bert")), TextClassification(labels=("a", "b")), Head(), tokenizers["wordpiece"])
+    Head().apply(base)
+    with pytest.raises(RecipeError, match="no effect"):
+        check_checkpointing(base)
+
+
+def test_checkpointing_that_an_architecture_lacks_is_refused():
+    config = transformers.AlbertConfig(hidden_size=32, embedding_size=16, num_attention_heads=2, intermediate_size=32)
+    base = model.Base(model.skeleton(config, TextClassification(labels=("a", "b"))), None, None, TextClassification(labels=("a", "b")), ["classifier"])
+    with pytest.raises(RecipeError, match="AlbertForSequenceClassification does not support it"):
+        check_checkpointing(base)
