@@ -6,7 +6,7 @@ It needs no process group and leaves its work in the cache, so that every proces
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +60,9 @@ def prepare(resolved: Resolved, report: Reporter, poll: Callable[[], None] = lam
     model.model_class(model.load_config(recipe.model, source), recipe.task)
     with report.stage("reading data"):
         rows = load_rows(recipe.data, recipe.task, recipe.train.seed, report.note)
+    task = recipe.task.resolve(rows.pool)
+    rows = replace(rows, pool=rows.train)  # lets go of what data.limit left out
+    recipe = recipe.model_copy(update={"task": task})
     check_metrics(recipe, rows)
     poll()
     tokenizer = load_tokenizer(recipe, source, rows, report)
@@ -67,7 +70,6 @@ def prepare(resolved: Resolved, report: Reporter, poll: Callable[[], None] = lam
     if getattr(config, "type_vocab_size", 0) < 2 and "token_type_ids" in tokenizer.model_input_names:  # no embeddings for a second text
         names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
         tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names  # the latter is stored with the tokenizer
-    task = recipe.task.resolve(rows.train)
     task.check(tokenizer)
     limits = Limits(max_length(resolved, config, tokenizer, report.note), recipe.data.truncation)
 
@@ -82,8 +84,7 @@ def prepare(resolved: Resolved, report: Reporter, poll: Callable[[], None] = lam
     named = {**rows.validation, **({"test": rows.test} if rows.test else {})}
     splits = {name: (split, encode(name, split)) for name, split in named.items()}
     data = recipe.data.model_copy(update={"max_length": limits.max_length, "columns": rows.columns})
-    recipe = recipe.model_copy(update={"task": task, "data": data})
-    return Prepared(recipe, source, tokenizer, config, limits, rows, train, splits, audits)
+    return Prepared(recipe.model_copy(update={"data": data}), source, tokenizer, config, limits, rows, train, splits, audits)
 
 
 def tokenise(
@@ -105,12 +106,12 @@ def tokenise(
 
 
 def check_metrics(recipe: Recipe, rows: Rows) -> None:
-    """Refuse metrics that the task has not, and early stopping with nothing to watch."""
+    """Refuse metrics that the task, which may depend on the rows, has not, and early stopping with nothing to watch."""
     known = recipe.task.metric_names
     rule = recipe.train.early_stopping
     for key, name in [*(("eval.metrics", name) for name in recipe.eval.metrics or ()), *([("train.early_stopping.metric", rule.metric)] if rule else [])]:
         if name not in known:
-            raise RecipeError(f"{key}: {name!r} is not a metric of {recipe.task.kind}; there are {', '.join(known)}")
+            raise RecipeError(f"{key}: {name!r} is not a metric of {recipe.task.kind} on these rows; there are {', '.join(known)}")
     if rule and not rows.validation:
         raise RecipeError("train.early_stopping needs validation rows (data.validation: a file, or a fraction such as 0.1)")
 

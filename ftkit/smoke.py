@@ -70,9 +70,9 @@ def shrink(resolved: Resolved, report: Reporter) -> Resolved:
     workshop = output / WORKSHOP
     _claim(output)
     rows = _rows(recipe, report)
-    task = recipe.task.resolve(rows.train)
-    few = {name: _few(split, OTHER_ROWS) for name, split in rows.validation.items()}
-    rows = Rows(_few(rows.train, TRAIN_ROWS), few, _few(rows.test, OTHER_ROWS), {}, {}, [])
+    task = recipe.task.resolve(rows.pool)
+    train, few = _few(rows.train, TRAIN_ROWS), {name: _few(split, OTHER_ROWS) for name, split in rows.validation.items()}
+    rows = Rows(train, few, _few(rows.test, OTHER_ROWS), {}, {}, [], train)
     spec, config, tokenizer = _model(recipe, task, rows, report)
     _write_base(spec, config, tokenizer, task, recipe.train.seed, workshop / "base")
     small = recipe.model_copy(
@@ -141,6 +141,7 @@ def _rows(recipe: Recipe, report: Reporter) -> Rows:
         sha256={},
         columns={},
         bad=[],
+        pool=examples,
     )
 
 

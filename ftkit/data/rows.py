@@ -81,7 +81,7 @@ def load_rows(data: Data, task: Task, seed: int, note: Note) -> Rows:
     columns = _column_map(tables, data.columns, task)
     note(f"columns: {_described(columns, tables)}")
     reader = _Reader(columns)
-    train = reader.rows(tables)
+    train = pool = reader.rows(tables)
 
     own = sources[0] if len(sources) == 1 else None  # whose further splits belong to this training split
     validation: dict[str, list[Row]] = {}
@@ -108,7 +108,7 @@ def load_rows(data: Data, task: Task, seed: int, note: Note) -> Rows:
         note(f"data.limit: a random sample of {data.limit} of {len(train)} training rows")
         train = [train[i] for i in _sample(len(train), data.limit, f"limit {seed}")]
     _report_leaks(train, {**validation, "test": test}, note)
-    return Rows(train, validation, test, reader.sha256, {} if columns.conversion else columns.columns, reader.bad)
+    return Rows(train, validation, test, reader.sha256, {} if columns.conversion else columns.columns, reader.bad, pool)
 
 
 def load_split(source: str, split: str | None, data: Data, task: Task, note: Note, answers: bool = True) -> list[Row]:

@@ -32,6 +32,7 @@ class Rows:
     sha256: dict[str, str]  # file or hub id -> content hash, for the manifest and the cache key
     columns: dict[str, str]  # what the task calls a column -> what the file calls it
     bad: list[str]  # "file:row: reason" of each row left out under on_bad_rows: skip
+    pool: list[Row]  # what `train`, and a fraction for validation, were drawn from: what tasks know all labels from
 
 
 class RowError(ValueError):

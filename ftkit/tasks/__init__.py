@@ -53,8 +53,12 @@ class Task(Protocol):
     peft_type: ClassVar[str]  # PEFT's task_type
     new_head: ClassVar[bool]  # the head starts from random weights and always learns
     defaults: ClassVar[Mapping[str, Default]]  # dotted recipe key -> value and source
-    metric_names: ClassVar[tuple[str, ...]]
     main_metric: ClassVar[str]  # what the summary leads with; higher is better unless it is `loss` or `perplexity`
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """All that `metrics` may compute; some may depend on what `resolve` fills in."""
+        ...
 
     def examples(self) -> list[dict[str, Any]]:
         """A dozen short rows with all columns, for a rehearsal without data."""

@@ -51,8 +51,13 @@ class TextClassification(Spec):
     defaults: ClassVar[Mapping[str, Default]] = {
         "data.max_length": Default(512, "the positions of BERT (arXiv 1810.04805)"),
     }
-    metric_names: ClassVar[tuple[str, ...]] = ("accuracy", "f1", "f1_binary", "mcc", "loss")
     main_metric: ClassVar[str] = "accuracy"
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """`f1_binary` is that of the second label of two."""
+        binary = ("f1_binary",) if self.labels is None or len(self.labels) == 2 else ()
+        return ("accuracy", "f1", *binary, "mcc", "loss")
 
     def examples(self) -> list[dict[str, Any]]:
         """Pairs of sentences under the labels of the recipe, if it has any."""

@@ -287,14 +287,19 @@ def divergence(scene):
     scene.monkeypatch.setattr(Supervised, "loss", lambda self, scores: scores.logits.sum() * float("nan"))
 
 
-@mistake(2, r"early_stopping\.metric: 'f2' is not a metric of text-classification; there are accuracy")
+@mistake(2, r"early_stopping\.metric: 'f2' is not a metric of text-classification on these rows; there are accuracy")
 def early_stopping_on_an_unknown_metric(scene):
     scene.recipe["train"]["early_stopping"] = {"metric": "f2"}
 
 
-@mistake(2, r"eval\.metrics: 'acuracy' is not a metric of text-classification; there are accuracy")
+@mistake(2, r"eval\.metrics: 'acuracy' is not a metric of text-classification on these rows; there are accuracy")
 def unknown_metric(scene):
     scene.recipe["eval"] = {"metrics": ["acuracy"]}
+
+
+@mistake(2, r"early_stopping\.metric: 'f1_binary' is not a metric of text-classification on these rows; there are accuracy, f1, mcc, loss")
+def early_stopping_on_f1_of_two_labels_where_there_are_three(scene):
+    scene.recipe["train"]["early_stopping"] = {"metric": "f1_binary"}
 
 
 @mistake(2, r"early_stopping needs validation rows")

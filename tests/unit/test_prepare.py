@@ -3,6 +3,7 @@
 import pytest
 from transformers import AutoTokenizer
 
+from ftkit.errors import RecipeError
 from ftkit.prepare import prepare
 from ftkit.recipe import read
 from ftkit.report import Reporter
@@ -25,3 +26,27 @@ def test_pairs_have_types_for_models_that_embed_them_whatever_was_prepared_befor
     assert prepared("distilbert", "pairs").train.token_type_ids is None
     without.tokenizer.save_pretrained(tmp_path)
     assert "token_type_ids" not in AutoTokenizer.from_pretrained(tmp_path)("roses", "bread")
+
+
+@pytest.fixture
+def rare(data, tmp_path):
+    """A training file with one label that a sample is not likely to hold."""
+    path = tmp_path / "rare.csv"
+    path.write_text((data.single / "train.csv").read_text() + "an elk,forest\n")
+    return str(path)
+
+
+@pytest.mark.parametrize("sampled", [{"limit": 2}, {"limit": 8, "validation": 0.9}])
+def test_a_sample_of_the_rows_has_the_labels_of_all(prepared, data, rare, sampled):
+    validation = str(data.single / "validation.csv")
+    done = prepared("bert", "single", data={"train": rare, "validation": validation} | sampled)
+    assert len(done.train) < 10
+    assert done.recipe.task.labels == ["forest", "garden", "harbour", "kitchen"]
+    assert all(len(rows) == len(features) for rows, features in done.splits.values())
+    assert done.rows.pool is done.rows.train, "what was left out takes no memory"
+
+
+def test_metrics_depend_on_the_labels(prepared):
+    with pytest.raises(RecipeError, match=r"eval\.metrics: 'f1_binary' is not a metric .* on these rows; there are accuracy, f1, mcc, loss"):
+        prepared("bert", "single", eval={"metrics": ["f1_binary"]})
+    prepared("bert", "pairs", eval={"metrics": ["f1_binary"]})

@@ -132,6 +132,7 @@ def test_metrics_equal_scikit_learns(num_labels):
     assert found["mcc"] == pytest.approx(metrics.matthews_corrcoef(gold, said), abs=1e-12)
     assert found["loss"] == pytest.approx(metrics.log_loss(gold, torch.tensor(logits, dtype=torch.float32).softmax(-1).numpy()), abs=1e-6)
     assert found["loss_count"] == 500
+    assert found.keys() == {*task.metric_names, "loss_count"}
     assert ("f1_binary" in found) == (num_labels == 2)
     if num_labels == 2:
         assert found["f1_binary"] == pytest.approx(metrics.f1_score(gold, said), abs=1e-12)
