@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from ftkit.data.types import Features, Limits, Row, RowError, Scores
 from ftkit.errors import DataError, RecipeError
@@ -34,6 +36,7 @@ EXAMPLES = (  # questions and their answers
     ("What keeps a boat in its place?", "An anchor keeps it in its place."),
     ("When does the sun rise?", "The sun rises in the morning."),
 )
+T = TypeVar("T")
 GENERATED_ROWS = 16  # rows generated together: the cache of keys and values grows with them
 JUDGED_POSITIONS = 1024  # positions whose logits are held in float32 at a time
 
@@ -177,31 +180,34 @@ class CausalLM(Spec):
         return [{"feature": row, "loss": sum(values) / len(values), "tokens": len(values)} for row, values in found.items()]
 
     def predict(self, model: Any, tokenizer: Any, rows: list[Row], limits: Limits, generation: Generation) -> list[dict[str, Any]]:
-        """Continuations: `text`, and whether it `finished` by itself; of a prompt that is too long the end is kept (`truncated` says how much was not)."""
+        """Continuations: `text`, and whether it `finished` by itself.
+
+        Of a prompt that is too long the end is kept: `truncated` says how many tokens were not.  An answer
+        for which fewer than eval.generation.max_new_tokens positions were left says how many (`max_new_tokens`).
+        """
         import torch
 
-        prompts = [_prompt(row, tokenizer) for row in rows]
-        positions = _positions(model)
-        longest = min(limits.max_length, positions - 1) if positions else limits.max_length
-        if limits.truncation == "error":
-            for row, prompt in zip(rows, prompts, strict=True):
-                if len(prompt) > longest:
-                    raise DataError(f"{row.where}: {len(prompt)} tokens, more than data.max_length: {longest}")
+        room = _Room(model, tokenizer, limits, generation)
+        whole = [self._prompt(row, tokenizer) for row in rows]
+        for row, prompt in zip(rows, whole, strict=True):
+            room.check(row, prompt)
+        prompts = [self._fitted(row, prompt, tokenizer, room.prompt) for row, prompt in zip(rows, whole, strict=True)]
         stops = chat.stop_token_ids(tokenizer)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         answers: list[dict[str, Any]] = [{} for _ in rows]
         was_training = model.training
         model.eval()
-        for start in range(0, len(order), GENERATED_ROWS):
-            chosen = order[start : start + GENERATED_ROWS]
-            batch = [prompts[i][-longest:] for i in chosen]
+        for chosen, allowed in _batches(order, lambda i: room.answer(prompts[i])):
             with torch.inference_mode():
-                generated = _generate(model, batch, stops, tokenizer, generation, positions)
+                cut = generation.model_copy(update={"max_new_tokens": allowed})
+                generated = _generate(model, [prompts[i] for i in chosen], stops, tokenizer, cut)
             for i, ids in zip(chosen, generated, strict=True):
                 end = next((place for place, token in enumerate(ids) if token in stops), None)
                 answers[i] = {"text": tokenizer.decode(ids[:end], skip_special_tokens=True), "finished": end is not None}
-                if len(prompts[i]) > longest:
-                    answers[i]["truncated"] = len(prompts[i]) - longest
+                if len(whole[i]) > len(prompts[i]):
+                    answers[i]["truncated"] = len(whole[i]) - len(prompts[i])
+                if allowed < generation.max_new_tokens:
+                    answers[i]["max_new_tokens"] = allowed
         model.train(was_training)
         return answers
 
@@ -212,18 +218,31 @@ class CausalLM(Spec):
         """
         import torch
 
-        positions = _positions(model)
-        longest = min(limits.max_length, positions - 1) if positions else limits.max_length
-        prompt = _prompt(Row({"messages": messages}, "chat", len(messages)), tokenizer)
-        if len(prompt) > longest:
-            answered = [*messages, {"role": "assistant", "content": ""}]
-            messages = chat.without_oldest_exchanges(answered, lambda shorter: len(chat.prompt_ids(shorter, tokenizer)) <= longest)[:-1]
-            prompt = _prompt(Row({"messages": messages}, "chat", len(messages)), tokenizer)
-        stops = chat.stop_token_ids(tokenizer)
+        room = _Room(model, tokenizer, limits, generation)
+        row = Row({"messages": messages}, "chat", len(messages))
+        prompt = self._fitted(row, self._prompt(row, tokenizer), tokenizer, room.prompt)
+        streamed = generation.model_copy(update={"num_beams": 1, "max_new_tokens": room.answer(prompt)})
         with torch.inference_mode():
-            one_beam = generation.model_copy(update={"num_beams": 1})
-            (ids,) = _generate(model, [prompt[-longest:]], stops, tokenizer, one_beam, positions, streamer)
+            (ids,) = _generate(model, [prompt], chat.stop_token_ids(tokenizer), tokenizer, streamed, streamer)
         return tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _prompt(self, row: Row, tokenizer: Any) -> list[int]:
+        """The tokens of the whole prompt."""
+        try:
+            if "messages" in row.values:
+                return chat.prompt_ids(row.values["messages"], tokenizer)
+            ids = _opening_ids(row.values.get("prompt") or row.values["text"], tokenizer)
+            if not ids:
+                raise RowError("the prompt is empty")
+            return ids
+        except RowError as error:
+            raise DataError(f"{row.where}: {error}") from error
+
+    def _fitted(self, row: Row, prompt: list[int], tokenizer: Any, longest: int) -> list[int]:
+        """What is left of a prompt in `longest` tokens: a chat loses its oldest exchanges, then the start is cut off, but for a beginning-of-text token."""
+        if len(prompt) > longest and "messages" in row.values:
+            prompt = chat.prompt_ids(row.values["messages"], tokenizer, longest)
+        return _without_start(prompt, max(0, len(prompt) - longest), _keeps(prompt, tokenizer))
 
 
 class LanguageModelMetrics:
@@ -260,14 +279,38 @@ def _judged(scores: Scores) -> tuple[torch.Tensor, torch.Tensor]:
     return losses, correct
 
 
-def _positions(model: Any) -> int | None:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return getattr(base.config.get_text_config(), "max_position_embeddings", None)
+class _Room:
+    """How a prompt and its answer share the positions of a model."""
+
+    def __init__(self, model: Any, tokenizer: Any, limits: Limits, generation: Generation) -> None:
+        from ftkit.model import max_positions
+
+        self.limits, self.asked = limits, generation.max_new_tokens
+        self.positions = max_positions(model.config, tokenizer) or sys.maxsize
+        # The answer comes first, but an answer as long as the model has positions would leave nothing of the question.
+        self.prompt = min(limits.max_length, max(self.positions - self.asked, self.positions // 2))
+
+    def answer(self, prompt: list[int]) -> int:
+        """Tokens that may follow a prompt."""
+        return min(self.asked, self.positions - len(prompt))
+
+    def check(self, row: Row, prompt: list[int]) -> None:
+        """Refuse a prompt that would have to be cut, where data.truncation says so."""
+        if self.limits.truncation == "error" and len(prompt) > self.prompt:
+            raise DataError(
+                f"{row.where}: the prompt has {len(prompt)} tokens, more than the {self.prompt} that "
+                f"data.max_length: {self.limits.max_length} and eval.generation.max_new_tokens: {self.asked} leave for it"
+            )
 
 
-def _generate(
-    model: Any, prompts: list[list[int]], stops: list[int], tokenizer: Any, generation: Generation, positions: int | None, streamer: Any = None
-) -> list[list[int]]:
+def _batches(order: list[int], allowed: Callable[[int], int]) -> Iterator[tuple[list[int], int]]:
+    """Rows to generate together, of like length, and how many tokens each of them may get: it is the same for all."""
+    for limit, group in groupby(order, key=allowed):
+        rows = list(group)
+        yield from ((rows[start : start + GENERATED_ROWS], limit) for start in range(0, len(rows), GENERATED_ROWS))
+
+
+def _generate(model: Any, prompts: list[list[int]], stops: list[int], tokenizer: Any, generation: Generation, streamer: Any = None) -> list[list[int]]:
     """The tokens that the model writes after each prompt, the stop token included, padding after it."""
     import torch
     from transformers import GenerationConfig
@@ -278,7 +321,7 @@ def _generate(
     mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
     sampled = generation.temperature > 0
     config = GenerationConfig(
-        max_new_tokens=min(generation.max_new_tokens, positions - length) if positions else generation.max_new_tokens,
+        max_new_tokens=generation.max_new_tokens,
         num_beams=generation.num_beams,
         do_sample=sampled,
         **({"temperature": generation.temperature, "top_p": generation.top_p, "top_k": 0} if sampled else {}),
@@ -287,18 +330,6 @@ def _generate(
         use_cache=True,
     )
     return model.generate(input_ids=input_ids, attention_mask=mask, generation_config=config, streamer=streamer)[:, length:].tolist()
-
-
-def _prompt(row: Row, tokenizer: Any) -> list[int]:
-    try:
-        if "messages" in row.values:
-            return chat.prompt_ids(row.values["messages"], tokenizer)
-        ids = _opening_ids(row.values.get("prompt") or row.values["text"], tokenizer)
-        if not ids:
-            raise RowError("the prompt is empty")
-        return ids
-    except RowError as error:
-        raise DataError(f"{row.where}: {error}") from error
 
 
 def _plain_ids(text: str, tokenizer: Any) -> list[int]:
@@ -335,9 +366,17 @@ def _fit(input_ids: list[int], trained: list[bool], limits: Limits, tokenizer: A
         raise RowError(f"{len(input_ids)} tokens, more than data.max_length: {limits.max_length}")
     if limits.truncation == "right":
         return [_features(input_ids[:-excess], trained[:-excess], truncated=excess)]
-    keep = int(input_ids[0] == tokenizer.bos_token_id)
-    rest = keep + excess
-    return [_features(input_ids[:keep] + input_ids[rest:], trained[:keep] + trained[rest:], truncated=excess)]
+    keep = _keeps(input_ids, tokenizer)
+    return [_features(_without_start(input_ids, excess, keep), _without_start(trained, excess, keep), truncated=excess)]
+
+
+def _keeps(input_ids: list[int], tokenizer: Any) -> int:
+    """How many tokens at the start stay when the start is cut off: that which begins a text."""
+    return int(input_ids[0] == tokenizer.bos_token_id)
+
+
+def _without_start(values: list[T], excess: int, keep: int) -> list[T]:
+    return values[:keep] + values[keep + excess :]
 
 
 def _features(input_ids: list[int], trained: list[bool], truncated: int = 0) -> Features:

@@ -65,15 +65,25 @@ def render(messages: list[dict[str, Any]], tokenizer: Any) -> Rendered:
     return Rendered(input_ids[:end], marks[:end], answers.count(None))
 
 
-def prompt_ids(messages: list[dict[str, Any]], tokenizer: Any) -> list[int]:
-    """The tokens after which the model is to answer; an answer that already ends the conversation is left out."""
+def prompt_ids(messages: list[dict[str, Any]], tokenizer: Any, longest: int | None = None) -> list[int]:
+    """The tokens after which the model is to answer; an answer that already ends the conversation is left out.
+
+    Where they are more than `longest`, the oldest exchanges are left out, too; the last one stays, whatever its length.
+    """
+
+    def tokens(messages: list[dict[str, Any]]) -> list[int]:
+        text = _text(messages, tokenizer, add_generation_prompt=True)
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
     messages = _plain(messages)
     if messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     if not messages:
         raise RowError("no message to answer")
-    text = _text(messages, tokenizer, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if longest is not None:
+        answered = [*messages, {"role": "assistant"}]
+        messages = without_oldest_exchanges(answered, lambda shorter: len(tokens(shorter[:-1])) <= longest)[:-1]
+    return tokens(messages)
 
 
 def without_oldest_exchanges(messages: list[dict[str, Any]], fits: Callable[[list[dict[str, Any]]], bool]) -> list[dict[str, Any]]:

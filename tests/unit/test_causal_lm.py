@@ -400,13 +400,66 @@ def test_answers_come_in_the_order_of_the_rows_whatever_stands_beside_them(taugh
     assert TASK.predict(model, tokenizer, rows, Limits(64, "right"), Generation(max_new_tokens=8)) == alone
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "bloom"])
-def test_generation_stays_within_the_positions_of_the_model(name, tokenizer):
+@pytest.mark.parametrize(("name", "room"), [("gpt2", 34), ("llama", 34), ("roberta", 33), ("bloom", 50)])
+def test_generation_stays_within_the_positions_of_the_model(name, room, tokenizer):
+    """RoBERTa has one position less than it has embeddings for, BLOOM has no limit."""
     rows = [row(text=" ".join(SENTENCES)), row(text="nine")]
     long, short = TASK.predict(model_of(name), tokenizer, rows, Limits(50, "right"), Generation(max_new_tokens=30))
-    assert long["truncated"] == len(tokenizer(rows[0].values["text"])["input_ids"]) - 50
-    assert "truncated" not in short
+    assert long["truncated"] == len(tokenizer(rows[0].values["text"])["input_ids"]) - room
+    assert set(short) == {"text", "finished"}
     assert isinstance(long["text"], str)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What is generated from: (prompts, max_new_tokens) of each batch."""
+    calls = []
+
+    def generate(model, prompts, stops, tokenizer, generation, streamer=None):
+        calls.append((prompts, generation.max_new_tokens))
+        return [[5] * generation.max_new_tokens for _ in prompts]
+
+    monkeypatch.setattr("ftkit.tasks.causal_lm._generate", generate)
+    return calls
+
+
+@pytest.mark.parametrize("texts", [["nine"], ["nine", " ".join(SENTENCES)]])
+def test_what_an_answer_may_take_does_not_depend_on_its_neighbours(tokenizer, asked, texts):
+    answers = TASK.predict(model_of("llama"), tokenizer, [row(text=text) for text in texts], Limits(64, "right"), Generation(max_new_tokens=64))
+    length = len(tokenizer("nine")["input_ids"])
+    assert [(len(prompts[0]), allowed) for prompts, allowed in asked] == [(length, 64 - length), (32, 32)][: len(texts)]
+    assert [answer["max_new_tokens"] for answer in answers] == [64 - length, 32][: len(texts)], "less than asked for is told"
+
+
+def test_a_long_prompt_leaves_room_for_its_answer_and_keeps_its_beginning_of_text(opening, asked):
+    text = " ".join(SENTENCES)
+    [answer] = TASK.predict(model_of("llama"), opening, [row(text=text)], Limits(64, "right"), Generation(max_new_tokens=20))
+    whole = opening(text)["input_ids"]
+    assert asked == [([[opening.bos_token_id, *whole[-43:]]], 20)]
+    assert answer["truncated"] == len(whole) - 44
+    assert "max_new_tokens" not in answer
+
+
+class Unstreamed:
+    def put(self, value): ...
+
+    def end(self): ...
+
+
+def test_a_long_chat_forgets_its_oldest_exchanges_in_a_file_as_in_the_terminal(tokenizer, asked):
+    messages = [TWO_TURNS[0], *TWO_TURNS[1:3] * 4, TWO_TURNS[3]]
+    model, generation = model_of("llama"), Generation(max_new_tokens=4)
+    expected = chat.prompt_ids([TWO_TURNS[0], *TWO_TURNS[1:4]], tokenizer)
+    whole = chat.prompt_ids(messages, tokenizer)
+    limits = Limits(len(expected) + 3, "right")
+    model.config.max_position_embeddings = 256
+    try:
+        answers = TASK.predict(model, tokenizer, [row(messages=messages), row(messages=[*messages, TWO_TURNS[4]])], limits, generation)
+        TASK.reply(model, tokenizer, messages, limits, generation, Unstreamed())
+    finally:
+        model.config.max_position_embeddings = 64
+    assert [prompt for prompts, _ in asked for prompt in prompts] == [expected] * 3
+    assert [answer["truncated"] for answer in answers] == [len(whole) - len(expected)] * 2
 
 
 def test_cut_answers_are_not_finished(taught, tokenizer):
@@ -418,7 +471,9 @@ def test_cut_answers_are_not_finished(taught, tokenizer):
 
 def test_prompts_that_cannot_be_answered(tokenizer):
     model = model_of("llama")
-    with pytest.raises(DataError, match=r"data.jsonl:7: \d+ tokens, more than data.max_length: 4"):
+    with pytest.raises(
+        DataError, match=r"data.jsonl:7: the prompt has \d+ tokens, more than the 4 that data.max_length: 4 and eval.generation.max_new_tokens: 256 "
+    ):
         TASK.predict(model, tokenizer, [row(text=SENTENCES[0])], Limits(4, "error"), Generation())
     with pytest.raises(DataError, match=r"data.jsonl:7: no message to answer"):
         TASK.predict(model, tokenizer, [row(messages=[{"role": "assistant", "content": "Hi"}])], Limits(64, "right"), Generation())
