@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 from ftkit.data.types import Features, Limits, Row, RowError, Scores
 from ftkit.errors import DataError, RecipeError
@@ -39,6 +41,18 @@ EXAMPLES = (  # questions and their answers
 T = TypeVar("T")
 GENERATED_ROWS = 16  # rows generated together: the cache of keys and values grows with them
 JUDGED_POSITIONS = 1024  # positions whose logits are held in float32 at a time
+
+
+class Manner(NamedTuple):
+    """What a tokenizer does to every text."""
+
+    opens: bool  # with a beginning-of-text token
+    special: dict[str, int]
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> Manner:
+        bos = tokenizer.bos_token_id
+        return cls(bos is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [bos], chat.special_tokens(tokenizer))
 
 
 class CausalLM(Spec):
@@ -98,13 +112,13 @@ class CausalLM(Spec):
         if tokenizer.eos_token_id is None:
             raise _no_end(tokenizer)
         if "prompt" in row.values:
-            prompt = _opening_ids(row.values["prompt"], tokenizer)
+            prompt = self._opening_ids(row.values["prompt"], tokenizer)
             completion = _ended(_plain_ids(row.values["completion"], tokenizer), tokenizer)
             if not prompt or completion == [tokenizer.eos_token_id]:
                 raise RowError(f"the {'completion' if prompt else 'prompt'} is empty")
             trained = [False] * len(prompt) + [True] * len(completion)
             return _fit(prompt + completion, trained, limits, tokenizer)
-        input_ids = _ended(_opening_ids(row.values["text"], tokenizer), tokenizer)
+        input_ids = _ended(self._opening_ids(row.values["text"], tokenizer), tokenizer)
         if len(input_ids) < 2:
             raise RowError("the text is empty")
         if len(input_ids) > limits.max_length + 1 and limits.truncation in ("drop", "error"):
@@ -114,10 +128,11 @@ class CausalLM(Spec):
         return [_features(window, [True] * len(window)) for window in windows]
 
     def _encode_chat(self, messages: list[dict[str, Any]], tokenizer: Any, limits: Limits) -> list[Features]:
-        whole = rendered = chat.render(messages, tokenizer)
+        special = self._manner(tokenizer).special
+        whole = rendered = chat.render(messages, tokenizer, special)
         if len(whole.input_ids) > limits.max_length + 1 and limits.truncation == "left":
-            latest = chat.without_oldest_exchanges(messages, lambda shorter: len(chat.render(shorter, tokenizer).input_ids) <= limits.max_length + 1)
-            rendered = chat.render(latest, tokenizer)
+            latest = chat.without_oldest_exchanges(messages, lambda shorter: len(chat.render(shorter, tokenizer, special).input_ids) <= limits.max_length + 1)
+            rendered = chat.render(latest, tokenizer, special)
         fitted = _fit(rendered.input_ids, rendered.trained, limits, tokenizer)
         for features in fitted:
             features.truncated += len(whole.input_ids) - len(rendered.input_ids)
@@ -231,7 +246,7 @@ class CausalLM(Spec):
         try:
             if "messages" in row.values:
                 return chat.prompt_ids(row.values["messages"], tokenizer)
-            ids = _opening_ids(row.values.get("prompt") or row.values["text"], tokenizer)
+            ids = self._opening_ids(row.values.get("prompt") or row.values["text"], tokenizer)
             if not ids:
                 raise RowError("the prompt is empty")
             return ids
@@ -243,6 +258,22 @@ class CausalLM(Spec):
         if len(prompt) > longest and "messages" in row.values:
             prompt = chat.prompt_ids(row.values["messages"], tokenizer, longest)
         return _without_start(prompt, max(0, len(prompt) - longest), _keeps(prompt, tokenizer))
+
+    def _opening_ids(self, text: str, tokenizer: Any) -> list[int]:
+        """The tokens of a text that more follows: with a beginning-of-text token if the tokenizer adds one, never two, and no end."""
+        ids = _plain_ids(text, tokenizer)
+        bos = tokenizer.bos_token_id
+        return [bos, *ids] if self._manner(tokenizer).opens and ids[:1] != [bos] else ids
+
+    def _manner(self, tokenizer: Any) -> Manner:
+        """Asked once, not for every row: where thousands of tokens were added, a tokenizer takes long to answer."""
+        if tokenizer not in self._manners:
+            self._manners[tokenizer] = Manner.of(tokenizer)
+        return self._manners[tokenizer]
+
+    @cached_property
+    def _manners(self) -> WeakKeyDictionary[Any, Manner]:
+        return WeakKeyDictionary()
 
 
 class LanguageModelMetrics:
@@ -334,14 +365,6 @@ def _generate(model: Any, prompts: list[list[int]], stops: list[int], tokenizer:
 
 def _plain_ids(text: str, tokenizer: Any) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def _opening_ids(text: str, tokenizer: Any) -> list[int]:
-    """The tokens of a text that more follows: with a beginning-of-text token if the tokenizer adds one, never two, and no end."""
-    ids = _plain_ids(text, tokenizer)
-    bos = tokenizer.bos_token_id
-    opens = bos is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [bos]
-    return [bos, *ids] if opens and ids[:1] != [bos] else ids
 
 
 def _ended(ids: list[int], tokenizer: Any) -> list[int]:

@@ -35,7 +35,7 @@ class _Answer(NamedTuple):
     end: int  # end of the end-of-turn token
 
 
-def render(messages: list[dict[str, Any]], tokenizer: Any) -> Rendered:
+def render(messages: list[dict[str, Any]], tokenizer: Any, special: dict[str, int] | None = None) -> Rendered:
     """The tokens of a conversation, with those of its assistant messages (unless `weight: 0`) marked as trained.
 
     The text is tokenised as a whole.  A token on both sides of the point where an answer starts holds
@@ -45,14 +45,15 @@ def render(messages: list[dict[str, Any]], tokenizer: Any) -> Rendered:
     leave only those answers to train that stand in the whole conversation as they were generated: the
     last one at least.
 
-    Raises RowError for messages that the template refuses, rewrites or leaves out, RecipeError for a tokenizer
-    without a chat template and for a template that never ends a turn.
+    `special` are the tokenizer's `special_tokens`, for callers with many rows.  Raises RowError for messages
+    that the template refuses, rewrites or leaves out, RecipeError for a tokenizer without a chat template and
+    for a template that never ends a turn.
     """
     trained = _trained(messages)
     if not trained:
         raise RowError("no assistant message to learn from")
     messages = _plain(messages)
-    special = _special_tokens(tokenizer)
+    special = special or special_tokens(tokenizer)
     for i in trained:
         _check_shown(messages[: i + 1], tokenizer)
     last = _answer(messages[: trained[-1] + 1], tokenizer, special)
@@ -117,6 +118,12 @@ def stop_token_ids(tokenizer: Any) -> list[int]:
     return list(dict.fromkeys(ids))
 
 
+def special_tokens(tokenizer: Any) -> dict[str, int]:
+    """Special tokens and their ids, those included that have no role such as eos."""
+    added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+
+
 def _trained(messages: list[dict[str, Any]]) -> list[int]:
     """The places of the answers to learn."""
     return [i for i, message in enumerate(messages) if message["role"] == "assistant" and message.get("weight") != 0]
@@ -177,7 +184,7 @@ def _answer(messages: list[dict[str, Any]], tokenizer: Any, special: dict[str, i
     content = messages[-1].get("content")
     if isinstance(content, str) and "".join(content.split()) not in "".join(answer.split()):
         raise RowError(f"the chat template leaves out or rewrites part of the answer {content[:60]!r}, which would not be learned; it renders {answer[:60]!r}")
-    return _Answer(text, len(prompt), len(prompt) + _end_of_turn(answer, tokenizer, tuple(special)))
+    return _Answer(text, len(prompt), len(prompt) + _end_of_turn(answer, tokenizer, special))
 
 
 def _earlier_answer(messages: list[dict[str, Any]], tokenizer: Any, special: dict[str, int], whole: str) -> _Answer | None:
@@ -189,17 +196,19 @@ def _earlier_answer(messages: list[dict[str, Any]], tokenizer: Any, special: dic
     return answer if whole.startswith(answer.text[: answer.end]) else None
 
 
-def _end_of_turn(answer: str, tokenizer: Any, special: tuple[str, ...]) -> int:
+def _end_of_turn(answer: str, tokenizer: Any, special: dict[str, int]) -> int:
     """Where the first unbroken run of special tokens ends, in the special tokens and white space that `answer` ends with.
 
     Phi-3 ends a last answer with `<|end|>\\n<|endoftext|>`: the turn ends with the first of them.
     Cohere's `<|END_RESPONSE|><|END_OF_TURN_TOKEN|>` are both to be written.
     """
-    end, rest = None, answer
-    while (stripped := rest.rstrip()).endswith(special):
+    end, rest, stripped = None, answer, answer.rstrip()
+    lengths = {*map(len, special)}  # few, while there may be thousands of tokens
+    while size := max((n for n in lengths if stripped[-n:] in special), default=0):
         if end is None or stripped != rest:
             end = len(stripped)
-        rest = stripped[: -max(len(token) for token in special if stripped.endswith(token))]
+        rest = stripped[:-size]
+        stripped = rest.rstrip()
     if end is None:
         raise _never_ends(tokenizer, answer)
     return end
@@ -212,12 +221,6 @@ def _never_ends(tokenizer: Any, answer: str) -> RecipeError:
         f"a model trained so would never learn to stop; let the template write {wanted} after each answer, make the text that ends it a special token, "
         f"or give columns prompt and completion, which end with {wanted}"
     )
-
-
-def _special_tokens(tokenizer: Any) -> dict[str, int]:
-    """Special tokens and their ids, those included that have no role such as eos."""
-    added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return added | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
 
 
 def _name(tokenizer: Any) -> str:

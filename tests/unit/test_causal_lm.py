@@ -233,6 +233,17 @@ def test_left_truncation_drops_the_oldest_exchange(tokenizer):
     assert features.truncated == len(full) - len(expected) + 3
 
 
+def test_a_tokenizer_is_asked_once_what_it_does_to_every_row(tokenizer, monkeypatch):
+    """With 6,000 added tokens, as Gemma 3 has, listing the special ones takes longer than all the rest of a row."""
+    calls, special_tokens = [], chat.special_tokens
+    monkeypatch.setattr(chat, "special_tokens", lambda tokenizer: calls.append(tokenizer) or special_tokens(tokenizer))
+    task = CausalLM()
+    for values in ({"messages": TWO_TURNS}, {"messages": TWO_TURNS[1:]}, {"text": "nine"}):
+        task.encode(row(**values), tokenizer, Limits(256, "right"))
+    assert calls == [tokenizer]
+    assert task == CausalLM()
+
+
 def test_tokenizers_that_cannot_end_a_text(tokenizer):
     bert = train_tokenizer(TrainedTokenizer(train="data", kind="wordpiece", vocab_size=64), SENTENCES)
     with pytest.raises(RecipeError, match=r"no end-of-text token \(eos_token\)"):
