@@ -292,11 +292,15 @@ class LanguageModelMetrics:
         self.sums["count"] += weights.sum().cpu()
 
     def compute(self) -> dict[str, float]:
-        """Not a number where nothing was supervised: `loss_count` is 0 then."""
+        """Not a number where nothing was supervised: `loss_count` is 0 then.
+
+        A perplexity beyond the largest float, of a loss above 709, is given as that float: JSON has no infinity.
+        """
         count = self.sums["count"]
         loss = self.sums["loss"] / count
         accuracy = self.sums["correct"] / count
-        return {"loss": loss.item(), "perplexity": loss.exp().item(), "token_accuracy": accuracy.item(), "loss_count": count.item()}
+        perplexity = min(loss.exp().item(), sys.float_info.max)
+        return {"loss": loss.item(), "perplexity": perplexity, "token_accuracy": accuracy.item(), "loss_count": count.item()}
 
 
 def _judged(scores: Scores) -> tuple[torch.Tensor, torch.Tensor]:

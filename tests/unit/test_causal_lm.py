@@ -1,6 +1,7 @@
 """What is predicted in texts, completions and chats, and that the output head sees nothing else."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -348,6 +349,13 @@ def test_metrics_are_weighted_by_tokens(features):
     assert [record["feature"] for record in records] == [10, 11, 12]
     assert [record["tokens"] for record in records] == [sum(f.weights) for f in features]
     assert sum(record["loss"] * record["tokens"] for record in records) == pytest.approx(loss * found["loss_count"], rel=1e-5)
+
+
+def test_a_perplexity_beyond_all_numbers_is_the_largest_number():
+    """JSON has no infinity."""
+    metrics = TASK.metrics()
+    metrics.sums |= {"loss": torch.tensor(7200.0, dtype=torch.float64), "count": torch.tensor(10.0, dtype=torch.float64)}
+    assert metrics.compute()["perplexity"] == sys.float_info.max
 
 
 def test_metrics_of_nothing_say_so(features):
