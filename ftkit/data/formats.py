@@ -127,14 +127,18 @@ def _alpaca(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _prompt_completion(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """TRL's conversational form: both are lists of messages; a plain string is one turn."""
-    parts: list[Any] = []
-    for column, role in (("prompt", "user"), ("completion", "assistant")):
+    """TRL's conversational form: both are lists of messages, of which the completion's are learned; a plain string is one turn."""
+
+    def turns(column: str, role: str) -> list[Any]:
         value = record.get(column)
-        if column == "completion" and is_empty(value):
-            continue
-        parts += value if isinstance(value, list) else [{"role": role, "content": _text(record, column)}]
-    return messages(parts)
+        return value if isinstance(value, list) else [{"role": role, "content": _text(record, column)}]
+
+    given = turns("prompt", "user")
+    learned = [] if is_empty(record.get("completion")) else turns("completion", "assistant")
+    return [
+        {"weight": 0, **message} if number < len(given) and message["role"] == "assistant" else message
+        for number, message in enumerate(messages(given + learned))
+    ]
 
 
 SHAREGPT = Conversion("ShareGPT", ("conversations",), ("system",), _sharegpt)

@@ -1,0 +1,17 @@
+"""What chat formats mean by the turns that they hold."""
+
+from ftkit.data.formats import PROMPT_COMPLETION
+
+ASKED, ANSWERED = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+
+
+def test_answers_inside_a_prompt_are_given_and_not_learned():
+    messages = PROMPT_COMPLETION.messages({"prompt": [ASKED, ANSWERED, ASKED], "completion": [ANSWERED, ASKED, ANSWERED]})
+    assert messages == [ASKED, {**ANSWERED, "weight": 0}, ASKED, ANSWERED, ASKED, ANSWERED]
+    shared = PROMPT_COMPLETION.messages({"prompt": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}, ASKED], "completion": "Bye"})
+    assert shared == [ASKED, {**ANSWERED, "weight": 0}, ASKED, {**ANSWERED, "content": "Bye"}]
+
+
+def test_a_prompt_may_say_itself_what_is_learned():
+    weighted = {**ANSWERED, "weight": 1}
+    assert PROMPT_COMPLETION.messages({"prompt": [ASKED, weighted, ASKED], "completion": [ANSWERED]})[1] == weighted
