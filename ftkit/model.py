@@ -170,12 +170,12 @@ def load_tokenizer(model: Model, source: Source | None, train: TrainedTokenizer 
     return tokenizer
 
 
-def max_positions(config: transformers.PreTrainedConfig, tokenizer: Any) -> int | None:
-    """Tokens in a row that the model has positions for; None if it has no limit."""
+def max_positions(config: transformers.PreTrainedConfig, tokenizer: Any = None) -> int | None:
+    """Tokens in a row that the model has positions for, or fewer if its tokenizer is made for fewer; None if there is no limit."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and config.model_type in OFFSET_POSITIONS:
         positions -= (config.pad_token_id or 0) + 1
-    if tokenizer.model_max_length < MAX_TOKENIZER_LENGTH:
+    if tokenizer is not None and tokenizer.model_max_length < MAX_TOKENIZER_LENGTH:
         positions = min(positions or tokenizer.model_max_length, tokenizer.model_max_length)
     return positions
 

@@ -155,16 +155,17 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def max_length(resolved: Resolved, config: Any, tokenizer: Any, note: Callable[[str], None]) -> int:
-    """Tokens in a row at most: what the recipe says, or the default where the model has as many positions."""
+    """Tokens in a row at most: what the recipe says, or the default where model and tokenizer are made for as many."""
     from ftkit.model import max_positions
 
-    asked, positions = resolved.recipe.data.max_length, max_positions(config, tokenizer)
-    by_default = resolved.origins.get("data.max_length", "default").startswith("default")
-    if asked is None:
-        asked = positions or 512
-    if positions is not None and asked > positions:
-        if not by_default:
+    asked, positions, usual = resolved.recipe.data.max_length, max_positions(config), max_positions(config, tokenizer)
+    if asked is not None and not resolved.origins.get("data.max_length", "default").startswith("default"):
+        if positions is not None and asked > positions:
             raise RecipeError(f"data.max_length: {asked}, but the model has {positions} positions")
-        note(f"data.max_length: {positions}, the positions of the model")
-        return positions
-    return asked
+        return asked
+    if usual is None or (asked is not None and asked <= usual):
+        return asked or 512
+    if asked is not None:
+        more = f"more are possible, up to the {positions} positions of the model" if positions else "the model itself has no limit"
+        note(f"data.max_length: {usual}, " + ("the positions of the model" if usual == positions else f"which the tokenizer is made for; {more}"))
+    return usual

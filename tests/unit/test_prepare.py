@@ -1,5 +1,8 @@
 """What stands between a recipe and its features: tokenizer, lengths, labels, metrics."""
 
+import json
+import shutil
+
 import pytest
 from transformers import AutoTokenizer
 
@@ -50,3 +53,27 @@ def test_metrics_depend_on_the_labels(prepared):
     with pytest.raises(RecipeError, match=r"eval\.metrics: 'f1_binary' is not a metric .* on these rows; there are accuracy, f1, mcc, loss"):
         prepared("bert", "single", eval={"metrics": ["f1_binary"]})
     prepared("bert", "pairs", eval={"metrics": ["f1_binary"]})
+
+
+@pytest.fixture
+def reserved(checkpoint, tmp_path):
+    """A model of 96 positions whose tokenizer is made for 48 tokens, as those of sentence encoders are."""
+    directory = shutil.copytree(checkpoint("bert"), tmp_path / "reserved")
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 48}))
+    return {"name": str(directory)}
+
+
+def test_the_tokenizer_bounds_only_the_default_length(prepared, reserved):
+    assert prepared(reserved, "single").limits.max_length == 48
+    assert prepared(reserved, "single", overrides=["data.max_length=96"]).limits.max_length == 96
+    with pytest.raises(RecipeError, match=r"data\.max_length: 97, but the model has 96 positions"):
+        prepared(reserved, "single", overrides=["data.max_length=97"])
+
+
+def test_a_length_that_was_lowered_says_by_what(recipe, reserved):
+    words = "48, which the tokenizer is made for; more are possible, up to the 96 positions of the model"
+    for model, words in ((reserved, words), ("bert", "96, the positions of the model")):
+        report = Reporter(None, quiet=True)
+        prepare(read(recipe(model, "single")), report)
+        assert any(note.startswith(f"data.max_length: {words}") for note in report.notes)
