@@ -5,10 +5,11 @@ Nothing here may import torch or transformers: `ftkit check` and `ftkit schema` 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 
 class Spec(BaseModel):
@@ -32,6 +33,19 @@ def option(default: Any, doc: str, source: str | None = None, **constraints: Any
 
 Name = Annotated[str, Field(min_length=1)]
 Names = Annotated[list[Name], Field(min_length=1)]
+
+SET_NAME = r"^(?!(train|test|base)$)[A-Za-z0-9][A-Za-z0-9_.-]*$"
+
+
+def _named(name: str) -> str:
+    """Refuse names that its files cannot be called by, and those of sets that every run may have."""
+    if not re.fullmatch(SET_NAME, name):
+        raise ValueError("needs another name: letters, digits, `_`, `.` and `-`, a letter or digit first; train, test and base are taken")
+    return name
+
+
+SetName = Annotated[str, AfterValidator(_named), Field(json_schema_extra={"pattern": SET_NAME})]
+Sets = Annotated[dict[SetName, Name], Field(min_length=1, json_schema_extra={"additionalProperties": False})]
 
 
 class TrainedTokenizer(Spec):
@@ -69,7 +83,7 @@ class Data(Spec):
     """Which rows are trained on and measured."""
 
     train: Name | Names = Field(description="csv, tsv, jsonl, json, parquet, txt, a directory, or a hub id org/name[:config][@revision]")
-    validation: Name | Annotated[float, Field(gt=0, lt=1)] | Annotated[dict[str, Name], Field(min_length=1)] | None = option(
+    validation: Name | Annotated[float, Field(gt=0, lt=1)] | Sets | None = option(
         None, "file, fraction of train, or a map of names to files; empty: the hub's own validation split, else none"
     )
     test: Name | None = option(None, "file measured once, after training")

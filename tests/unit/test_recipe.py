@@ -240,6 +240,11 @@ class TestProblems:
         [
             ("{train: x.csv, validation: 1.5}", ["`data.validation: 1.5` must be below 1"]),
             ("{train: x.csv, validation: {a: 5}}", ["`data.validation.a: 5` is not text"]),
+            ("{train: x.csv, validation: {test: a.csv}}", ["needs another name"]),
+            ("{train: x.csv, validation: {train: a.csv, base: b.csv}}", ["`data.validation.train: ", "`data.validation.base: "]),
+            ("{train: x.csv, validation: {../x: a.csv}}", ["needs another name: letters, digits, `_`, `.` and `-`"]),
+            ("{train: x.csv, validation: {'': a.csv}}", ["needs another name"]),
+            ('{train: x.csv, validation: {"a\\n": a.csv}}', ["needs another name"]),
             ("{train: [1, x.csv]}", ["`data.train[0]: 1` is not text"]),
             ("{train: {a: b}}", ["`data.train: {a: b}` is not text (quote it if it is) or a list"]),
             ("{train: ''}", ["`data.train: ` must not be empty"]),
