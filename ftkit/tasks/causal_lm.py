@@ -202,7 +202,7 @@ class CausalLM(Spec):
         """
         import torch
 
-        room = _Room(model, tokenizer, limits, generation)
+        room = _Room(model, limits, generation)
         whole = [self._prompt(row, tokenizer) for row in rows]
         for row, prompt in zip(rows, whole, strict=True):
             room.check(row, prompt)
@@ -233,7 +233,7 @@ class CausalLM(Spec):
         """
         import torch
 
-        room = _Room(model, tokenizer, limits, generation)
+        room = _Room(model, limits, generation)
         row = Row({"messages": messages}, "chat", len(messages))
         prompt = self._fitted(row, self._prompt(row, tokenizer), tokenizer, room.prompt)
         streamed = generation.model_copy(update={"num_beams": 1, "max_new_tokens": room.answer(prompt)})
@@ -317,11 +317,11 @@ def _judged(scores: Scores) -> tuple[torch.Tensor, torch.Tensor]:
 class _Room:
     """How a prompt and its answer share the positions of a model."""
 
-    def __init__(self, model: Any, tokenizer: Any, limits: Limits, generation: Generation) -> None:
+    def __init__(self, model: Any, limits: Limits, generation: Generation) -> None:
         from ftkit.model import max_positions
 
         self.limits, self.asked = limits, generation.max_new_tokens
-        self.positions = max_positions(model.config, tokenizer) or sys.maxsize
+        self.positions = max_positions(model.config) or sys.maxsize
         # The answer comes first, but an answer as long as the model has positions would leave nothing of the question.
         self.prompt = min(limits.max_length, max(self.positions - self.asked, self.positions // 2))
 

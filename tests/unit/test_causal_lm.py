@@ -442,6 +442,12 @@ def asked(monkeypatch):
     return calls
 
 
+def test_the_positions_are_the_models_own(tokenizer, asked, monkeypatch):
+    monkeypatch.setattr(tokenizer, "model_max_length", 16)  # bounds only the default of data.max_length
+    [answer] = TASK.predict(model_of("llama"), tokenizer, [row(text="nine")], Limits(40, "right"), Generation(max_new_tokens=20))
+    assert "max_new_tokens" not in answer
+
+
 @pytest.mark.parametrize("texts", [["nine"], ["nine", " ".join(SENTENCES)]])
 def test_what_an_answer_may_take_does_not_depend_on_its_neighbours(tokenizer, asked, texts):
     answers = TASK.predict(model_of("llama"), tokenizer, [row(text=text) for text in texts], Limits(64, "right"), Generation(max_new_tokens=64))
