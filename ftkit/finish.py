@@ -95,6 +95,8 @@ def write_model(method: Method, learner: nn.Module, base: Base, overrides: dict[
     if method_artifact.loads_with == "peft" and base.source is not None:
         changes = overrides | base.task.config_kwargs()
         artifact["load_kwargs"] |= json.loads(json.dumps(changes))  # integer keys of id2label become text, as in any JSON
+    if base.source is not None and base.source.trust_remote_code:
+        artifact["load_kwargs"]["trust_remote_code"] = True
     return artifact
 
 

@@ -37,7 +37,7 @@ HEADS = {  # PEFT's task_type -> the Auto class that has the head
 # float16 and bfloat16 round each weight to 11 and 8 bits, and the roundings of a few dozen layers add up.
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 TOLERANCE_8BIT = 5e-2  # an 8-bit layer also rounds its inputs to 127 steps, which the merged one no longer does
-WEIGHT_KWARGS = ("dtype", "quantization_config", "ignore_mismatched_sizes")  # of from_pretrained that are not the config's
+WEIGHT_KWARGS = ("dtype", "quantization_config", "ignore_mismatched_sizes", "trust_remote_code")  # of from_pretrained that are not the config's
 DRAFT = ".draft"  # inside the output, until the merged model is verified
 ROWS, LONGEST = 8, 48  # inputs that are compared, and tokens in the longest
 
@@ -54,7 +54,7 @@ class Adapter:
 
     @property
     def source(self) -> Source:
-        return Source(reload.base_name(self.directory, self.artifact), self.artifact.get("revision"))
+        return _source(self.directory, self.artifact)
 
     @property
     def quantization(self) -> dict[str, Any]:
@@ -109,7 +109,8 @@ def merge(
     if base == "original":
         note(f"outputs differ by {from_trained:.3g} at most from those on the stored base that the adapter was trained on")
 
-    artifact = {"loads_with": "transformers", "auto_class": adapter.artifact["auto_class"], "load_kwargs": {"dtype": written}}
+    trusted = {"trust_remote_code": True} if adapter.source.trust_remote_code else {}
+    artifact = {"loads_with": "transformers", "auto_class": adapter.artifact["auto_class"], "load_kwargs": {"dtype": written, **trusted}}
     summary = {
         "output": str(output),
         "adapter": str(adapter.directory),
@@ -186,13 +187,17 @@ def _foreign_artifact(directory: Path, config: PeftConfig) -> dict[str, Any]:
 
 
 def _read_base_config(directory: Path, artifact: Mapping[str, Any]) -> transformers.PreTrainedConfig:
-    name = reload.base_name(directory, artifact)
+    source = _source(directory, artifact)
+    name = source.name
     if not Path(name).is_dir() and (Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") != 1):
         raise RecipeError(f"{directory}: its base model {name} is not here, and that is no name on the hub")
-    source = Source(name, artifact.get("revision"))
     changes = {key: value for key, value in reload.load_kwargs(artifact).items() if key not in WEIGHT_KWARGS}
     with hub_errors(source):
         return transformers.AutoConfig.from_pretrained(source.name, **source.kwargs, **changes)
+
+
+def _source(directory: Path, artifact: Mapping[str, Any]) -> Source:
+    return Source(reload.base_name(directory, artifact), artifact.get("revision"), artifact["load_kwargs"].get("trust_remote_code", False))
 
 
 def _foreign_load_kwargs(directory: Path, artifact: Mapping[str, Any], base_config: transformers.PreTrainedConfig) -> dict[str, Any]:
@@ -216,7 +221,8 @@ def _skeleton(artifact: Mapping[str, Any], config: transformers.PreTrainedConfig
     cls = getattr(transformers, artifact["auto_class"])
     with torch.device("meta"):
         try:
-            return cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
+            trust = artifact["load_kwargs"].get("trust_remote_code", False)
+            return cls.from_config(config, trust_remote_code=trust) if hasattr(cls, "from_config") else cls(config)
         except ValueError as error:
             raise RecipeError(f"{config.model_type} has no head for {artifact['auto_class']}") from error
 

@@ -137,6 +137,12 @@ def load_config(model: Model, source: Source | None, tokenizer: Any = None) -> t
     return config
 
 
+def pinned(source: Source | None, config: transformers.PreTrainedConfig) -> Source | None:
+    """The source at the very commit that the config came from: a branch of the hub may move while a run lasts, and after it."""
+    commit = getattr(config, "_commit_hash", None)
+    return source._replace(revision=commit) if source and commit else source
+
+
 @contextmanager
 def _config_errors() -> Iterator[None]:
     """Turn what a config says of its settings into our errors."""
@@ -183,7 +189,7 @@ def max_positions(config: transformers.PreTrainedConfig, tokenizer: Any = None) 
 def model_class(config: transformers.PreTrainedConfig, task: Task) -> Any:
     """The class with the task's head for this architecture; refused with the heads there are."""
     auto = getattr(transformers, task.auto_class)
-    if type(config) in auto._model_mapping:
+    if type(config) in auto._model_mapping or task.auto_class in (getattr(config, "auto_map", None) or {}):  # its own code has the head
         return auto
     others = [name for name in dir(transformers) if name.startswith("AutoModelFor") and hasattr(getattr(transformers, name), "_model_mapping")]
     heads = [name.removeprefix("AutoModelFor") for name in others if type(config) in getattr(transformers, name)._model_mapping]
@@ -193,14 +199,17 @@ def model_class(config: transformers.PreTrainedConfig, task: Task) -> Any:
     )
 
 
-def skeleton(config: transformers.PreTrainedConfig, task: Task, attention: str | None = None) -> transformers.PreTrainedModel:
+def skeleton(
+    config: transformers.PreTrainedConfig, task: Task, attention: str | None = None, trust_remote_code: bool = False
+) -> transformers.PreTrainedModel:
     """The model without weights, on the meta device: names and shapes only.
 
     Refuses an encoder that would see the very tokens it is to predict, and attention that the architecture has not.
     """
+    options = {"attn_implementation": attention} if attention else {}
     try:
         with torch.device("meta"):
-            model = model_class(config, task).from_config(config, **({"attn_implementation": attention} if attention else {}))
+            model = model_class(config, task).from_config(config, trust_remote_code=trust_remote_code, **options)
     except (ValueError, ImportError) as error:
         if attention is None:
             raise
@@ -227,7 +236,7 @@ def plan(model: Model, source: Source | None, config: Any, tokenizer: Any, task:
     for key, value in task.config_kwargs().items():
         setattr(config, key, value)
     _pad_alike(config.get_text_config(), tokenizer)
-    plain = skeleton(config, task, model.attention)
+    plain = skeleton(config, task, model.attention, model.trust_remote_code)
     if not hasattr(plain, plain.base_model_prefix):
         raise RecipeError(f"{type(plain).__name__} does not tell its head from its base; it cannot be fine-tuned here")
     embeddings: Any = plain.get_input_embeddings()
@@ -282,7 +291,7 @@ def load(
     attention = {"attn_implementation": model.attention} if model.attention else {}
     torch.manual_seed(seed)
     if model.init == "random":
-        built = cls.from_config(config, dtype=dtype, **attention)
+        built = cls.from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code, **attention)
         _let_padding_learn(built, tokenizer)
         return Base(built, tokenizer, None, task, head)
     assert source is not None

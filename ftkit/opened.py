@@ -33,8 +33,6 @@ def open_run(target: str | Path, device: torch.device) -> Opened:
 
     Raises RecipeError if `target` is no finished run, HubError if its base is on the hub and cannot be had.
     """
-    from transformers import AutoTokenizer
-
     from ftkit import reload
     from ftkit.model import Source, hub_errors, quiet_libraries
     from ftkit.recipe import read
@@ -52,7 +50,7 @@ def open_run(target: str | Path, device: torch.device) -> Opened:
     with hub_errors(Source(weights, artifact.get("revision"))):
         model = reload.load(directory, artifact, str(device))
     with hub_errors(Source(str(directory))):
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer = reload.load_tokenizer(directory, artifact)
     assert recipe.data.max_length is not None, "a run resolves it"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token

@@ -53,6 +53,11 @@ def load_kwargs(artifact: Mapping[str, Any]) -> dict[str, Any]:
     return kwargs
 
 
+def load_tokenizer(directory: Path, artifact: Mapping[str, Any]) -> Any:
+    """The tokenizer in `directory`."""
+    return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=artifact["load_kwargs"].get("trust_remote_code", False))
+
+
 def _from_pretrained(name: str, artifact: Mapping[str, Any], revision: str | None, device: str) -> Any:
     kwargs = load_kwargs(artifact)
     if "quantization_config" in kwargs:
@@ -114,7 +119,7 @@ def main(request: Path) -> None:
     tensors = load_file(request / "rows.safetensors")
     rows = [{name.partition(".")[2]: tensors[name] for name in tensors if name.startswith(f"{i}.")} for i in range(asked["rows"])]
     model = load(Path(asked["directory"]), asked["artifact"], asked["device"])
-    tokenizer = transformers.AutoTokenizer.from_pretrained(asked["directory"])
+    tokenizer = load_tokenizer(Path(asked["directory"]), asked["artifact"])
     found = facts(model, tokenizer, asked["texts"]) | {"digests": digests(model)}
     save_file(answers(model, rows), request / "answers.safetensors")
     (request / "facts.json").write_text(json.dumps(found), encoding="utf-8")

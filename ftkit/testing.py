@@ -402,7 +402,7 @@ def _check_saving(method: Method, learner: Any, base: Base, features: FeatureSet
     expected = verify.capture(learner, base.tokenizer, verify.choose(features), model, artifact, converted=bool(base.initial))
     verification = verify.check(model, artifact, expected)
     if mergeable:
-        rundir.write_json(directory / "manifest.json", {"artifact": artifact, "verification": verification})
+        rundir.write_json(directory / "manifest.json", {"status": "finished", "artifact": artifact, "verification": verification})
         merge(directory, directory / "merged")
 
 

@@ -3,7 +3,7 @@
 import csv
 import json
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pytest
 import torch
@@ -127,6 +127,7 @@ class Greedy(Head):
     """Says that the base is frozen and trains it."""
 
     kind: Literal["greedy"] = "greedy"
+    frozen_base: ClassVar[bool] = True
 
     def apply(self, base):
         return base.model.requires_grad_(True)
