@@ -5,11 +5,12 @@ It needs no process group and leaves its work in the cache, so that every proces
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ftkit.data import files
 from ftkit.data.types import Limits, Row, Rows
 from ftkit.errors import DataError, RecipeError
 from ftkit.recipe.spec import TrainedTokenizer
@@ -59,13 +60,13 @@ def prepare(resolved: Resolved, report: Reporter, poll: Callable[[], None] = lam
     source = model.locate(recipe.model)
     model.model_class(model.load_config(recipe.model, source), recipe.task)
     with report.stage("reading data"):
-        rows = load_rows(recipe.data, recipe.task, recipe.train.seed, report.note)
+        rows = load_rows(recipe.data, recipe.task, recipe.train.seed, report.note, poll)
     task = recipe.task.resolve(rows.pool)
     rows = replace(rows, pool=rows.train)  # lets go of what data.limit left out
     recipe = recipe.model_copy(update={"task": task})
     check_metrics(recipe, rows)
     poll()
-    tokenizer = load_tokenizer(recipe, source, rows, report)
+    tokenizer = load_tokenizer(recipe, source, rows, report, poll)
     config = model.load_config(recipe.model, source, tokenizer)
     if getattr(config, "type_vocab_size", 0) < 2 and "token_type_ids" in tokenizer.model_input_names:  # no embeddings for a second text
         names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
@@ -116,7 +117,7 @@ def check_metrics(recipe: Recipe, rows: Rows) -> None:
         raise RecipeError("train.early_stopping needs validation rows (data.validation: a file, or a fraction such as 0.1)")
 
 
-def load_tokenizer(recipe: Recipe, source: Source | None, rows: Rows, report: Reporter) -> Any:
+def load_tokenizer(recipe: Recipe, source: Source | None, rows: Rows, report: Reporter, poll: Callable[[], None] = lambda: None) -> Any:
     """The recipe's tokenizer: loaded, or trained on the rows."""
     from ftkit import model
 
@@ -126,20 +127,25 @@ def load_tokenizer(recipe: Recipe, source: Source | None, rows: Rows, report: Re
     if recipe.model.init != "random":
         raise RecipeError("model.tokenizer: a tokenizer trained here gives other token ids than the stored weights know; it goes with init: random")
     with report.stage(f"training a {spec.kind} tokenizer of {spec.vocab_size} tokens"):
-        return model.load_tokenizer(recipe.model, source, spec, tokenizer_texts(spec, rows))
+        return model.load_tokenizer(recipe.model, source, spec, tokenizer_texts(spec, rows, poll))
 
 
-def tokenizer_texts(spec: TrainedTokenizer, rows: Rows) -> Iterable[str]:
+def tokenizer_texts(spec: TrainedTokenizer, rows: Rows, poll: Callable[[], None] = lambda: None) -> Iterator[str]:
     """The texts a tokenizer is trained on: the training rows' own, or those of files."""
     if spec.train == "data":
         for row in rows.train:
+            poll()
             yield from _strings(row.values)
         return
     for name in [spec.train] if isinstance(spec.train, str) else spec.train:
         path = Path(name)
         if not path.is_file():
             raise DataError(f"model.tokenizer.train: there is no file {name} (`data` means the training rows)")
-        yield path.read_text(encoding="utf-8")
+        if (format := files.format_of(path)) not in ("txt", None):
+            raise DataError(f"model.tokenizer.train: {name} is a {format} file, and a tokenizer is trained on plain text (`data` means the training rows)")
+        for text in files.read_text(path):
+            poll()
+            yield text
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
     import pyarrow as pa
 
+    Note = Callable[[str], None]
+    Poll = Callable[[], None]
+
 FORMATS = {
     ".csv": "csv",
     ".tsv": "tsv",
@@ -32,6 +35,7 @@ FORMATS = {
     ".txt": "txt",
 }
 SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation", "test": "test"}
+PART_BYTES = 2**20  # of a text that is read in parts
 _SPLIT_NAME = re.compile(rf"({'|'.join(SPLITS)})(?:[-_.].*)?", re.IGNORECASE)
 
 
@@ -78,7 +82,7 @@ def format_of(path: Path) -> str | None:
     return None if found == "parquet" and path.suffix.lower() == ".gz" else found
 
 
-def find(source: str, split: str, format: str | None, note: Callable[[str], None]) -> dict[str, list[Path]]:
+def find(source: str, split: str, format: str | None, note: Note) -> dict[str, list[Path]]:
     """The data files behind a path, by split.
 
     A file, or a directory whose entries are not named after splits, is all `split`.  Raises DataError
@@ -89,7 +93,7 @@ def find(source: str, split: str, format: str | None, note: Callable[[str], None
         return _find(path, split, format, note)
 
 
-def _find(path: Path, split: str, format: str | None, note: Callable[[str], None]) -> dict[str, list[Path]]:
+def _find(path: Path, split: str, format: str | None, note: Note) -> dict[str, list[Path]]:
     if path.is_file():
         return {split: [path]}
     if not path.is_dir():
@@ -136,8 +140,8 @@ def _missing(path: Path) -> str:
     return f"no such file or directory{hint}{hub}"
 
 
-def read(path: Path, format: str | None, txt_row: str, note: Callable[[str], None]) -> Table:
-    """The records of one file.
+def read(path: Path, format: str | None, txt_row: str, note: Note, poll: Poll = lambda: None) -> Table:
+    """The records of one file.  `poll` is called between lines and may raise to stop.
 
     Rows that cannot be parsed go to `bad`.  Raises DataError if the file as a whole is not of its
     format, or has no rows; DiskError if the disk does not give it.
@@ -157,14 +161,28 @@ def read(path: Path, format: str | None, txt_row: str, note: Callable[[str], Non
         if path.stat().st_size == 0:
             raise DataError(f"{path}: the file is empty")
         if format == "parquet":
-            _read_parquet(path, table)
+            _read_parquet(path, table, poll)
         else:
             with _open(path) as file:
-                _READERS[format](file, table, note)
+                _READERS[format](file, table, note, poll)
     if not table.records and not table.bad:
         header = f" after its header ({', '.join(table.columns)})" if table.columns else ""
         raise DataError(f"{path}: the file has no rows{header}")
     return table
+
+
+def read_text(path: Path) -> Iterator[str]:
+    """A file of text in parts of whole lines.  Raises DataError if it is not UTF-8, DiskError if the disk does not give it."""
+    offset = 0
+    with _clear_errors(path), _open(path) as file:
+        while lines := file.readlines(PART_BYTES):
+            data = b"".join(lines)
+            try:
+                text = _decode(data, offset)
+            except ValueError as error:
+                raise DataError(f"{path}: {error}") from error
+            yield text if offset else text.removeprefix("\ufeff")
+            offset += len(data)
 
 
 def _open(path: Path) -> BinaryIO:
@@ -184,10 +202,11 @@ def _clear_errors(path: Path) -> Iterator[None]:
 # --- text ---------------------------------------------------------------------------------------
 
 
-def _lines(file: BinaryIO) -> Iterator[tuple[int, int, bytes]]:
+def _lines(file: BinaryIO, poll: Poll) -> Iterator[tuple[int, int, bytes]]:
     """Physical lines, without a byte order mark: number from 1, byte offset, bytes with their end of line."""
     offset = 0
     for number, line in enumerate(file, 1):
+        poll()
         yield number, offset, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
         offset += len(line)
 
@@ -201,9 +220,9 @@ def _decode(data: bytes, offset: int) -> str:
         raise ValueError(f"not UTF-8: byte 0x{data[error.start]:02x} at byte offset {offset + error.start}{hint}") from error
 
 
-def _read_lines(file: BinaryIO, table: Table, note: Callable[[str], None]) -> None:
+def _read_lines(file: BinaryIO, table: Table, note: Note, poll: Poll) -> None:
     table.columns = ["text"]
-    for number, offset, data in _lines(file):
+    for number, offset, data in _lines(file, poll):
         try:
             line = _decode(data, offset).rstrip("\r\n")
         except ValueError as error:
@@ -213,7 +232,7 @@ def _read_lines(file: BinaryIO, table: Table, note: Callable[[str], None]) -> No
             table.records.append((number, {"text": line}))
 
 
-def _read_txt(file: BinaryIO, table: Table, note: Callable[[str], None]) -> None:
+def _read_txt(file: BinaryIO, table: Table, note: Note, poll: Poll) -> None:
     table.columns = ["text"]
     data = file.read()
     try:
@@ -235,8 +254,8 @@ def _parse(text: str) -> Any:
         raise ValueError("JSON nested too deeply") from error
 
 
-def _read_jsonl(file: BinaryIO, table: Table, note: Callable[[str], None]) -> None:
-    for number, offset, data in _lines(file):
+def _read_jsonl(file: BinaryIO, table: Table, note: Note, poll: Poll) -> None:
+    for number, offset, data in _lines(file, poll):
         if not data.strip():
             continue
         try:
@@ -249,7 +268,7 @@ def _read_jsonl(file: BinaryIO, table: Table, note: Callable[[str], None]) -> No
             table.add(number, record)
 
 
-def _read_json(file: BinaryIO, table: Table, note: Callable[[str], None]) -> None:
+def _read_json(file: BinaryIO, table: Table, note: Note, poll: Poll) -> None:
     try:
         document = _parse(_decode(file.read(), 0).removeprefix("\ufeff"))
     except json.JSONDecodeError as error:
@@ -271,33 +290,33 @@ def _read_json(file: BinaryIO, table: Table, note: Callable[[str], None]) -> Non
 # --- delimited ----------------------------------------------------------------------------------
 
 
-def _read_csv(file: BinaryIO, table: Table, note: Callable[[str], None]) -> None:
-    _delimited(file, table, delimiter=",", strict=True)
+def _read_csv(file: BinaryIO, table: Table, note: Note, poll: Poll) -> None:
+    _delimited(file, table, poll, delimiter=",", strict=True)
 
 
-def _read_tsv(file: BinaryIO, table: Table, note: Callable[[str], None]) -> None:
+def _read_tsv(file: BinaryIO, table: Table, note: Note, poll: Poll) -> None:
     """Programs write TSV with quotes as in CSV; by its definition, and in GLUE, a quote is just a character.
 
     Quotes at the beginning of two texts look like one field of several lines; where each of these lines is
     a whole row by itself, that is what they are.
     """
-    folded = _delimited(file, table, delimiter="\t", strict=True)
+    folded = _delimited(file, table, poll, delimiter="\t", strict=True)
     if table.bad or (folded and len(table.columns) > 1):
         file.seek(0)
         literal = Table(table.source, sha256=table.sha256)
-        _delimited(file, literal, delimiter="\t", quoting=csv.QUOTE_NONE)
+        _delimited(file, literal, poll, delimiter="\t", quoting=csv.QUOTE_NONE)
         if literal.columns == table.columns and (not literal.bad or len(literal.bad) < len(table.bad)):  # a quoted header means quoted fields
             note(f"{table.source}: quotes do not delimit its fields and are kept as characters")
             table.columns, table.records, table.bad = literal.columns, literal.records, literal.bad
 
 
-def _delimited(file: BinaryIO, table: Table, **dialect: Any) -> bool:
+def _delimited(file: BinaryIO, table: Table, poll: Poll, **dialect: Any) -> bool:
     """Fill the table; returns whether any row spans several lines."""
     folded = False
     undecodable: dict[int, str] = {}  # physical line -> reason
 
     def lines() -> Iterator[str]:
-        for number, offset, data in _lines(file):
+        for number, offset, data in _lines(file, poll):
             try:
                 yield _decode(data, offset)
             except ValueError as error:
@@ -348,24 +367,25 @@ def _records(reader: Any) -> Iterator[tuple[int, int, Any]]:
 # --- Arrow --------------------------------------------------------------------------------------
 
 
-def _read_parquet(path: Path, table: Table) -> None:
+def _read_parquet(path: Path, table: Table, poll: Poll) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
     try:
         with parquet.ParquetFile(path) as file:
             table.columns = list(file.schema_arrow.names)
-            add_batches(table, file.iter_batches())
+            add_batches(table, file.iter_batches(), poll)
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # Arrow calls damaged data an OSError, too
             raise
         raise DataError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
 
 
-def add_batches(table: Table, batches: Iterable[pa.RecordBatch]) -> None:
+def add_batches(table: Table, batches: Iterable[pa.RecordBatch], poll: Poll = lambda: None) -> None:
     """Fill the table with the rows of Arrow record batches, numbered from 1."""
     number = 0
     for batch in batches:
+        poll()
         try:
             records = batch.to_pylist()
         except UnicodeDecodeError:  # Arrow does not check strings: find the rows that are not UTF-8
@@ -385,7 +405,7 @@ def _one_record(batch: pa.RecordBatch, index: int) -> dict[str, Any] | str:
         return f"not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start} of a value"
 
 
-_READERS: dict[str, Callable[[BinaryIO, Table, Callable[[str], None]], None]] = {
+_READERS: dict[str, Callable[[BinaryIO, Table, Note, Poll], None]] = {
     "csv": _read_csv,
     "tsv": _read_tsv,
     "jsonl": _read_jsonl,

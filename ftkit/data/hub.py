@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from datasets import Dataset
 
+    from ftkit.data.files import Poll
+
 # The hub allows 96 characters in a name.
 _HUB_ID = re.compile(r"(?P<name>(?P<org>[A-Za-z0-9][\w.-]{0,95})/[A-Za-z0-9][\w.-]{0,95})(?::(?P<config>[^@/\s]+))?(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -54,11 +56,11 @@ def load(source: str, note: Callable[[str], None]) -> HubData:
     return HubData(splits, commit)
 
 
-def table(source: str, split: str, data: HubData) -> Table:
-    """One split as records; integer classes become their names, an unlabelled -1 becomes null."""
+def table(source: str, split: str, data: HubData, poll: Poll = lambda: None) -> Table:
+    """One split as records; integer classes become their names, an unlabelled -1 becomes null.  `poll` may raise to stop."""
     dataset = data.splits[split]
     result = Table(f"{source}[{split}]", columns=list(dataset.column_names), sha256=f"{data.revision}-{dataset._fingerprint}")
-    add_batches(result, dataset.with_format("arrow").iter(batch_size=1000))
+    add_batches(result, dataset.with_format("arrow").iter(batch_size=1000), poll)
     names = {column: classes for column, feature in dataset.features.items() if (classes := _classes(feature))}
     for _, record in result.records:
         for column, classes in names.items():

@@ -19,11 +19,9 @@ from ftkit.tasks import Shape
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ftkit.data.files import Table
+    from ftkit.data.files import Note, Poll, Table
     from ftkit.recipe.spec import Data
     from ftkit.tasks import Task
-
-    Note = Callable[[str], None]
 
 SHOWN = 10  # bad rows that a message names; all are counted
 
@@ -62,8 +60,8 @@ class ColumnMap(NamedTuple):
         return values
 
 
-def load_rows(data: Data, task: Task, seed: int, note: Note) -> Rows:
-    """Read everything that `data` names.
+def load_rows(data: Data, task: Task, seed: int, note: Note, poll: Poll = lambda: None) -> Rows:
+    """Read everything that `data` names.  `poll` is called between rows and may raise to stop.
 
     Random choices (a validation fraction, the sample of `limit`) depend on the seed and the number of
     rows alone.  Raises DataError for files and rows that cannot be used, HubError for the hub,
@@ -71,7 +69,7 @@ def load_rows(data: Data, task: Task, seed: int, note: Note) -> Rows:
     """
 
     def source(name: str, split: str) -> _Source:
-        return _Source(name, split, data.format, task.txt_row, note)
+        return _Source(name, split, data.format, task.txt_row, note, poll)
 
     names = [data.train] if isinstance(data.train, str) else data.train
     sources = [source(name, "train") for name in names]
@@ -80,7 +78,7 @@ def load_rows(data: Data, task: Task, seed: int, note: Note) -> Rows:
         raise DataError(_listed([line for table in tables for line in table.flaws()], f"{', '.join(names)}: no row can be read"))
     columns = _column_map(tables, data.columns, task)
     note(f"columns: {_described(columns, tables)}")
-    reader = _Reader(columns)
+    reader = _Reader(columns, poll)
     train = pool = reader.rows(tables)
 
     own = sources[0] if len(sources) == 1 else None  # whose further splits belong to this training split
@@ -154,17 +152,17 @@ def _plural(count: int, noun: str) -> str:
 class _Source:
     """A file, a directory or a hub id; its splits are known at once and read when asked for."""
 
-    def __init__(self, name: str, split: str, format: str | None, txt_row: str, note: Note) -> None:
+    def __init__(self, name: str, split: str, format: str | None, txt_row: str, note: Note, poll: Poll = lambda: None) -> None:
         self.name, self.on_hub = name, hub.is_hub_id(name)
         self.splits: dict[str, Callable[[], list[Table]]]
         if self.on_hub:
             if format:
                 note(f"{name}: data.format is about files and does not change how the hub's data is read")
             data = hub.load(name, note)
-            self.splits = {key: partial(_hub_tables, name, key, data) for key in data.splits}
+            self.splits = {key: partial(_hub_tables, name, key, data, poll) for key in data.splits}
         else:
             found = files.find(name, split, format, note)
-            self.splits = {key: partial(_file_tables, paths, format, txt_row, note) for key, paths in found.items()}
+            self.splits = {key: partial(_file_tables, paths, format, txt_row, note, poll) for key, paths in found.items()}
 
     def tables(self, split: str) -> list[Table]:
         if split not in self.splits:
@@ -178,12 +176,12 @@ class _Source:
         return [name for name in self.splits if name.startswith("validation")]
 
 
-def _hub_tables(name: str, split: str, data: hub.HubData) -> list[Table]:
-    return [hub.table(name, split, data)]
+def _hub_tables(name: str, split: str, data: hub.HubData, poll: Poll) -> list[Table]:
+    return [hub.table(name, split, data, poll)]
 
 
-def _file_tables(paths: list[Path], format: str | None, txt_row: str, note: Note) -> list[Table]:
-    return [files.read(path, format, txt_row, note) for path in paths]
+def _file_tables(paths: list[Path], format: str | None, txt_row: str, note: Note, poll: Poll) -> list[Table]:
+    return [files.read(path, format, txt_row, note, poll) for path in paths]
 
 
 def _split(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -221,6 +219,7 @@ class _Reader:
     """Tables -> rows, keeping account of what was read and what could not be used."""
 
     columns: ColumnMap
+    poll: Poll = lambda: None
     bad: list[str] = field(default_factory=list)
     sha256: dict[str, str] = field(default_factory=dict)
 
@@ -235,6 +234,7 @@ class _Reader:
                 )
             self.sha256[table.source] = table.sha256
             for number, record in table.records:
+                self.poll()
                 try:
                     rows.append(Row(self.columns.values(record), table.source, number))
                 except RowError as error:

@@ -94,6 +94,17 @@ def test_txt_is_lines_or_a_file_as_the_task_says(read):
     assert rows(read("d.txt", text, format="lines", txt_row="file")) == [{"text": "A line."}, {"text": "Another."}]
 
 
+@pytest.mark.parametrize("name", ["d.txt", "d.txt.gz"])
+def test_text_is_read_in_parts_of_whole_lines(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(files, "PART_BYTES", 8)
+    content = "\ufeffone\ntwo\r\n\nthree and four\nfünf".encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert list(files.read_text(tmp_path / name)) == ["one\ntwo\r\n", "\nthree and four\n", "fünf"]
+    (tmp_path / "bad.txt").write_bytes(content[:-1] + b"\xff")
+    with pytest.raises(DataError, match=rf"bad\.txt: not UTF-8: byte 0xff at byte offset {len(content) - 1}"):
+        list(files.read_text(tmp_path / "bad.txt"))
+
+
 def test_format_overrides_the_ending(read):
     assert rows(read("d.data", '{"text": "x"}\n', format="jsonl")) == [{"text": "x"}]
 

@@ -2,13 +2,15 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 from transformers import AutoTokenizer
 
-from ftkit.errors import RecipeError
-from ftkit.prepare import prepare
+from ftkit.errors import DataError, RecipeError
+from ftkit.prepare import prepare, tokenizer_texts
 from ftkit.recipe import read
+from ftkit.recipe.spec import TrainedTokenizer
 from ftkit.report import Reporter
 
 
@@ -72,8 +74,44 @@ def test_the_tokenizer_bounds_only_the_default_length(prepared, reserved):
 
 
 def test_a_length_that_was_lowered_says_by_what(recipe, reserved):
-    words = "48, which the tokenizer is made for; more are possible, up to the 96 positions of the model"
-    for model, words in ((reserved, words), ("bert", "96, the positions of the model")):
+    tokenizers = "48, which the tokenizer is made for; more are possible, up to the 96 positions of the model"
+    for model, words in ((reserved, tokenizers), ("bert", "96, the positions of the model")):
         report = Reporter(None, quiet=True)
         prepare(read(recipe(model, "single")), report)
         assert any(note.startswith(f"data.max_length: {words}") for note in report.notes)
+
+
+def test_texts_for_a_tokenizer_are_files_of_text(tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    (tmp_path / "b.md").write_bytes(b"ros\xe9s")
+    (tmp_path / "c.parquet").touch()
+
+    def texts(*names, **arguments):
+        return list(tokenizer_texts(TrainedTokenizer(train=[str(tmp_path / name) for name in names]), None, **arguments))
+
+    assert texts("a.txt", "a.txt") == ["one\ntwo\n"] * 2
+    with pytest.raises(DataError, match=r"b\.md: not UTF-8: byte 0xe9 at byte offset 3"):
+        texts("a.txt", "b.md")
+    with pytest.raises(DataError, match=r"c\.parquet is a parquet file, and a tokenizer is trained on plain text"):
+        texts("c.parquet")
+    with pytest.raises(DataError, match=r"there is no file .*d\.txt"):
+        texts("d.txt")
+
+    def stop():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        texts("a.txt", poll=stop)
+
+
+@pytest.mark.parametrize("place", ["_lines", "rows", "tokenizer_texts"])
+def test_a_signal_is_heard_while_rows_are_read_and_a_tokenizer_is_trained(recipe, monkeypatch, place):
+    """Asked for often enough, a stop comes up in each of the functions that may take long."""
+    made = recipe({"init": "random", "tokenizer": {"train": "data", "vocab_size": 300}, "config": {"model_type": "llama"}}, "text")
+
+    def poll():
+        if sys._getframe(1).f_code.co_name == place:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(read(made), Reporter(None, quiet=True), poll)
