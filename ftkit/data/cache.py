@@ -77,6 +77,8 @@ def cached(
         if not found:
             value = compute()
             _store(key, value, save, max_bytes, note)
+        with suppress(OSError):  # whoever waits for the lock finds the entry, and so does who makes the lock anew
+            Path(lock.name).unlink()
     return value
 
 
@@ -134,10 +136,10 @@ def _load(key: str, load: Callable[[Path], T], note: Note) -> tuple[bool, Any]:
 
 
 def _lock(key: str, note: Note, poll: Callable[[], None]) -> IO[str]:
-    """A file locked for this process alone; closing it, or being killed, releases it."""
+    """The file of a key, locked for this process alone; closing it, or being killed, releases it."""
     locks = directory() / "locks"
     locks.mkdir(parents=True, exist_ok=True)
-    file = (locks / key[:2]).open("w")
+    file = (locks / key).open("w")
     told = False
     while True:
         try:

@@ -168,6 +168,13 @@ def test_one_process_computes_and_the_others_wait(other_process):
     assert maker.notes == ["waiting for another process that makes the same cache entry"]
 
 
+def test_another_key_does_not_wait(other_process, directory):
+    maker = Maker()
+    assert maker.get("a" * 63 + "b") == "content"
+    assert maker.notes == []
+    assert [path.name for path in (directory / "locks").iterdir()] == ["a" * 64]
+
+
 def test_waiting_can_be_interrupted(other_process):
     def poll():
         raise KeyboardInterrupt
