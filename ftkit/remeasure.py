@@ -37,11 +37,14 @@ class _Run(NamedTuple):
 def evaluate(target: str, data: str | None = None, split: str | None = None) -> dict[str, Any]:
     """Measure a run on its validation and test sets, on one of them, or on the rows of another file.
 
-    What comes out is also written to RUN/eval/NAME.  A recipe's untrained base is measured likewise, and
-    nothing is written.  Returns the summary: {"output": ..., "metrics": {split: {metric: value}}}.
+    What comes out is also written to RUN/eval/NAME, NAME being that of the set, or other/NAME after another
+    file.  A recipe's untrained base is measured likewise, on one process, and nothing is written.  Returns
+    the summary: {"output": ..., "metrics": {split: {metric: value}}}.
     """
     from ftkit.report import Reporter
 
+    if data and split and Path(data).is_file():
+        raise RecipeError(f"--split: {data} is one file: it has no splits; leave --split out")
     with Reporter(None) as report:
         return _measure_run(target, data, split, report) if rundir.is_run(target) else _measure_base(target, data, split, report)
 
@@ -78,7 +81,7 @@ def _measure_base(target: str, data: str | None, split: str | None, report: Repo
 
     resolved = read(target)
     quiet_libraries()
-    prepared = prepare(resolved, report)
+    prepared = prepare(resolved._replace(recipe=_on_one_process(resolved.recipe, report)), report)
     if data:
         other = _rows(prepared.recipe, data, split, report)
         prepared.splits = _encoded(other, prepared.recipe, prepared.tokenizer, prepared.limits, report)
@@ -87,6 +90,14 @@ def _measure_base(target: str, data: str | None, split: str | None, report: Repo
     session = open_session(prepared, report)
     measured = measure(session, prepared.splits, report, StopRequest())
     return {"metrics": {"base": _values(measured)}}
+
+
+def _on_one_process(recipe: Recipe, report: Reporter) -> Recipe:
+    """The recipe without what is only for training."""
+    train = recipe.train
+    if train.parallel != "ddp" or train.processes not in ("auto", 1):
+        report.note("measured on one process: train.parallel and train.processes are for training")
+    return recipe.model_copy(update={"train": train.model_copy(update={"parallel": "ddp", "processes": 1})})
 
 
 def _precision(run: Opened, here: Any, report: Reporter) -> str:
@@ -108,8 +119,9 @@ def _rows(recipe: Recipe, data: str | None, split: str | None, report: Reporter,
 
     with report.stage("reading data"):
         if data:
-            name = Path(data).name
-            return {name.partition(".")[0] or name: load_split(data, split, recipe.data, recipe.task, report.note)}
+            name = Path(data).resolve().name
+            name = f"other/{name.partition('.')[0] or name}"  # no set of a run can be called so
+            return {name: load_split(data, split, recipe.data, recipe.task, report.note)}
         rows = load_rows(recipe.data, recipe.task, recipe.train.seed, report.note)
     for source, digest in (sha256 or {}).items():
         if rows.sha256.get(source, digest) != digest:

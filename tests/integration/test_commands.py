@@ -85,14 +85,18 @@ def test_eval_measures_one_set_and_prints_a_table(make_run, ftkit):
 
 def test_eval_measures_other_rows_in_the_columns_of_the_run(make_run, ftkit, data, tmp_path):
     run = make_run("single")
+    own = run / "eval" / "validation"
+    shutil.rmtree(own, ignore_errors=True)
     done = ftkit("eval", run, "--data", data.single / "validation.csv", "--json")
-    assert json.loads(done.out)["metrics"]["validation"] == pytest.approx(json.loads((run / "metrics.json").read_text())["validation"], rel=1e-6)
+    measured = json.loads((run / "metrics.json").read_text())["validation"]
+    assert json.loads(done.out)["metrics"] == {"other/validation": pytest.approx(measured, rel=1e-6)}
+    assert not own.exists(), "what is called so belongs to the run's own set"
     renamed = tmp_path / "fresh.csv"
     renamed.write_text("sentence,category\nroses and bees,garden\nbutter and bread,kitchen\n")
     done = ftkit("eval", run, "--data", renamed, "--json")
-    assert json.loads(done.out)["metrics"]["fresh"]["loss_count"] == 2
+    assert json.loads(done.out)["metrics"]["other/fresh"]["loss_count"] == 2
     assert "text from sentence" in done.err
-    assert [json.loads(line)["label"] for line in (run / "eval" / "fresh" / "predictions.jsonl").open()] == ["garden", "kitchen"]
+    assert [json.loads(line)["label"] for line in (run / "eval" / "other" / "fresh" / "predictions.jsonl").open()] == ["garden", "kitchen"]
 
 
 def test_eval_refuses_labels_that_the_run_does_not_know(make_run, ftkit, tmp_path):
@@ -100,7 +104,21 @@ def test_eval_refuses_labels_that_the_run_does_not_know(make_run, ftkit, tmp_pat
     done = ftkit("eval", make_run("single"), "--data", tmp_path / "sky.csv")
     assert done.code == 3
     assert "sky.csv:2: label 'sky' does not occur" in done.err
-    assert not (make_run("single") / "eval" / "sky").exists()
+    assert not (make_run("single") / "eval" / "other" / "sky").exists()
+
+
+def test_eval_refuses_a_split_of_a_file(make_run, ftkit, data):
+    done = ftkit("eval", make_run("single"), "--data", data.single / "test.csv", "--split", "test")
+    assert (done.code, "test.csv is one file: it has no splits; leave --split out" in done.err) == (2, True), done.err
+    assert ftkit("eval", make_run("single"), "--data", data.single, "--split", "train").code == 0
+
+
+def test_eval_of_a_recipe_for_many_processes_takes_one(recipe, ftkit):
+    path = recipe(train={"parallel": "fsdp", "processes": 4})
+    done = ftkit("eval", path, "--split", "test", "--json")
+    assert done.code == 0, done.err
+    assert "on one process" in done.err
+    assert list(json.loads(done.out)["metrics"]["base"]) == ["test"]
 
 
 def test_eval_refuses_other_columns(make_run, ftkit, tmp_path):
