@@ -293,7 +293,7 @@ def _unpack(value: Any, tensors: Tensors) -> Any:
 
 def _whole(value: Any) -> Any:
     """A sharded tensor (FSDP2) gathered from all processes; anything else as it is."""
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
+    return value.full_tensor().cpu() if hasattr(value, "full_tensor") else value  # no GPU could hold all of them
 
 
 def _sharded_like(value: torch.Tensor, target: Any) -> torch.Tensor:

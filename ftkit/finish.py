@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ftkit import checkpoint, device, plots, rundir, verify
 from ftkit.card import model_card
 from ftkit.evaluate import measure, predictions
@@ -37,8 +39,10 @@ def finish(session: Session, output: Path, report: Reporter, stop: StopRequest, 
         report.evaluation(position.step, name, result.values)
         _write_records(session, output, name, result)
     main = session.accelerator.is_main_process
-    if main:
-        with report.stage("saving"):
+    with report.stage("saving"):
+        if session.recipe.train.parallel == "fsdp":
+            _gather(session)
+        if main:
             artifact = write_model(session.recipe.method, session.learner, session.base, session.recipe.model.config, output / "model")
             if session.base.source is None and artifact["loads_with"] == "peft":
                 _write_base(session, output / "model" / "base")
@@ -70,6 +74,16 @@ def finish(session: Session, output: Path, report: Reporter, stop: StopRequest, 
     summary["files"] = [[str(path), _size(path)] for path in sorted(output.iterdir()) if not path.name.startswith(".")]
     manifest.finish(notes=report.notes, summary=summary)
     return summary
+
+
+def _gather(session: Session) -> None:
+    """Rebuild what FSDP has shared out in the main memory of the first process, which writes and answers alone; collective."""
+    learned = checkpoint.learned(session.learner)
+    if not session.accelerator.is_main_process:
+        return
+    session.base = load_base(session.prepared, session.precision, torch.device("cpu"))
+    session.learner = session.recipe.method.apply(session.base)
+    checkpoint.restore_model(session.learner, learned)
 
 
 def write_model(method: Method, learner: nn.Module, base: Base, overrides: dict[str, Any], directory: Path) -> dict[str, Any]:
@@ -166,8 +180,6 @@ def _baselines(session: Session, report: Reporter) -> dict[str, float]:
 
 def _release(session: Session) -> None:
     """End the process group and let go of the model: verification happens in a process of its own."""
-    import torch
-
     session.accelerator.end_training()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
