@@ -31,12 +31,21 @@ CHAT_TEMPLATE = """\
 """
 
 
+class VocabularySize(DataError):
+    """The texts do not give as many tokens as are asked for, but `found`."""
+
+    def __init__(self, message: str, found: int) -> None:
+        super().__init__(message)
+        self.found = found
+
+
 def train_tokenizer(spec: TrainedTokenizer, texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """A tokenizer of exactly `spec.vocab_size` tokens; the same texts give the same tokenizer.
 
     bpe and unigram work on bytes: they meet no unknown character, give back every text exactly, and
     bring a ChatML template.  wordpiece is BERT's: lower case, `[CLS] a [SEP] b [SEP]`.
-    Raises RecipeError for a vocabulary too small for its bytes, DataError for texts too few to fill it.
+    Raises RecipeError for a vocabulary too small for its bytes, VocabularySize for texts too few to fill it,
+    or with too many characters for it.
     """
     tokenizer, names, extra, template = _wordpiece(spec, texts) if spec.kind == "wordpiece" else _bytes(spec, texts)
     from transformers import PreTrainedTokenizerFast
@@ -54,7 +63,11 @@ def train_tokenizer(spec: TrainedTokenizer, texts: Iterable[str]) -> PreTrainedT
 def _check_size(tokenizer: Tokenizer, spec: TrainedTokenizer) -> None:
     found = tokenizer.get_vocab_size()
     if found < spec.vocab_size:
-        raise DataError(f"model.tokenizer: the text gives {found} tokens, fewer than vocab_size: {spec.vocab_size}; give more text, or vocab_size: {found}")
+        few = f"the text gives {found} tokens, fewer than vocab_size: {spec.vocab_size}; give more text, or vocab_size: {found}"
+        raise VocabularySize(f"model.tokenizer: {few}", found)
+    if found > spec.vocab_size:
+        many = f"the characters of the text alone give {found} tokens, more than vocab_size: {spec.vocab_size}; give vocab_size: {found} or more, or kind: bpe"
+        raise VocabularySize(f"model.tokenizer: {many}", found)
 
 
 Trained = tuple["Tokenizer", dict[str, str], tuple[str, ...], str | None]  # special tokens by role, and others; chat template

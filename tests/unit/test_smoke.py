@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from pathlib import Path
 
@@ -160,6 +161,15 @@ def test_a_name_that_tells_no_architecture(smoke, data):
     done = smoke(classify("org/our-own-thing", data.single / "train.csv"))
     assert done.code == 8
     assert "does not tell its architecture" in done.out
+
+
+def test_a_script_of_many_characters_gets_a_larger_vocabulary(smoke, tmp_path):
+    words = ["".join(chr(0x1200 + (7 * i + j) % 250) for j in range(25)) for i in range(40)]
+    (tmp_path / "train.csv").write_text("text,label\n" + "".join(f"{word},{i % 2}\n" for i, word in enumerate(words)))
+    done = smoke(classify("distilbert/distilbert-base-uncased", tmp_path / "train.csv"))
+    assert done.code == 0, done.err
+    (size,) = re.findall(r"a wordpiece one of (\d+) tokens stands for it", done.err)
+    assert int(size) > 320
 
 
 def test_what_needs_a_gpu_is_left_out_without_one(smoke, data, checkpoint):

@@ -90,6 +90,12 @@ def test_too_little_text_says_how_many_tokens_there_are(kind):
         train_tokenizer(TrainedTokenizer(train="data", kind=kind, vocab_size=9000), TEXTS)
 
 
+def test_more_characters_than_tokens():
+    letters = ["".join(chr(0x430 + i) for i in range(32)) * 2, "abcdefghijklmnopqrstuvwxyz" * 2]
+    with pytest.raises(DataError, match=r"the characters of the text alone give (\d+) tokens, more than vocab_size: 70; give vocab_size: \1 or more"):
+        train_tokenizer(TrainedTokenizer(train="data", kind="wordpiece", vocab_size=70), letters)
+
+
 @pytest.mark.parametrize("kind", SIZES)
 def test_no_text_at_all(kind):
     with pytest.raises(DataError, match="the text gives"):
