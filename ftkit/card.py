@@ -39,7 +39,7 @@ def model_card(recipe: Recipe[Any, Any, Any], manifest: Mapping[str, Any], metri
         f"---\n{front}---",
         f"# {Path(recipe.output).name}",
         _story(recipe, manifest, base, tuned),
-        f"## Load it\n\nFrom inside the run directory:\n\n```python\n{_loading_code(manifest['artifact'])}\n```",
+        f"## Load it\n\nFrom inside the run directory:\n\n```python\n{_loading_code(manifest)}\n```",
         f"## Results\n\n{_results(base, tuned)}",
         f"## Training\n\n{_hyperparameters(recipe, manifest)}",
     ]
@@ -112,8 +112,9 @@ def _story(recipe: Recipe[Any, Any, Any], manifest: Mapping[str, Any], base: Mea
     return f"{done} Its {metric} on {split} is {number(values[metric])}; before training it was {'not measured' if before is None else number(before)}."
 
 
-def _loading_code(artifact: Mapping[str, Any]) -> str:
+def _loading_code(manifest: Mapping[str, Any]) -> str:
     """Python that does what the verification did."""
+    artifact = manifest["artifact"]
     auto, kwargs = artifact["auto_class"], dict(artifact["load_kwargs"])
     if "id2label" in kwargs:
         kwargs["id2label"] = {int(index): label for index, label in kwargs["id2label"].items()}
@@ -125,17 +126,32 @@ def _loading_code(artifact: Mapping[str, Any]) -> str:
     if quantization := kwargs.get("quantization_config"):
         imports.append("BitsAndBytesConfig")
         inner = ", ".join(f"{key}={value!r}" for key, value in quantization.items())
-        arguments += [f"quantization_config=BitsAndBytesConfig({inner})", "device_map='auto'"]
-    name = "model"
-    if adapter:
-        name = "model/base" if artifact["base"] == "base" else public_name(artifact["base"])
-    loaded = "".join(f"    {argument},\n" for argument in [repr(name), *arguments])
+        arguments.append(f"quantization_config=BitsAndBytesConfig({inner})")
+    device = "cuda" if manifest["hardware"]["gpus"] else "cpu"
+    if quantization or device != "cpu":
+        arguments.append(f"device_map={device!r}")
     lines = [f"from transformers import {', '.join(sorted(imports))}", ""]
+    name = repr("model")
     if adapter:
-        lines = ["from peft import PeftModel", *lines, f"base = {auto}.from_pretrained(\n{loaded})", "model = PeftModel.from_pretrained(base, 'model')"]
-    else:
-        lines.append(f"model = {auto}.from_pretrained(\n{loaded})")
-    return "\n".join([*lines, "tokenizer = AutoTokenizer.from_pretrained('model')"])
+        lines.insert(0, "from peft import PeftModel")
+        name = repr("model/base" if artifact["base"] == "base" else artifact["base"])
+        if Path(artifact["base"]).is_absolute():  # the hub may have another model of that name
+            name = "path"
+            lines.append(_local_base(artifact["base"], manifest))
+    loaded = "".join(f"    {argument},\n" for argument in [name, *arguments])
+    lines.append(f"{'base' if adapter else 'model'} = {auto}.from_pretrained(\n{loaded})")
+    if adapter:
+        lines.append("model = PeftModel.from_pretrained(base, 'model')")
+    own_code = ", trust_remote_code=True" if kwargs.get("trust_remote_code") else ""
+    return "\n".join([*lines, f"tokenizer = AutoTokenizer.from_pretrained('model'{own_code})"])
+
+
+def _local_base(base: str, manifest: Mapping[str, Any]) -> str:
+    """A line for the reader to complete, with what tells the right model."""
+    name = public_name(base) + ("/model" if Path(base).name == "model" else "")
+    digest = (manifest.get("verification") or {}).get("base_sha256")
+    known = f"; sha256 over its tensors, in manifest.json: {digest}" if digest else ""
+    return f"path = {f'PATH/TO/{name}'!r}  # the local model that this was trained on{known}"
 
 
 def _results(base: Measured, tuned: Measured) -> str:

@@ -25,6 +25,7 @@ MANIFEST = {
     "versions": {"ftkit": "0.1.0", "torch": "2.13.0", "bitsandbytes": None},
     "parameters": {"trainable": 295_682, "total": 109_779_970},
     "precision": "bf16",
+    "hardware": {"gpus": []},
     "model": {"architecture": "BertForSequenceClassification"},
     "data": {"audit": {"train": {"rows": 25_000}}},
 }
@@ -154,8 +155,36 @@ def test_quantised_bases_load_as_they_were_verified(recipe):
     manifest["artifact"]["load_kwargs"]["quantization_config"] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     script = code(model_card(recipe(), manifest, METRICS))
     compile(script, "card", "exec")
-    assert "quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4')" in script
+    assert "quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4'),\n    device_map='cpu'" in script
     assert "import AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig" in script
+
+
+def test_the_code_loads_onto_the_kind_of_device_that_was_verified(recipe):
+    script = code(model_card(recipe(), MANIFEST | {"hardware": {"gpus": ["NVIDIA H200"]}}, METRICS))
+    assert "device_map='cuda'" in script
+    assert "device_map" not in code(model_card(recipe(), MANIFEST, METRICS))
+
+
+def test_own_code_is_trusted_for_the_tokenizer_too(recipe):
+    manifest = copy.deepcopy(MANIFEST)
+    manifest["artifact"]["load_kwargs"]["trust_remote_code"] = True
+    script = code(model_card(recipe(), manifest, METRICS))
+    assert script.count("trust_remote_code=True") == 2
+    assert script.endswith("from_pretrained('model', trust_remote_code=True)\n")
+
+
+@pytest.mark.parametrize(("place", "name"), [("my-bert", "my-bert"), ("first/model", "first/model")])
+def test_a_local_base_is_for_the_reader_to_place(recipe, tmp_path, place, name):
+    """Its name alone would be looked for on the hub, where another model may be called so."""
+    (tmp_path / place).mkdir(parents=True)
+    manifest = copy.deepcopy(MANIFEST)
+    manifest["artifact"] |= {"base": str(tmp_path / place), "revision": None}
+    manifest["verification"]["base_sha256"] = "0123abcd"
+    script = code(model_card(recipe(model=str(tmp_path / place)), manifest, METRICS))
+    compile(script, "card", "exec")
+    assert f"path = 'PATH/TO/{name}'  # the local model that this was trained on; sha256 over its tensors, in manifest.json: 0123abcd" in script
+    assert "from_pretrained(\n    path,\n" in script
+    assert str(tmp_path) not in script
 
 
 @pytest.fixture
