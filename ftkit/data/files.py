@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     Note = Callable[[str], None]
     Poll = Callable[[], None]
+    Choose = Callable[[list[str]], list[str]]  # which of these columns are wanted
 
 FORMATS = {
     ".csv": "csv",
@@ -140,8 +141,8 @@ def _missing(path: Path) -> str:
     return f"no such file or directory{hint}{hub}"
 
 
-def read(path: Path, format: str | None, txt_row: str, note: Note, poll: Poll = lambda: None) -> Table:
-    """The records of one file.  `poll` is called between lines and may raise to stop.
+def read(path: Path, format: str | None, txt_row: str, note: Note, poll: Poll = lambda: None, choose: Choose = list) -> Table:
+    """The records of one file; of a Parquet file only the chosen columns.  `poll` is called between lines and may raise to stop.
 
     Rows that cannot be parsed go to `bad`.  Raises DataError if the file as a whole is not of its
     format, or has no rows; DiskError if the disk does not give it.
@@ -161,7 +162,7 @@ def read(path: Path, format: str | None, txt_row: str, note: Note, poll: Poll = 
         if path.stat().st_size == 0:
             raise DataError(f"{path}: the file is empty")
         if format == "parquet":
-            _read_parquet(path, table, poll)
+            _read_parquet(path, table, poll, choose)
         else:
             with _open(path) as file:
                 _READERS[format](file, table, note, poll)
@@ -367,14 +368,14 @@ def _records(reader: Any) -> Iterator[tuple[int, int, Any]]:
 # --- Arrow --------------------------------------------------------------------------------------
 
 
-def _read_parquet(path: Path, table: Table, poll: Poll) -> None:
+def _read_parquet(path: Path, table: Table, poll: Poll, choose: Choose) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
     try:
         with parquet.ParquetFile(path) as file:
             table.columns = list(file.schema_arrow.names)
-            add_batches(table, file.iter_batches(), poll)
+            add_batches(table, file.iter_batches(columns=choose(table.columns)), poll)
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # Arrow calls damaged data an OSError, too
             raise

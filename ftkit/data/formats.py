@@ -145,6 +145,8 @@ SHAREGPT = Conversion("ShareGPT", ("conversations",), ("system",), _sharegpt)
 ALPACA = Conversion("Alpaca", ("instruction", "output"), ("input", "system", "history"), _alpaca, "output")
 PROMPT_COMPLETION = Conversion("prompt/completion messages", ("prompt", "completion"), (), _prompt_completion, "completion")
 
+CHAT_COLUMNS = frozenset(name for each in (SHAREGPT, ALPACA, PROMPT_COMPLETION) for name in (*each.required, *each.optional))
+
 
 def detect(columns: list[str], first: dict[str, Any], has_messages: bool, has_prompt: bool, answers: bool = True) -> Conversion | None:
     """The chat format of a table with these columns, for a task that reads `messages`.

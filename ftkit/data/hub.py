@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from datasets import Dataset
 
-    from ftkit.data.files import Poll
+    from ftkit.data.files import Choose, Poll
 
 # The hub allows 96 characters in a name.
 _HUB_ID = re.compile(r"(?P<name>(?P<org>[A-Za-z0-9][\w.-]{0,95})/[A-Za-z0-9][\w.-]{0,95})(?::(?P<config>[^@/\s]+))?(?:@(?P<revision>[\w./-]+))?", re.ASCII)
@@ -56,12 +56,16 @@ def load(source: str, note: Callable[[str], None]) -> HubData:
     return HubData(splits, commit)
 
 
-def table(source: str, split: str, data: HubData, poll: Poll = lambda: None) -> Table:
-    """One split as records; integer classes become their names, an unlabelled -1 becomes null.  `poll` may raise to stop."""
+def table(source: str, split: str, data: HubData, poll: Poll = lambda: None, choose: Choose = list) -> Table:
+    """The chosen columns of a split as records; integer classes become their names, an unlabelled -1 becomes null.
+
+    `poll` is called between batches and may raise to stop.
+    """
     dataset = data.splits[split]
+    chosen = dataset.select_columns(choose(dataset.column_names))
     result = Table(f"{source}[{split}]", columns=list(dataset.column_names), sha256=f"{data.revision}-{dataset._fingerprint}")
-    add_batches(result, dataset.with_format("arrow").iter(batch_size=1000), poll)
-    names = {column: classes for column, feature in dataset.features.items() if (classes := _classes(feature))}
+    add_batches(result, chosen.with_format("arrow").iter(batch_size=1000), poll)
+    names = {column: classes for column, feature in chosen.features.items() if (classes := _classes(feature))}
     for _, record in result.records:
         for column, classes in names.items():
             record[column] = _named(record[column], classes)

@@ -19,7 +19,7 @@ from ftkit.tasks import Shape
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ftkit.data.files import Note, Poll, Table
+    from ftkit.data.files import Choose, Note, Poll, Table
     from ftkit.recipe.spec import Data
     from ftkit.tasks import Task
 
@@ -67,9 +67,10 @@ def load_rows(data: Data, task: Task, seed: int, note: Note, poll: Poll = lambda
     rows alone.  Raises DataError for files and rows that cannot be used, HubError for the hub,
     RecipeError for columns that the task does not know.
     """
+    choose = _choice(task, data.columns)
 
     def source(name: str, split: str) -> _Source:
-        return _Source(name, split, data.format, task.txt_row, note, poll)
+        return _Source(name, split, data.format, task.txt_row, note, poll, choose)
 
     names = [data.train] if isinstance(data.train, str) else data.train
     sources = [source(name, "train") for name in names]
@@ -152,17 +153,17 @@ def _plural(count: int, noun: str) -> str:
 class _Source:
     """A file, a directory or a hub id; its splits are known at once and read when asked for."""
 
-    def __init__(self, name: str, split: str, format: str | None, txt_row: str, note: Note, poll: Poll = lambda: None) -> None:
+    def __init__(self, name: str, split: str, format: str | None, txt_row: str, note: Note, poll: Poll = lambda: None, choose: Choose = list) -> None:
         self.name, self.on_hub = name, hub.is_hub_id(name)
         self.splits: dict[str, Callable[[], list[Table]]]
         if self.on_hub:
             if format:
                 note(f"{name}: data.format is about files and does not change how the hub's data is read")
             data = hub.load(name, note)
-            self.splits = {key: partial(_hub_tables, name, key, data, poll) for key in data.splits}
+            self.splits = {key: partial(_hub_tables, name, key, data, poll, choose) for key in data.splits}
         else:
             found = files.find(name, split, format, note)
-            self.splits = {key: partial(_file_tables, paths, format, txt_row, note, poll) for key, paths in found.items()}
+            self.splits = {key: partial(_file_tables, paths, format, txt_row, note, poll, choose) for key, paths in found.items()}
 
     def tables(self, split: str) -> list[Table]:
         if split not in self.splits:
@@ -176,12 +177,12 @@ class _Source:
         return [name for name in self.splits if name.startswith("validation")]
 
 
-def _hub_tables(name: str, split: str, data: hub.HubData, poll: Poll) -> list[Table]:
-    return [hub.table(name, split, data, poll)]
+def _hub_tables(name: str, split: str, data: hub.HubData, poll: Poll, choose: Choose) -> list[Table]:
+    return [hub.table(name, split, data, poll, choose)]
 
 
-def _file_tables(paths: list[Path], format: str | None, txt_row: str, note: Note, poll: Poll) -> list[Table]:
-    return [files.read(path, format, txt_row, note, poll) for path in paths]
+def _file_tables(paths: list[Path], format: str | None, txt_row: str, note: Note, poll: Poll, choose: Choose) -> list[Table]:
+    return [files.read(path, format, txt_row, note, poll, choose) for path in paths]
 
 
 def _split(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -241,6 +242,13 @@ class _Reader:
                     table.reject(number, str(error))
             self.bad += table.flaws()
         return rows
+
+
+def _choice(task: Task, given: dict[str, str]) -> Choose:
+    """Picks the columns that may mean something to the task; the others could fill the memory, as embeddings and images do."""
+    names = {alias for shape in task.shapes for column in (*shape.required, *shape.optional) for alias in column.aliases}
+    names |= formats.CHAT_COLUMNS if "messages" in names else set()
+    return lambda columns: [name for name in columns if name.lower() in names or name in given.values()] or columns
 
 
 def _column_map(tables: list[Table], given: dict[str, str], task: Task) -> ColumnMap:

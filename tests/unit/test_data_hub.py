@@ -83,6 +83,13 @@ def test_splits_names_of_classes_and_the_commit(on_hub):
     assert f"org/name:config@v1: read at commit {COMMIT}" in notes
 
 
+def test_columns_that_mean_nothing_are_not_converted(on_hub):
+    on_hub(train=rows(2))
+    data = hub.load("org/name", print)
+    table = hub.table("org/name", "train", data, choose=lambda columns: columns[1:])
+    assert (table.columns, table.records) == (["text", "label"], [(1, {"label": "bad"}), (2, {"label": "bad"})])
+
+
 def test_validation_splits_by_other_names(on_hub):
     on_hub(train=rows(3), validation_matched=rows(1), validation_mismatched=rows(2))
     assert {name: len(split) for name, split in load().validation.items()} == {"validation_matched": 1, "validation_mismatched": 2}

@@ -3,9 +3,11 @@
 import json
 import random
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
-from ftkit.data.rows import load_rows
+from ftkit.data.rows import ColumnMap, load_rows
 from ftkit.errors import DataError, RecipeError
 from ftkit.recipe.spec import Data
 from ftkit.tasks import Column, Shape
@@ -122,6 +124,19 @@ def test_validation_files_must_have_the_columns_of_the_training_file(write):
     message = refused(train=train, validation=validation)
     assert message.startswith(f"{validation}: lacks the column 'sentence'")
     assert "there are: text, label" in message
+
+
+def test_columns_that_mean_nothing_to_the_task_are_not_converted(tmp_path, monkeypatch):
+    path, notes, converted = str(tmp_path / "d.parquet"), [], []
+    row = {"embedding": [0.0] * 4, "Sentence": "a", "class": "b", "mine": "c"}
+    parquet.write_table(pa.Table.from_pylist([row]), path)
+    values = ColumnMap.values
+    monkeypatch.setattr(ColumnMap, "values", lambda self, record: converted.append(list(record)) or values(self, record))
+    assert load(notes=notes, train=path).train[0].values == {"text": "a", "label": "b"}
+    assert load(train=path, columns={"text": "mine"}).train[0].values == {"text": "c", "label": "b"}
+    assert converted == [["Sentence", "class"], ["Sentence", "class", "mine"]]
+    assert notes[0].endswith("not used: embedding, mine")
+    assert "there are: embedding, Sentence, class, mine" in refused(ChatOnly, train=path)
 
 
 # --- bad rows -----------------------------------------------------------------------------------
