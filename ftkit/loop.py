@@ -7,7 +7,7 @@ processes: a batch in one piece, in four, or on two processes has the same gradi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,9 +23,9 @@ from ftkit.errors import Diverged
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from ftkit.data.features import FeatureSet
     from ftkit.objectives import Objective
     from ftkit.recipe.spec import Train
+    from ftkit.session import Session
     from ftkit.tasks import Task
 
 
@@ -143,27 +143,17 @@ def train_step(
     return value, norm_value, items.item()
 
 
-def fit(
-    accelerator: Accelerator,
-    trainee: nn.Module,
-    optimizer: Any,
-    factor: Callable[[int], float],
-    features: FeatureSet,
-    train: Train,
-    layout: str,
-    accumulate: int,
-    pad_token_id: int,
-    position: Position,
-    num_steps: int,
-) -> Iterator[Step]:
-    """Train from `position` to `num_steps`; yields after every optimizer step, when it is safe to evaluate or save."""
+def fit(session: Session, position: Position) -> Iterator[Step]:
+    """Train from `position` to the end; yields after every optimizer step, when it is safe to evaluate or save."""
+    accelerator, trainee, optimizer = session.accelerator, session.wrapped, session.optimizer
+    train, features = session.recipe.train, session.prepared.train
     rates = [group.setdefault("initial_lr", group["lr"]) for group in optimizer.param_groups]
     trainee.train()
-    for rows in batches(features.lengths, train, layout, position, num_steps):
+    for rows in batches(features.lengths, train, session.layout, position, session.num_steps):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * factor(position.step - 1)
-        parts = split(rows, features.lengths, accumulate, accelerator.num_processes, accelerator.process_index)
-        micro_batches = [collate(features, part, pad_token_id) for part in parts]
+            group["lr"] = rate * session.schedule(position.step - 1)
+        parts = split(rows, features.lengths, session.accumulate, accelerator.num_processes, accelerator.process_index)
+        micro_batches = [collate(features, part, session.pad_token_id) for part in parts]
         try:
             loss, norm, items = train_step(accelerator, trainee, optimizer, micro_batches, train.max_grad_norm)
         except Diverged as error:

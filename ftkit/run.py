@@ -88,26 +88,13 @@ def _train(resolved: Resolved, stop: signals.StopRequest, resume: bool, overwrit
 def _learn(session: Session, output: Path, report: Reporter, stop: signals.StopRequest, position: Position) -> None:
     """Train to the end, or until validation no longer improves; log, evaluate and save when due."""
     train, features = session.recipe.train, session.prepared.train
-    per_epoch, num_steps = optim.steps_per_epoch(train, len(features)), optim.num_steps(train, len(features))
+    per_epoch, num_steps = optim.steps_per_epoch(train, len(features)), session.num_steps
     eval_every, save_every = train.eval_every or per_epoch, train.save_every or per_epoch
-    steps = fit(
-        session.accelerator,
-        session.wrapped,
-        session.optimizer,
-        session.schedule,
-        features,
-        train,
-        session.layout,
-        session.accumulate,
-        session.pad_token_id,
-        position,
-        num_steps,
-    )
     with report.training(num_steps, position.step) as stage:
         if position.evaluation_due and _validate(session, output, report, stop, position):  # a signal had cut it off
             _save(session, output, position, report)
         clock, tokens = time.perf_counter(), 0
-        steps = _named_failures(steps, session, output, position)
+        steps = _named_failures(fit(session, position), session, output, position)
         while not _out_of_patience(train, position) and (done := next(steps, None)):
             tokens += done.tokens
             stage.advance()

@@ -35,6 +35,7 @@ class Session:
     wrapped: nn.Module  # the learner with task and objective (`Trainee`), as accelerate prepared it: what everything calls
     optimizer: Any
     precision: str
+    num_steps: int  # of the whole run
     schedule: Callable[[int], float]  # step -> factor of the learning rate
     accumulate: int  # micro-batches of one process in a step
     layout: str
@@ -59,7 +60,8 @@ def open_session(prepared: Prepared, report: Reporter) -> Session:
     here = device.pick(world.local_rank)
     threads = device.use_all_cores(world.size if here.type == "cpu" else 1)
     precision = device.precision(train.precision, here)
-    schedule = optim.schedule(train, optim.num_steps(train, len(prepared.train)))
+    num_steps = optim.num_steps(train, len(prepared.train))
+    schedule = optim.schedule(train, num_steps)
     _check_parallel(train, here, world.size)
     with report.stage("loading the model"):
         base = load_base(prepared, precision, here)
@@ -84,7 +86,7 @@ def open_session(prepared: Prepared, report: Reporter) -> Session:
     if trainee.still:
         report.note(f"without dropout, because frozen below the first part that learns: {', '.join(trainee.still)}")
     torch.manual_seed(train.seed + world.rank)  # dropout differs between processes
-    return Session(recipe, prepared, accelerator, base, learner, wrapped, prepared_optimizer, precision, schedule, accumulate, layout)
+    return Session(recipe, prepared, accelerator, base, learner, wrapped, prepared_optimizer, precision, num_steps, schedule, accumulate, layout)
 
 
 def _shares(train: Train, accumulate: int, size: int) -> str:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 
 from benchmarks.measure import Watch
-from ftkit import optim
 from ftkit.loop import Position, fit
 from ftkit.prepare import prepare
 from ftkit.recipe import read
@@ -25,24 +23,9 @@ def main() -> None:
     with Reporter(None, quiet=True) as report:
         prepared = prepare(read(args.recipe), report)
         session = open_session(prepared, report)
-    train, features = session.recipe.train, prepared.train
-    num_steps = math.ceil((train.epochs or 0) * math.ceil(len(features) / train.batch_size))
-    steps = fit(
-        session.accelerator,
-        session.wrapped,
-        session.optimizer,
-        optim.schedule(train, num_steps),
-        features,
-        train,
-        session.layout,
-        session.accumulate,
-        session.pad_token_id,
-        Position(),
-        num_steps,
-    )
     watch, tokens, supervised = Watch(), 0, 0.0
     watch.start()
-    for done in steps:
+    for done in fit(session, Position()):
         watch.step()
         tokens += done.tokens
         supervised += done.items

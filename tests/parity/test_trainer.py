@@ -80,22 +80,19 @@ def ours(case, accumulate: int, monkeypatch) -> tuple[list[tuple[float, float]],
     monkeypatch.setattr(loop, "split", halves)
     learner, base = case.learner()
     trainee = Trainee(learner, base.inner(), case.task, Supervised())
-    optimizer = optim.build(learner, TRAIN, torch.device("cpu"))
-    schedule = optim.schedule(TRAIN, TRAIN.steps)
-    steps = loop.fit(
-        Accelerator(cpu=True, mixed_precision="no"),
-        trainee,
-        optimizer,
-        schedule,
-        case.features,
-        TRAIN,
-        "padded",
-        accumulate,
-        case.tokenizer.pad_token_id,
-        Position(),
-        TRAIN.steps,
+    session = SimpleNamespace(
+        accelerator=Accelerator(cpu=True, mixed_precision="no"),
+        wrapped=trainee,
+        optimizer=optim.build(learner, TRAIN, torch.device("cpu")),
+        schedule=optim.schedule(TRAIN, TRAIN.steps),
+        num_steps=TRAIN.steps,
+        recipe=SimpleNamespace(train=TRAIN),
+        prepared=SimpleNamespace(train=case.features),
+        layout="padded",
+        accumulate=accumulate,
+        pad_token_id=case.tokenizer.pad_token_id,
     )
-    return [(step.loss, step.grad_norm) for step in steps], learned(learner)
+    return [(step.loss, step.grad_norm) for step in loop.fit(session, Position())], learned(learner)
 
 
 def learned(learner) -> dict[str, torch.Tensor]:
