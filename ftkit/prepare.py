@@ -58,7 +58,9 @@ def prepare(resolved: Resolved, report: Reporter, poll: Callable[[], None] = lam
 
     recipe = resolved.recipe
     source = model.locate(recipe.model)
-    model.model_class(model.load_config(recipe.model, source), recipe.task)
+    config = model.load_config(recipe.model, source)
+    source = model.pinned(source, config)
+    model.model_class(config, recipe.task)
     with report.stage("reading data"):
         rows = load_rows(recipe.data, recipe.task, recipe.train.seed, report.note, poll)
     task = recipe.task.resolve(rows.pool)
