@@ -199,9 +199,7 @@ def model_class(config: transformers.PreTrainedConfig, task: Task) -> Any:
     )
 
 
-def skeleton(
-    config: transformers.PreTrainedConfig, task: Task, attention: str | None = None, trust_remote_code: bool = False
-) -> transformers.PreTrainedModel:
+def skeleton(config: transformers.PreTrainedConfig, task: Task, attention: str | None = None, trust_remote_code: bool = False) -> transformers.PreTrainedModel:
     """The model without weights, on the meta device: names and shapes only.
 
     Refuses an encoder that would see the very tokens it is to predict, and attention that the architecture has not.

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 
 
 def number(value: float | None) -> str:
-    """A metric in 4 significant digits (`0.9120`), in full from 1,000 on; `-` where there is none."""
+    """A metric in 4 significant digits (`0.9120`), in full from 1,000 to a billion; `-` where there is none."""
     if value is None:
         return "-"
+    if abs(value) >= 1e9:
+        return f"{value:.3e}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.4g}".removesuffix(".")
 
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-CODE = '''
+CODE = """
 from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
 
@@ -16,7 +16,7 @@ class OwnConfig(DistilBertConfig):
 class OwnClassifier(DistilBertForSequenceClassification):
     config_class = OwnConfig
     base_model_prefix = "distilbert"
-'''
+"""
 
 
 @pytest.fixture

@@ -363,7 +363,17 @@ def test_a_failed_verification_is_not_called_the_same(capsys):
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.912, "0.9120"), (12.3456, "12.35"), (123.456, "123.5"), (999.96, "1000"), (12345.6, "12,346"), (0.0, "0.000"), (None, "-"), (float("nan"), "nan")],
+    [
+        (0.912, "0.9120"),
+        (12.3456, "12.35"),
+        (123.456, "123.5"),
+        (999.96, "1000"),
+        (12345.6, "12,346"),
+        (1.5e300, "1.500e+300"),
+        (0.0, "0.000"),
+        (None, "-"),
+        (float("nan"), "nan"),
+    ],
 )
 def test_metrics_have_4_significant_digits(value, text):
     assert number(value) == text
