@@ -221,7 +221,8 @@ def _model(recipe: Recipe, task: Task, rows: Rows, report: Reporter) -> tuple[Mo
     for layers in (LAYERS, depth):
         small = miniature(config, layers, tokenizer)
         try:
-            method.apply(model.plan(recipe.model, source, miniature(config, layers, tokenizer), tokenizer, task, method))
+            named = recipe.model.model_copy(update={"attention": spec.attention})
+            method.apply(model.plan(named, source, miniature(config, layers, tokenizer), tokenizer, task, method))
         except RecipeError:  # the method may name a layer that is not there
             if layers == depth:
                 raise

@@ -42,14 +42,14 @@ def main(what, stop):
             os.kill(os.getpid(), 9)
         all_reduce_again()
     elif what == "train":
-        print("training", flush=True)
+        os.write(1, b"training\\n")
         while True:
             time.sleep(0.02)
             if stop.requested:
                 time.sleep(1.0)  # writes the checkpoint
                 raise stop.error()
     elif what == "stubborn":
-        print("training", flush=True)
+        os.write(1, b"training\\n")
         while True:
             time.sleep(0.02)
 
