@@ -28,7 +28,7 @@ def check(resolved: Resolved, report: Reporter) -> list[FtkitError]:
     Reads the data and the model's config and tokenizer, and applies the method to a model without weights.
     What depends on something that is missing is not looked at.  Writes nothing.
     """
-    from ftkit import device, model, optim, prepare, rundir, session
+    from ftkit import device, model, optim, prepare, rundir, session, trackers
     from ftkit.data.rows import load_rows
     from ftkit.data.types import Limits
 
@@ -47,6 +47,7 @@ def check(resolved: Resolved, report: Reporter) -> list[FtkitError]:
     attempt(rundir.check, Path(recipe.output), False, True)
     attempt(device.precision, recipe.train.precision, device.pick())
     attempt(_check_devices, recipe.train)
+    attempt(trackers.check, recipe.train.trackers)
     rows = attempt(load_rows, recipe.data, recipe.task, recipe.train.seed, report.note)
     task = attempt(recipe.task.resolve, rows.pool) if rows else None
     if rows:

@@ -9,7 +9,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftkit import checkpoint, launch, model, optim, rundir, signals
+from ftkit import checkpoint, launch, model, optim, rundir, signals, trackers
 from ftkit.errors import Diverged, RecipeError
 from ftkit.evaluate import measure
 from ftkit.finish import finish
@@ -20,7 +20,6 @@ from ftkit.recipe import dump, read
 from ftkit.report import Reporter
 from ftkit.session import Session, open_session
 from ftkit.summary import LOWER_IS_BETTER
-from ftkit.trackers import open_trackers
 
 if TYPE_CHECKING:
     from ftkit.recipe import Resolved
@@ -68,9 +67,10 @@ def _train(resolved: Resolved, stop: signals.StopRequest, resume: bool, overwrit
             return before["summary"]
         session = open_session(prepared, report)
         if main:
+            trackers.check(prepared.recipe.train.trackers)  # before an earlier run is removed
             rundir.spare(output, prepared)
             rundir.claim(output, anew=overwrite or not before)
-            report.track(open_trackers(prepared.recipe.train.trackers, output, prepared.recipe.model_dump()))
+            report.track(trackers.open_trackers(prepared.recipe.train.trackers, output, prepared.recipe.model_dump()))
             rundir.write_text(output / "recipe.yaml", dump(prepared.recipe))
         with Manifest(output, before | describe(session), main) as manifest:
             position = _restore(session, output, report, resume)

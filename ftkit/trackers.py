@@ -92,6 +92,15 @@ class MLflow:
 TRACKERS: dict[str, type[TensorBoard] | type[WeightsAndBiases] | type[MLflow]] = {tracker.name: tracker for tracker in (TensorBoard, WeightsAndBiases, MLflow)}
 
 
+def check(names: Sequence[str]) -> None:
+    """Raise MissingDependency where the package of a tracker is not installed."""
+    from importlib.util import find_spec
+
+    for name in names:
+        if find_spec(name) is None:
+            raise MissingDependency(f"train.trackers: {name} is not installed; pip install 'ftkit[{name}]'")
+
+
 def open_trackers(names: Sequence[str], output: Path, config: dict[str, Any]) -> list[Tracker]:
     """The trackers that `train.trackers` names, each given the resolved recipe without secrets.
 

@@ -6,6 +6,7 @@ import errno
 import json
 import re
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -221,6 +222,12 @@ def pattern_that_is_no_expression(scene):
 @mistake(2, r"9 layers asked for, \w+ has 2")
 def more_layers_than_there_are(scene):
     scene.recipe["method"] = {"kind": "partial", "last": 9}
+
+
+@mistake(4, r"train\.trackers: wandb is not installed; pip install 'ftkit\[wandb\]'")
+def tracker_that_is_not_installed(scene):
+    scene.monkeypatch.setitem(sys.modules, "wandb", None)
+    scene.recipe["train"]["trackers"] = ["wandb"]
 
 
 @mistake(4, r"bitsandbytes.*not installed")

@@ -122,7 +122,7 @@ def test_kill_9_while_a_run_is_replaced_leaves_nothing_of_the_old_one(ftkit, rec
     path, run = write(recipe, "bucketed", tmp_path / "cut", steps=2), tmp_path / "cut"
     assert ftkit("train", path, "train.seed=1").code == 0
     shutil.copytree(run / "checkpoints", tmp_path / "checkpoints")
-    killed(path, "ftkit.run.open_trackers", 1, "--overwrite")
+    killed(path, "ftkit.trackers.open_trackers", 1, "--overwrite")
     assert [entry.name for entry in run.iterdir()] == ["manifest.json"]
     shutil.move(tmp_path / "checkpoints", run)  # as if it had not come so far
     assert ftkit("train", path, "--resume").code == 0
