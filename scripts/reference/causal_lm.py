@@ -6,18 +6,16 @@ Rows have `messages`, of which the last one is learned.
 
 from __future__ import annotations
 
-import argparse
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, set_seed
 
 from benchmarks.measure import Watch
-from reference.clock import Clock
+from reference import plain
 
 IGNORED = -100
 
@@ -37,48 +35,24 @@ def dataset(path: Path, tokenizer: Any, max_length: int) -> Dataset:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--train", type=Path, required=True)
-    parser.add_argument("--max-length", type=int, default=512)
-    parser.add_argument("--epochs", type=float, default=1)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
-    parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--output", type=Path, help="save the model there")
-    parser.add_argument("--report", type=Path, required=True, help="write measurements there, as JSON")
-    args = parser.parse_args()
+    options = plain.parser(__doc__, batch_size=8, learning_rate=5e-4, epochs=1)
+    options.add_argument("--max-length", type=int, default=512)
+    args = options.parse_args()
 
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     train = dataset(args.train, tokenizer, args.max_length)
     watch = Watch()
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer = Trainer(
-            model=model,
-            args=TrainingArguments(
-                output_dir=scratch,
-                num_train_epochs=args.epochs,
-                per_device_train_batch_size=args.batch_size,
-                learning_rate=args.learning_rate,
-                lr_scheduler_type="cosine",
-                warmup_steps=0.03,
-                weight_decay=0.0,
-                seed=args.seed,
-                logging_steps=10,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-            ),
-            train_dataset=train,
-            data_collator=DataCollatorForSeq2Seq(tokenizer),
-            processing_class=tokenizer,
-            callbacks=[Clock(watch)],
-        )
-        trainer.train()
-    if args.output:
-        trainer.save_model(str(args.output))
+    plain.train(
+        args,
+        {"lr_scheduler_type": "cosine", "warmup_steps": 0.03, "weight_decay": 0.0},
+        watch,
+        model=model,
+        train_dataset=train,
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        processing_class=tokenizer,
+    )
     supervised = sum(label != IGNORED for labels in train["labels"] for label in labels[1:])
     watch.write(args.report, supervised=round(supervised * args.epochs))
 

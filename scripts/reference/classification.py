@@ -6,9 +6,7 @@ Rows have `text`, perhaps `text_pair`, and `label`.
 
 from __future__ import annotations
 
-import argparse
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +15,10 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from sklearn.metrics import accuracy_score, matthews_corrcoef
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, set_seed
 
 from benchmarks.measure import Watch
-from reference.clock import Clock
+from reference import plain
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -61,54 +52,28 @@ def metrics(prediction: Any) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--train", type=Path, required=True)
-    parser.add_argument("--validation", type=Path)
-    parser.add_argument("--method", choices=["full", "partial", "head", "lora"], default="full")
-    parser.add_argument("--epochs", type=float, default=3)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=5e-5)
-    parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--output", type=Path, help="save the model there")
-    parser.add_argument("--report", type=Path, required=True, help="write measurements there, as JSON")
-    args = parser.parse_args()
+    options = plain.parser(__doc__, batch_size=32, learning_rate=5e-5, epochs=3)
+    options.add_argument("--validation", type=Path)
+    options.add_argument("--method", choices=["full", "partial", "head", "lora"], default="full")
+    args = options.parse_args()
 
     set_seed(args.seed)
     rows = read(args.train)
     labels = sorted({row["label"] for row in rows})
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=len(labels), dtype=torch.float32)
-    model = choose(model, args.method)
     watch = Watch()
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer = Trainer(
-            model=model,
-            args=TrainingArguments(
-                output_dir=scratch,
-                num_train_epochs=args.epochs,
-                per_device_train_batch_size=args.batch_size,
-                per_device_eval_batch_size=64,
-                learning_rate=args.learning_rate,
-                lr_scheduler_type="linear",
-                warmup_steps=0.1,
-                weight_decay=0.01,
-                seed=args.seed,
-                logging_steps=10,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-            ),
-            train_dataset=dataset(rows, labels, tokenizer),
-            data_collator=DataCollatorWithPadding(tokenizer),
-            processing_class=tokenizer,
-            compute_metrics=metrics,
-            callbacks=[Clock(watch)],
-        )
-        trainer.train()
-        measured = trainer.evaluate(dataset(read(args.validation), labels, tokenizer)) if args.validation else {}
-    if args.output:
-        trainer.save_model(str(args.output))
+    trainer = plain.train(
+        args,
+        {"lr_scheduler_type": "linear", "warmup_steps": 0.1, "weight_decay": 0.01, "per_device_eval_batch_size": 64},
+        watch,
+        model=choose(model, args.method),
+        train_dataset=dataset(rows, labels, tokenizer),
+        data_collator=DataCollatorWithPadding(tokenizer),
+        processing_class=tokenizer,
+        compute_metrics=metrics,
+    )
+    measured = trainer.evaluate(dataset(read(args.validation), labels, tokenizer)) if args.validation else {}
     watch.write(args.report, supervised=round(len(rows) * args.epochs), metrics={name.removeprefix("eval_"): value for name, value in measured.items()})
 
 

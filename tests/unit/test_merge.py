@@ -1,9 +1,6 @@
 """Merging: the written model answers as the adapter did, or nothing is written."""
 
 import json
-import subprocess
-from pathlib import Path
-from types import SimpleNamespace
 
 import peft
 import pytest
@@ -20,25 +17,13 @@ from ftkit.tokenizer import train_tokenizer
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "float32"}
 
+pytestmark = pytest.mark.usefixtures("verify_here")  # test_verify.py starts real processes
+
 
 @pytest.fixture(scope="module")
 def tokenizer():
     spec = TrainedTokenizer(train="data", kind="bpe", vocab_size=300)
     return train_tokenizer(spec, [f"the cat number {i} sat on the mat and saw {i * 7} rats" for i in range(50)])
-
-
-@pytest.fixture(autouse=True)
-def here(monkeypatch):
-    """Do the fresh process's work in this one; test_verify.py starts real ones."""
-
-    def run(command, **_):
-        try:
-            reload.main(Path(command[-1]))
-        except Exception as error:
-            return SimpleNamespace(returncode=1, stderr=f"{type(error).__name__}: {error}")
-        return SimpleNamespace(returncode=0, stderr="")
-
-    monkeypatch.setattr(subprocess, "run", run)
 
 
 def llama(vocab_size=300, **config):

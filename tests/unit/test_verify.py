@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -60,20 +59,6 @@ def saved(tmp_path, model, tokenizer):
     return directory, verify.capture(model, tokenizer, rows(tokenizer), directory, CAUSAL)
 
 
-@pytest.fixture
-def here(monkeypatch):
-    """Do the fresh process's work in this one: starting a process for every changed file would take minutes."""
-
-    def run(command, **_):
-        try:
-            reload.main(Path(command[-1]))
-        except Exception as error:
-            return SimpleNamespace(returncode=1, stderr=f"{type(error).__name__}: {error}")
-        return SimpleNamespace(returncode=0, stderr="")
-
-    monkeypatch.setattr(subprocess, "run", run)
-
-
 def test_an_honest_save_gives_the_same_outputs_in_a_fresh_process(saved):
     directory, expected = saved
     before = sorted(directory.iterdir())
@@ -107,7 +92,7 @@ def test_an_adapter_with_a_float32_head_on_a_bfloat16_base_passes(tmp_path, toke
     assert result["max_difference"] <= result["tolerance"] / 100
 
 
-def test_a_quantised_base_is_quantised_alike_in_a_fresh_process(tmp_path, model, tokenizer, here):
+def test_a_quantised_base_is_quantised_alike_in_a_fresh_process(tmp_path, model, tokenizer, verify_here):
     pytest.importorskip("bitsandbytes")
     model.save_pretrained(tmp_path / "base")
     settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "float32"}
@@ -148,7 +133,7 @@ def test_there_is_a_change_for_every_saved_file(saved):
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_one_changed_element_in_any_file_is_seen(saved, here, name):
+def test_one_changed_element_in_any_file_is_seen(saved, verify_here, name):
     directory, expected = saved
     CHANGES[name](directory / name)
     with pytest.raises(VerificationFailed, match=name) as raised:
@@ -157,7 +142,7 @@ def test_one_changed_element_in_any_file_is_seen(saved, here, name):
     assert not (directory / verify.WORKPLACE).exists()
 
 
-def test_one_changed_element_of_an_adapter_is_seen(tmp_path, model, tokenizer, here):
+def test_one_changed_element_of_an_adapter_is_seen(tmp_path, model, tokenizer, verify_here):
     model.save_pretrained(tmp_path / "base")
     adapted = peft.get_peft_model(
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
@@ -185,14 +170,14 @@ def written_so(directory, expected):
     return expected
 
 
-def test_a_wrongly_saved_tensor_is_named_even_where_no_output_depends_on_it(saved, here):
+def test_a_wrongly_saved_tensor_is_named_even_where_no_output_depends_on_it(saved, verify_here):
     directory, expected = saved
     change_tensor(directory / "model.safetensors", "model.embed_tokens.weight", -1)
     with pytest.raises(VerificationFailed, match=r"tensor model\.embed_tokens\.weight differs"):
         verify.check(directory, CAUSAL, written_so(directory, expected))
 
 
-def test_a_wrongly_saved_weight_tells_rows_and_size_of_the_difference(saved, here):
+def test_a_wrongly_saved_weight_tells_rows_and_size_of_the_difference(saved, verify_here):
     directory, expected = saved
     tensors = load_file(directory / "model.safetensors")
     tensors["model.norm.weight"] *= 2
@@ -201,7 +186,7 @@ def test_a_wrongly_saved_weight_tells_rows_and_size_of_the_difference(saved, her
         verify.check(directory, CAUSAL, written_so(directory, expected))
 
 
-def test_a_wrongly_saved_tokenizer_or_label_is_seen(saved, here):
+def test_a_wrongly_saved_tokenizer_or_label_is_seen(saved, verify_here):
     directory, expected = saved
     CHANGES["tokenizer.json"](directory / "tokenizer.json")
     (directory / "chat_template.jinja").write_text("{{ messages }}")
@@ -212,7 +197,7 @@ def test_a_wrongly_saved_tokenizer_or_label_is_seen(saved, here):
         assert f"the {part} differ" in str(raised.value)
 
 
-def test_a_model_that_does_not_load_fails_with_the_reason(saved, here):
+def test_a_model_that_does_not_load_fails_with_the_reason(saved, verify_here):
     directory, expected = saved
     (directory / "config.json").unlink()
     with pytest.raises(VerificationFailed, match=r"cannot be loaded: .*config"):

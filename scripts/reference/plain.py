@@ -1,0 +1,52 @@
+"""What the plain scripts share: their options, and a Trainer with its usual settings."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainingArguments
+
+from benchmarks.measure import Watch
+from reference.clock import Clock
+
+
+def parser(description: str | None, batch_size: int, learning_rate: float, epochs: float) -> argparse.ArgumentParser:
+    """The options of every plain script, with the defaults of one."""
+    found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--model", required=True)
+    found.add_argument("--train", type=Path, required=True)
+    found.add_argument("--epochs", type=float, default=epochs)
+    found.add_argument("--batch-size", type=int, default=batch_size)
+    found.add_argument("--learning-rate", type=float, default=learning_rate)
+    found.add_argument("--seed", type=int, default=42)
+    found.add_argument("--output", type=Path, help="save the model there")
+    found.add_argument("--report", type=Path, required=True, help="write measurements there, as JSON")
+    return found
+
+
+def train(args: argparse.Namespace, settings: dict[str, Any], watch: Watch, **parts: Any) -> Trainer:
+    """Train with `parts` (model, rows, collator, ...) and `settings` beside those of the options; save if asked."""
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = Trainer(
+            args=TrainingArguments(
+                output_dir=scratch,
+                num_train_epochs=args.epochs,
+                per_device_train_batch_size=args.batch_size,
+                learning_rate=args.learning_rate,
+                seed=args.seed,
+                logging_steps=10,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                **settings,
+            ),
+            callbacks=[Clock(watch)],
+            **parts,
+        )
+        trainer.train()
+    if args.output:
+        trainer.save_model(str(args.output))
+    return trainer
