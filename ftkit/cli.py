@@ -168,19 +168,19 @@ def check(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = Fal
 
 @app.command()
 def show(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Print every setting and its origin; parameters by group."""
+    """Print every setting and its origin, the layout of batches, and parameters by group."""
     resolved = _read(recipe, overrides)
     with redirect_stdout(sys.stderr):
-        from ftkit.preflight import parameters
+        from ftkit.preflight import forecast
 
         try:
-            groups = parameters(resolved.recipe)
+            expected = forecast(resolved.recipe)
         except FtkitError as error:  # no reason not to show the recipe
-            groups = None
+            expected = None
             print(f"parameters: {error}")
     values = resolved.recipe.model_dump()
     if as_json:
-        _print_json({"recipe": values, "origins": resolved.origins, "parameters": groups})
+        _print_json({"recipe": values, "origins": resolved.origins, "parameters": expected and expected.parameters, "layout": expected and expected.layout})
         return
     from ftkit.recipe.document import one_line
 
@@ -188,9 +188,10 @@ def show(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = Fals
     width = max(len(key) for key, _, _ in rows)
     for key, value, origin in rows:
         print(f"{key:<{width}}  {value:<40}  # {origin}")
-    if groups:
+    if expected:
+        print(f"\n{'layout':<{width}}  {expected.layout}{f' (not flat: {expected.not_flat})' if expected.not_flat else ''}")
         print(f"\n{'parameters':<{width}}  {'trainable':>15}  {'total':>15}")
-        for group, counts in groups.items():
+        for group, counts in expected.parameters.items():
             print(f"{group:<{width}}  {counts['trainable']:>15,}  {counts['total']:>15,}")
 
 

@@ -39,6 +39,8 @@ def finish(session: Session, output: Path, report: Reporter, stop: StopRequest, 
         report.evaluation(position.step, name, result.values)
         _write_records(session, output, name, result)
     main = session.accelerator.is_main_process
+    if session.flat:  # what is saved is compared as it will be used
+        session.flat.remove()
     with report.stage("saving"):
         if session.recipe.train.parallel == "fsdp":
             _gather(session)

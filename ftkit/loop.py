@@ -23,6 +23,7 @@ from ftkit.errors import Diverged
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from ftkit.attention import Flat
     from ftkit.objectives import Objective
     from ftkit.recipe.spec import Train
     from ftkit.session import Session
@@ -36,16 +37,17 @@ class Trainee(nn.Module):
     under FSDP weights that were not gathered.
     """
 
-    def __init__(self, model: nn.Module, inner: nn.Module, task: Task, objective: Objective) -> None:
+    def __init__(self, model: nn.Module, inner: nn.Module, task: Task, objective: Objective, flat: Flat | None = None) -> None:
         super().__init__()
-        self.model, self.task, self.objective = model, task, objective
+        self.model, self.task, self.objective, self.flat = model, task, objective, flat
         frozen = frozen_bottom(inner)
         self.still = [name or "the whole base" for name, module in inner.named_modules() if any(module is other for other in frozen)]
         self._still = frozen
 
     def forward(self, batch: Batch, judge: bool = False) -> Any:
         """The summed loss of the batch, float32; with `judge`, the scores of its supervised items."""
-        scores = self.task.scores(self.model, batch)
+        with self.flat.rows(batch.segments) if self.flat else nullcontext():
+            scores = self.task.scores(self.model, batch)
         return scores if judge else self.objective.loss(scores)
 
     def train(self, mode: bool = True) -> Trainee:

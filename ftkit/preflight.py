@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from ftkit.errors import DataError, FtkitError, MissingDependency
+from ftkit.errors import DataError, FtkitError, MissingDependency, RecipeError
 from ftkit.recipe.spec import TrainedTokenizer
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def check(resolved: Resolved, report: Reporter) -> list[FtkitError]:
     Reads the data and the model's config and tokenizer, and applies the method to a model without weights.
     What depends on something that is missing is not looked at.  Writes nothing.
     """
-    from ftkit import device, model, optim, prepare, rundir, session, trackers
+    from ftkit import device, layout, model, optim, prepare, rundir, session, trackers
     from ftkit.data.rows import load_rows
     from ftkit.data.types import Limits
 
@@ -66,16 +66,26 @@ def check(resolved: Resolved, report: Reporter) -> list[FtkitError]:
     planned = attempt(model.plan, recipe.model, found.source, config, tokenizer, task, recipe.method, recipe.train.precision)
     if planned is not None and attempt(recipe.method.apply, planned) is not None and recipe.train.gradient_checkpointing:
         attempt(session.check_checkpointing, planned)
+    if planned is not None and recipe.train.layout == "flat" and (reason := layout.foreseen(recipe, planned.model)[1]):
+        problems.append(RecipeError(f"train.layout: flat is impossible here ({type(planned.model).__name__}: {reason}); use layout: bucketed"))
     attempt(optim.schedule, recipe.train, optim.num_steps(recipe.train, len(rows.train)))
     return problems
 
 
-def parameters(recipe: Recipe) -> dict[str, dict[str, int]]:
-    """Trainable and total parameters by group, counted on a model without weights; a quantised base counts unquantised.
+class Forecast(NamedTuple):
+    """What a recipe will do, as a model without weights tells."""
+
+    parameters: dict[str, dict[str, int]]  # trainable and total, by group; a quantised base counts unquantised
+    layout: str  # padded | bucketed | flat
+    not_flat: str | None  # why `auto` is not flat
+
+
+def forecast(recipe: Recipe) -> Forecast:
+    """Build the model without weights and apply the method.
 
     Reads the model's config, and the rows where the task's head depends on them.
     """
-    from ftkit import model
+    from ftkit import layout, model
     from ftkit.data.rows import load_rows
 
     def rows() -> Iterator[Row]:  # read only if the task wants them
@@ -95,7 +105,8 @@ def parameters(recipe: Recipe) -> dict[str, dict[str, int]]:
         setattr(config, key, value)
     plain = model.skeleton(config, task)
     base = model.Base(plain, tokenizer, source if spec.init == "pretrained" else None, task, model.head_of(plain))
-    return model.parameters_by_group(recipe.method.apply(base), base.head)
+    parameters = model.parameters_by_group(recipe.method.apply(base), base.head)
+    return Forecast(parameters, *layout.foreseen(recipe, plain))
 
 
 class _Architecture(NamedTuple):

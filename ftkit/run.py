@@ -65,7 +65,7 @@ def _train(resolved: Resolved, stop: signals.StopRequest, resume: bool, overwrit
         if before.get("status") == "finished":
             report.note(f"{output} is finished; --overwrite trains it anew")
             return before["summary"]
-        session = open_session(prepared, report)
+        session = open_session(prepared, report, before)
         if main:
             trackers.check(prepared.recipe.train.trackers)  # before an earlier run is removed
             rundir.spare(output, prepared)

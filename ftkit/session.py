@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 
-from ftkit import device, launch, model, optim
+from ftkit import device, launch, layout, model, optim
 from ftkit.errors import MissingDependency, RecipeError
 from ftkit.loop import Trainee
 
 if TYPE_CHECKING:
+    from ftkit.attention import Flat
     from ftkit.data.features import FeatureSet
     from ftkit.data.types import Row
     from ftkit.model import Base
@@ -38,7 +40,8 @@ class Session:
     num_steps: int  # of the whole run
     schedule: Callable[[int], float]  # step -> factor of the learning rate
     accumulate: int  # micro-batches of one process in a step
-    layout: str
+    layout: str  # padded | bucketed | flat
+    flat: Flat | None  # the base's layers, where they run on real tokens only
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -53,8 +56,11 @@ class Session:
         return self.prepared.tokenizer.pad_token_id
 
 
-def open_session(prepared: Prepared, report: Reporter) -> Session:
-    """Load the base, apply the method, build the optimizer and hand all to accelerate; says what `auto` became."""
+def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any] = MappingProxyType({})) -> Session:
+    """Load the base, apply the method, build the optimizer and hand all to accelerate; says what `auto` became.
+
+    `before` is the manifest of the run that is continued: what its `auto` became, stays.
+    """
     recipe, world = prepared.recipe, launch.world()
     train, method = recipe.train, recipe.method
     here = device.pick(world.local_rank)
@@ -74,19 +80,24 @@ def open_session(prepared: Prepared, report: Reporter) -> Session:
         check_checkpointing(base)
         base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     accelerator = _accelerator(train, precision, here, base)
-    trainee = Trainee(learner, base.inner(), recipe.task, recipe.objective)
+    asked = before.get("layout", train.layout) if train.layout == "auto" else train.layout
+    trainee = Trainee(learner, base.inner(), recipe.task, recipe.objective, layout.flat(asked, recipe, base.model, report))
+    if train.parallel == "ddp":  # FSDP takes weights from main memory
+        trainee.to(here)
+    laid_out = layout.tried(asked, trainee, prepared.train, prepared.tokenizer.pad_token_id, here, precision, report)
     optimizer = optim.build(learner, train, here)
     wrapped, prepared_optimizer = accelerator.prepare(trainee, optimizer)
     _assert_wrapped(wrapped, train, world.size)
     accumulate = max(1, -(-train.accumulate // world.size))
-    layout = "bucketed" if train.layout == "auto" else train.layout
-    report.note(f"{here}, {threads} threads, {precision}, {layout} batches of {train.batch_size} rows" + _shares(train, accumulate, world.size))
+    report.note(f"{here}, {threads} threads, {precision}, {laid_out} batches of {train.batch_size} rows" + _shares(train, accumulate, world.size))
     if train.optimizer.startswith("paged") and here.type == "cpu":
         report.note(f"train.optimizer: {train.optimizer} works as {train.optimizer.removeprefix('paged_')} here, since a CPU has nothing to page to")
     if trainee.still:
         report.note(f"without dropout, because frozen below the first part that learns: {', '.join(trainee.still)}")
     torch.manual_seed(train.seed + world.rank)  # dropout differs between processes
-    return Session(recipe, prepared, accelerator, base, learner, wrapped, prepared_optimizer, precision, num_steps, schedule, accumulate, layout)
+    return Session(
+        recipe, prepared, accelerator, base, learner, wrapped, prepared_optimizer, precision, num_steps, schedule, accumulate, laid_out, trainee.flat
+    )
 
 
 def _shares(train: Train, accumulate: int, size: int) -> str:

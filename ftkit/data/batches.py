@@ -11,27 +11,29 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ftkit.data.types import Batch
+from ftkit.data.types import Batch, Segments
 
 if TYPE_CHECKING:
     from ftkit.data.features import FeatureSet
 
-POOL = 50  # batches sorted by length together: 4 % padding at batch 8 on instruction rows, against 55 % in random order
+# Batches sorted by length together, at most and as a share of all: as transformers' LengthGroupedSampler.  Larger pools pad less and mix less.
+POOL, POOL_SHARE = 50, 4
 
 
 def epoch_batches(lengths: np.ndarray, batch_size: int, layout: str, seed: int, epoch: int) -> list[np.ndarray]:
     """The batches of one epoch, in order: arrays of feature indices, each index exactly once.
 
-    `padded` draws batches at random; `bucketed` sorts pools of 50 random batches by length, so that a
-    batch holds rows of about one length, and shuffles the batches.
+    `padded` and `flat` draw batches at random; `bucketed` sorts pools of 50 random batches by length (of a
+    quarter, where all are fewer than 200), so that a batch holds rows of about one length, and shuffles the batches.
     """
     rng = np.random.default_rng((seed, epoch))
     order = rng.permutation(len(lengths))
-    if layout == "padded":
+    if layout != "bucketed":
         return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     batches = []
-    for start in range(0, len(order), POOL * batch_size):
-        pool = order[start : start + POOL * batch_size]
+    size = batch_size * max(1, min(POOL, len(order) // (batch_size * POOL_SHARE)))
+    for start in range(0, len(order), size):
+        pool = order[start : start + size]
         pool = pool[np.argsort(lengths[pool], kind="stable")]
         batches += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
     return [batches[i] for i in rng.permutation(len(batches))]
@@ -62,19 +64,17 @@ def collate(features: FeatureSet, indices: np.ndarray, pad_token_id: int) -> Bat
     silent = len(indices) == 0
     indices = np.zeros(1, np.int64) if silent else indices
     rows = [features.get(int(i)) for i in indices]
-    shape = (len(rows), max(len(row["input_ids"]) for row in rows))
+    lengths = [len(row["input_ids"]) for row in rows]
+    shape = (len(rows), max(lengths))
     input_ids = np.full(shape, pad_token_id, np.int64)
-    segments = np.zeros(shape, np.int64)
-    position_ids = np.zeros(shape, np.int64)
+    attention_mask = np.zeros(shape, np.int64)
     type_ids = None if rows[0]["token_type_ids"] is None else np.zeros(shape, np.int64)
     target_shape = (len(rows),) if features.per_row else shape
     targets = np.zeros(target_shape, rows[0]["targets"].dtype)
     weights = np.zeros(target_shape, np.float32)
-    for number, row in enumerate(rows):
-        length = len(row["input_ids"])
+    for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         input_ids[number, :length] = row["input_ids"]
-        segments[number, :length] = number + 1
-        position_ids[number, :length] = np.arange(length)
+        attention_mask[number, :length] = 1
         if type_ids is not None:
             type_ids[number, :length] = row["token_type_ids"]
         place = number if features.per_row else (number, slice(length))
@@ -85,10 +85,22 @@ def collate(features: FeatureSet, indices: np.ndarray, pad_token_id: int) -> Bat
         targets = targets.astype(np.int64)
     return Batch(
         input_ids=torch.from_numpy(input_ids),
-        segments=torch.from_numpy(segments),
-        position_ids=torch.from_numpy(position_ids),
+        attention_mask=torch.from_numpy(attention_mask),
         targets=torch.from_numpy(targets),
         weights=torch.from_numpy(weights),
+        supervised=torch.from_numpy(np.flatnonzero(weights)),
         row_ids=torch.from_numpy(np.asarray(indices, np.int64)),
         token_type_ids=None if type_ids is None else torch.from_numpy(type_ids),
+        segments=segments(attention_mask) if min(lengths) < max(lengths) else None,
+    )
+
+
+def segments(attention_mask: np.ndarray) -> Segments:
+    """Where the real tokens are; each row of the mask, int [B, L], begins with its own."""
+    lengths = attention_mask.sum(1)
+    return Segments(
+        shape=(attention_mask.shape[0], attention_mask.shape[1]),
+        lengths=lengths.tolist(),
+        index=torch.from_numpy(np.flatnonzero(attention_mask)),
+        bounds=torch.from_numpy(np.concatenate(([0], lengths.cumsum())).astype(np.int32)),
     )

@@ -62,25 +62,40 @@ class Features:
     untrained_answers: int = 0  # of a chat: answers that its template shows differently once the chat goes on
 
 
+@dataclass(slots=True, frozen=True)
+class Segments:
+    """Where the real tokens of a padded batch are: N of them in B rows of L positions."""
+
+    shape: tuple[int, int]  # B, L
+    lengths: list[int]  # real tokens of each row, with which it begins
+    index: torch.Tensor  # int64 [N]: their places among the B * L positions
+    bounds: torch.Tensor  # int32 [B + 1]: 0, and where each row ends among the N tokens
+
+    def to(self, device: Any, non_blocking: bool = False) -> Segments:
+        return replace(self, index=self.index.to(device, non_blocking=non_blocking), bounds=self.bounds.to(device, non_blocking=non_blocking))
+
+    def gather(self, padded: torch.Tensor) -> torch.Tensor:
+        """[B, L, ...] -> [1, N, ...]."""
+        return padded.flatten(0, 1).index_select(0, self.index).unsqueeze(0)
+
+    def scatter(self, flat: torch.Tensor) -> torch.Tensor:
+        """[1, N, ...] -> [B, L, ...], with 0 for padding."""
+        padded = flat.new_zeros(self.shape[0] * self.shape[1], *flat.shape[2:])
+        return padded.index_copy(0, self.index, flat.squeeze(0)).unflatten(0, self.shape)
+
+
 @dataclass(slots=True)
 class Batch:
-    """Rows laid out for one forward pass.  B rows of L positions.
-
-    `segments` numbers the row that a position belongs to from 1; 0 is padding.
-    """
+    """Rows side by side for one forward pass, padded on the right.  B rows of L positions."""
 
     input_ids: torch.Tensor  # int64 [B, L]
-    segments: torch.Tensor  # int64 [B, L]
-    position_ids: torch.Tensor  # int64 [B, L], from 0 in each segment
+    attention_mask: torch.Tensor  # int64 [B, L]: 1 on real tokens
     targets: torch.Tensor  # int64 or float32, [B, L] or [B]
     weights: torch.Tensor  # float32, as targets
-    row_ids: torch.Tensor  # int64 [number of segments]: index into the feature set
+    supervised: torch.Tensor  # int64 [n]: where weights are not 0, among the B * L positions or the B rows
+    row_ids: torch.Tensor  # int64 [B]: index into the feature set
     token_type_ids: torch.Tensor | None = None  # int64 [B, L]
-
-    @property
-    def attention_mask(self) -> torch.Tensor:
-        """int64 [B, L]: 1 on real tokens."""
-        return (self.segments > 0).long()
+    segments: Segments | None = None  # None where there is no padding
 
     def to(self, device: Any) -> Batch:
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__ if getattr(self, name) is not None}

@@ -121,7 +121,9 @@ class Train(Spec):
     max_grad_norm: float | None = option(1.0, "clip the global gradient norm; null: never", "BERT's optimization.py", gt=0)
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "lion_8bit", "sgd"] = option("adamw", "adamw is PyTorch's fused AdamW", "arXiv 1711.05101")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "arithmetic of the forward pass; auto: bf16 where the hardware has it")
-    layout: Literal["auto", "padded", "bucketed"] = option("auto", "how rows become batches; auto: bucketed by length")
+    layout: Literal["auto", "padded", "bucketed", "flat"] = option(
+        "auto", "how rows become batches; flat: real tokens only, no padding; auto: flat where the model can, else bucketed by length"
+    )
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, about a third slower", "arXiv 1604.06174")
     processes: Literal["auto"] | Annotated[int, Field(ge=1)] = option("auto", "processes to start here; auto: one a GPU, one on a CPU")
     parallel: Literal["ddp", "fsdp"] = option("ddp", "how several processes share the work; fsdp is experimental and needs GPUs")

@@ -146,36 +146,26 @@ class CausalLM(Spec):
         supervised ones taken.  n may be 0: empty logits still lead back to the parameters, with zero gradients.
         """
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        index = batch.weights.flatten().nonzero().squeeze(1)
         calls = []
 
         def gather(head: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
             calls.append(head)
-            return (args[0].flatten(0, 1)[index].unsqueeze(0), *args[1:])  # [B, L, H] -> [1, n, H]
+            return (args[0].flatten(0, 1)[batch.supervised].unsqueeze(0), *args[1:])  # [B, L, H] -> [1, n, H]
 
         head = base.get_output_embeddings()
         hook = head.register_forward_pre_hook(gather) if head is not None else None
-        # Several segments in a row are told apart by position_ids, but only where no mask is given.  One segment
-        # in a row gets the model's own positions, which start from 0, or from where RoBERTa's start.
-        packed = len(batch.row_ids) > len(batch.input_ids)
-        unmasked = packed or bool((batch.segments > 0).all())
+        mask = None if batch.segments is None else batch.attention_mask
         try:
-            logits = model(
-                input_ids=batch.input_ids,
-                attention_mask=None if unmasked else batch.attention_mask,
-                use_cache=False,
-                **({"position_ids": batch.position_ids} if packed else {}),
-            ).logits
+            logits = model(input_ids=batch.input_ids, attention_mask=mask, use_cache=False).logits
         finally:
             if hook is not None:
                 hook.remove()
         assert len(calls) <= 1, f"{type(base).__name__} calls its output embeddings {len(calls)} times"
-        logits = logits.squeeze(0) if calls else logits.flatten(0, 1)[index]
         return Scores(
-            logits=logits,
-            targets=batch.targets.flatten()[index],
-            weights=batch.weights.flatten()[index],
-            rows=batch.row_ids[batch.segments.flatten()[index] - 1],
+            logits=logits.squeeze(0) if calls else logits.flatten(0, 1)[batch.supervised],
+            targets=batch.targets.flatten()[batch.supervised],
+            weights=batch.weights.flatten()[batch.supervised],
+            rows=batch.row_ids[batch.supervised // batch.input_ids.shape[1]],
         )
 
     def complete(self, model: Any, tokenizer: Any) -> None:

@@ -400,10 +400,31 @@ def test_check_sees_a_base_that_is_quantised_already(ftkit, recipe, checkpoint, 
 @pytest.mark.parametrize("method", ["full", "head", {"kind": "partial", "last": 1}, {"kind": "lora", "r": 4}])
 def test_show_counts_the_parameters_of_the_run(ftkit, recipe, verify_here, method):
     path = recipe(method=method, train={"steps": 1})
-    shown = json.loads(ftkit("show", path, "--json").out)["parameters"]
+    shown = json.loads(ftkit("show", path, "--json").out)
     assert ftkit("train", path).code == 0
     manifest = json.loads((path.parent / "run" / "manifest.json").read_text())
-    assert shown == manifest["parameters"]["groups"]
+    assert shown["parameters"] == manifest["parameters"]["groups"]
+    assert shown["layout"] == manifest["layout"] == "flat"
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"model_type": "gptj", "n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 4}, "GPTJForCausalLM: its attention is its own"),
+        ({"model_type": "gemma2", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}, "wants softcap"),
+    ],
+)
+def test_a_layout_that_is_impossible_is_refused_with_what_is_possible(ftkit, recipe, checkpoint, data, config, reason):
+    model = {"init": "random", "config": config, "tokenizer": checkpoint("llama")}
+    path = recipe(model=model, task="causal-lm", data=files(data.prompts, "jsonl"), method="full", train={"layout": "flat"})
+    for command in ("check", "train"):
+        done = ftkit(command, path)
+        assert done.code == 2
+        assert "train.layout: flat is impossible here" in done.err
+        assert reason in done.err
+        assert "use layout: bucketed" in done.err
+    shown = ftkit("show", path, "train.layout=auto").out
+    assert "bucketed (not flat: " in shown
 
 
 def test_show_counts_a_model_from_nothing_without_training_its_tokenizer(ftkit, recipe, data, monkeypatch):

@@ -14,7 +14,7 @@ KILLED = multiprocessing.get_context("forkserver")
 KILLED.set_forkserver_preload(["ftkit.run", "ftkit.finish", "peft", "transformers.models.bert.modeling_bert", "conftest"])
 CONFIGURATIONS = {
     "dropout-accumulate": ("bert", "single", {"kind": "full"}, {"accumulate": 3, "layout": "padded"}),
-    "lora": ("llama", "prompts", {"kind": "lora", "r": 4, "dropout": 0.2}, {"layout": "padded", "schedule": "cosine"}),
+    "lora": ("llama", "prompts", {"kind": "lora", "r": 4, "dropout": 0.2}, {"layout": "flat", "schedule": "cosine"}),
     "bucketed": ("distilbert", "single", {"kind": "partial", "last": 1}, {"layout": "bucketed", "optimizer": "sgd"}),
 }
 STEPS = {"steps": 10, "batch_size": 8, "eval_every": 3, "save_every": 2, "log_every": 1, "keep": 2}

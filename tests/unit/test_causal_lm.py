@@ -2,14 +2,18 @@
 
 import math
 import sys
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 
-from ftkit.data.types import Batch, Limits, Row, RowError
+from ftkit.data.batches import collate
+from ftkit.data.features import FeatureSet
+from ftkit.data.types import Limits, Row, RowError
 from ftkit.errors import DataError, RecipeError
 from ftkit.recipe.spec import Generation, TrainedTokenizer
 from ftkit.tasks import chat
@@ -88,31 +92,8 @@ def tokens(features):
 
 def batch_of(features):
     """Right-padded, as the batcher lays it out; features are numbered from 10."""
-    length = max(len(f.input_ids) for f in features)
-
-    def padded(values, dtype):
-        return torch.tensor([[*value, *[0] * (length - len(value))] for value in values], dtype=dtype)
-
-    return Batch(
-        input_ids=padded([f.input_ids for f in features], torch.int64),
-        segments=padded([[i + 1] * len(f.input_ids) for i, f in enumerate(features)], torch.int64),
-        position_ids=padded([range(len(f.input_ids)) for f in features], torch.int64),
-        targets=padded([f.targets for f in features], torch.int64),
-        weights=padded([f.weights for f in features], torch.float32),
-        row_ids=torch.arange(10, 10 + len(features)),
-    )
-
-
-def flat(features, padding):
-    """All features in one row, with padding after them."""
-    return Batch(
-        input_ids=torch.tensor([[t for f in features for t in f.input_ids] + [0] * padding]),
-        segments=torch.tensor([[i + 1 for i, f in enumerate(features) for _ in f.input_ids] + [0] * padding]),
-        position_ids=torch.tensor([[p for f in features for p in range(len(f.input_ids))] + [0] * padding]),
-        targets=torch.tensor([[t for f in features for t in f.targets] + [0] * padding]),
-        weights=torch.tensor([[w for f in features for w in f.weights] + [0.0] * padding]),
-        row_ids=torch.arange(10, 10 + len(features)),
-    )
+    laid_out = collate(FeatureSet.of([[each] for each in features]), np.arange(len(features)), 0)
+    return replace(laid_out, row_ids=laid_out.row_ids + 10)
 
 
 @pytest.fixture(scope="module")
@@ -308,20 +289,9 @@ def test_the_hook_goes_even_if_the_forward_pass_fails(features):
     assert not model.get_output_embeddings()._forward_pre_hooks
 
 
-@pytest.mark.parametrize("padding", [0, 3])
-@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "qwen3"])
-def test_rows_laid_out_in_one_are_scored_as_if_apart(name, padding, features):
-    model = model_of(name).eval()
-    apart = torch.cat([TASK.scores(model, batch_of([f])).logits for f in features])
-    together = TASK.scores(model, flat(features, padding))
-    assert (together.logits - apart).abs().max() < 1e-5
-    assert torch.equal(together.rows, TASK.scores(model, batch_of(features)).rows)
-
-
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
 def test_a_batch_without_supervision_gives_zero_gradients_to_every_parameter(name, features):
-    model, batch = model_of(name), batch_of(features)
-    batch.weights.zero_()
+    model, batch = model_of(name), batch_of([replace(each, weights=[0.0] * len(each.weights)) for each in features])
     scores = TASK.scores(model, batch)
     assert scores.logits.shape == (0, 320)
     scores.logits.sum().backward()

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -221,7 +221,8 @@ class TestOtherCommands:
         assert err.endswith("error: rows.csv is missing\nno such model\n")
 
     def test_show(self, run: Run, stand_in: Callable[..., list[Any]]) -> None:
-        stand_in("ftkit.preflight", parameters=lambda recipe: {"layers": {"trainable": 10, "total": 2000}})
+        groups = {"layers": {"trainable": 10, "total": 2000}}
+        stand_in("ftkit.preflight", forecast=lambda recipe: SimpleNamespace(parameters=groups, layout="bucketed", not_flat="its attention is its own"))
         code, out, _ = run("show", "recipe.yaml", "train.seed=7", "data.columns={a.b: '1'}", "model.revision=123")
         assert code == 0
         lines = [line.split() for line in out.splitlines()]
@@ -230,13 +231,15 @@ class TestOtherCommands:
         assert ["data.columns.a.b", '"1"', "#", "command", "line"] in lines
         assert ["model.revision", '"123"', "#", "command", "line"] in lines
         assert ["layers", "10", "2,000"] in lines
+        assert "layout bucketed (not flat: its attention is its own)".split() in lines
         document = json.loads(run("show", "recipe.yaml", "--json")[1])
         assert document["recipe"]["train"]["seed"] == 42
         assert document["origins"]["model.name"] == "recipe.yaml:1"
-        assert document["parameters"] == {"layers": {"trainable": 10, "total": 2000}}
+        assert document["parameters"] == groups
+        assert document["layout"] == "bucketed"
 
     def test_show_without_parameters(self, run: Run, stand_in: Callable[..., list[Any]]) -> None:
-        stand_in("ftkit.preflight", parameters=failing(errors.HubError("no network")))
+        stand_in("ftkit.preflight", forecast=failing(errors.HubError("no network")))
         code, out, err = run("show", "recipe.yaml")
         assert code == 0
         assert "train.seed" in out

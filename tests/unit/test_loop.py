@@ -44,7 +44,7 @@ def test_the_dropout_of_an_adapter_stays_active():
     assert not [name for name in still if "lora" in name]
 
 
-@pytest.mark.parametrize("layout", ["padded", "bucketed"])
+@pytest.mark.parametrize("layout", ["padded", "bucketed", "flat"])
 def test_an_epoch_has_every_row_once_in_an_order_of_its_own(layout):
     lengths = np.random.default_rng(0).integers(1, 100, 333)
     first, second = (epoch_batches(lengths, 8, layout, seed=1, epoch=epoch) for epoch in (0, 1))
@@ -65,6 +65,15 @@ def test_buckets_hold_rows_of_like_length():
 
     assert padding("padded") > 0.4
     assert padding("bucketed") < 0.03
+
+
+def test_buckets_of_few_rows_still_mix_them():
+    """20 batches of one length each, sorted: not all of the shortest rows may come in the same few batches of every epoch."""
+    lengths = np.sort(np.random.default_rng(0).integers(1, 500, 160))
+    batches = epoch_batches(lengths, 8, "bucketed", seed=0, epoch=0)
+    shortest = sum(bool(set(batch) & set(range(8))) for batch in batches)
+    assert len(batches) == 20
+    assert shortest >= 3
 
 
 @pytest.mark.parametrize(("accumulate", "world"), [(1, 1), (4, 1), (3, 2), (1, 4), (9, 2)])

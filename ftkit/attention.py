@@ -1,0 +1,223 @@
+"""No padding: the layers of a model see the rows of a batch laid end to end, real tokens only.
+
+`Flat` hooks a model of transformers.  Where its layers begin, the real tokens are gathered; where they end,
+they are scattered back, so that embeddings, poolers and heads stay the model's own and tasks see padded
+batches as ever.  In between, `attend` lets each row attend to itself alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ftkit.data.types import Segments
+
+NAME = "ftkit"  # what transformers calls `attend`
+# Keywords that reach attention functions and change nothing in what they compute.
+HARMLESS = {
+    "deterministic",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "position_embeddings",
+    "position_ids",
+    "return_dict",
+    "use_cache",
+}
+
+
+class Unsupported(Exception):
+    """The layers of this model cannot run flat; the message says why, to follow its name and a colon."""
+
+
+class Flat:
+    """A model whose layers run on the real tokens of a batch while `rows` says where these are; as ever otherwise.
+
+    Raises Unsupported where attention or layers are not built as transformers builds most of them.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        if model.config.is_encoder_decoder:
+            raise Unsupported("it has two stacks of layers")
+        if not model._can_set_attn_implementation():
+            raise Unsupported("its attention is its own")
+        base = model.base_model
+        stack = _stack(base)
+        names = inspect.signature(stack.forward).parameters
+        self._takes_ids = "input_ids" in names
+        if self._takes_ids and "position_ids" not in names and getattr(model.config, "max_position_embeddings", None):
+            raise Unsupported("its positions cannot be given")
+        self._gives_positions = "position_ids" in names
+        self._segments: Segments | None = None
+        self.model, self._before = model, model.config._attn_implementation
+        AttentionInterface.register(NAME, attend)
+        AttentionMaskInterface.register(NAME, sdpa_mask)
+        model.set_attn_implementation(NAME)
+        self._hooks = [
+            base.register_forward_pre_hook(self._unmask, with_kwargs=True),
+            stack.register_forward_pre_hook(self._gather, with_kwargs=True),
+            stack.register_forward_hook(self._scatter),
+        ]
+
+    @contextmanager
+    def rows(self, segments: Segments | None) -> Iterator[None]:
+        """What is called herein gets batches whose real tokens are there; None: batches without padding, or any."""
+        self._segments = segments
+        try:
+            yield
+        finally:
+            self._segments = None
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """What is called herein computes attention by the model's own code, unfused."""
+        self.model.set_attn_implementation("eager")
+        try:
+            yield
+        finally:
+            self.model.set_attn_implementation(NAME)
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        for hook in self._hooks:
+            hook.remove()
+        self.model.set_attn_implementation(self._before)
+
+    def _unmask(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Spare the base the making of masks: it passes on one of four dimensions as it is, and `attend` needs none."""
+        if self._segments is None:
+            return None
+        return args, kwargs | {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self._segments.index.device)}
+
+    def _gather(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if (segments := self._segments) is None:
+            return None
+
+        def gathered(value: Any) -> Any:
+            return segments.gather(value) if isinstance(value, torch.Tensor) and value.shape[:2] == segments.shape else value
+
+        kwargs = {name: gathered(value) for name, value in kwargs.items()} | {"segments": segments}
+        if self._gives_positions:
+            kwargs["position_ids"] = (segments.index % segments.shape[1]).unsqueeze(0)
+        return tuple(gathered(value) for value in args), kwargs
+
+    def _scatter(self, stack: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if (segments := self._segments) is None:
+            return None
+
+        def scattered(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(map(scattered, value))
+            return segments.scatter(value) if isinstance(value, torch.Tensor) and value.shape[:2] == (1, len(segments.index)) else value
+
+        if isinstance(output, torch.Tensor | tuple):
+            return scattered(output)
+        return type(output)(**{name: scattered(value) for name, value in output.items()})
+
+
+def _stack(base: nn.Module) -> nn.Module:
+    """The module that runs the layers one after the other: the base itself, or its encoder."""
+    for module in base.modules():
+        if any(isinstance(child, nn.ModuleList) for child in module.children()):
+            return module
+    raise Unsupported("it has no list of layers")
+
+
+def attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    segments: Segments | None = None,
+    **other: Any,
+) -> tuple[torch.Tensor, None]:
+    """Scaled dot-product attention as transformers' layers call it; of `segments`, each attends to itself alone.
+
+    query, key, value: [1, heads, N, head_dim]; returns [1, N, heads, head_dim].  Without segments it is
+    transformers' own `sdpa`.  Raises Unsupported for what would change the result and is not implemented.
+    """
+    if segments is None:
+        if attention_mask is not None and attention_mask.shape == (1, 1, 1, 1) and key.shape[2] > 1:  # `Flat` is at work
+            raise Unsupported("its layers do not pass on to attention which tokens belong together")
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias, sliding_window=sliding_window, **other
+        )
+    if unknown := sorted(name for name, setting in other.items() if setting is not None and name not in HARMLESS):
+        raise Unsupported(f"its attention wants {', '.join(unknown)}")
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    window = _window(module, sliding_window)
+    if query.is_cuda and query.dtype != torch.float32 and not dropout and position_bias is None:
+        return _varlen(query, key, value, segments, scaling, causal, window), None
+    # Neighbours of one length are computed together: batches come sorted by length.
+    groups = [(length, len(list(same))) for length, same in groupby(segments.lengths)]
+    parts = zip(*(states.split([length * count for length, count in groups], 2) for states in (query, key, value)), strict=True)
+    outputs = []
+    for (length, count), states in zip(groups, parts, strict=True):
+        rows_q, rows_k, rows_v = (state.squeeze(0).unflatten(1, (count, length)).transpose(0, 1) for state in states)  # [count, heads, length, head_dim]
+        mask = _band(length, window, causal, query.device) if window is not None and length > window else None
+        bias = None if position_bias is None else position_bias[:, :, :length, :length]  # of distances, so the same anywhere
+        outputs.append(sdpa_attention_forward(module, rows_q, rows_k, rows_v, mask, dropout, scaling, causal, bias)[0].flatten(0, 1))
+    return torch.cat(outputs).unsqueeze(0), None
+
+
+def _varlen(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scaling: float | None, causal: bool, window: int | None
+) -> torch.Tensor:
+    """The same by torch's kernel for rows of any length: [1, heads, N, head_dim] -> [1, N, heads, head_dim]."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    longest, reach = max(segments.lengths), -1 if window is None else window - 1
+    output: Any = varlen_attn(
+        query.squeeze(0).transpose(0, 1),
+        key.squeeze(0).transpose(0, 1),
+        value.squeeze(0).transpose(0, 1),
+        cu_seq_q=segments.bounds,
+        cu_seq_k=segments.bounds,
+        max_q=longest,
+        max_k=longest,
+        scale=scaling,
+        window_size=(reach, 0 if causal else reach),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output.unsqueeze(0)
+
+
+def _band(length: int, window: int, causal: bool, device: torch.device) -> torch.Tensor:
+    """bool [length, length]: whether a position looks at another, which must be nearer than `window`."""
+    place = torch.arange(length, device=device)
+    distance = place[:, None] - place[None, :]
+    return (distance < window) & (distance >= 0 if causal else distance > -window)
+
+
+def _window(module: nn.Module, given: int | None) -> int | None:
+    """A layer's sliding window; Unsupported where it looks at less than whole rows in another way."""
+    config: Any = getattr(module, "config", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        if given is None and getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+            raise Unsupported("its layers have a sliding window of which attention is not told")
+        return given
+    kind = kinds[module.layer_idx] if hasattr(module, "layer_idx") else "unknown layers"
+    if kind == "full_attention":
+        return None
+    if kind != "sliding_attention" or given is None:
+        raise Unsupported(f"it has {kind}")
+    return given

@@ -1,0 +1,91 @@
+"""Flat and padded: the same batches, and after 20 steps the same weights; and where flat is impossible, the run says so."""
+
+from dataclasses import replace
+
+import pytest
+
+from ftkit.errors import RecipeError
+from ftkit.loop import Position, fit
+from ftkit.prepare import prepare
+from ftkit.recipe import read
+from ftkit.report import Reporter
+from ftkit.session import open_session
+
+BERT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+LLAMA = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+RUNS = {
+    "bert": ("bert", BERT, "single", {"kind": "full"}, {}),
+    "bert-pairs-checkpointed": ("bert", BERT, "pairs", {"kind": "full"}, {"gradient_checkpointing": True}),
+    "distilbert-partial": ("distilbert", {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0}, "single", {"kind": "partial", "last": 1}, {}),
+    "llama-classification": ("llama", {}, "single", {"kind": "full"}, {}),
+    "llama-accumulated": ("llama", {}, "chats", {"kind": "full"}, {"accumulate": 3}),
+    "llama-lora": ("llama", {}, "prompts", {"kind": "lora", "r": 4, "dropout": 0.0}, {}),
+    "gpt2": ("gpt2", {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}, "prompts", {"kind": "full"}, {}),
+}
+
+
+def session(path, layout, report):
+    return open_session(prepare(read(path, [f"train.layout={layout}"]), report), report)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_after_twenty_steps_the_weights_are_those_of_padded_batches(name, recipe, checkpoint):
+    model, overrides, rows, method, changes = RUNS[name]
+    train = {"steps": 20, "optimizer": "sgd", "learning_rate": 0.05, "max_grad_norm": None, **changes}
+    path = recipe({"name": checkpoint(model), "config": overrides}, rows, train, method=method)
+    with Reporter(None, quiet=True) as report:
+        padded, flat = (session(path, layout, report) for layout in ("padded", "flat"))
+    start = {key: parameter.detach().clone() for key, parameter in padded.trainable.items()}
+    losses = [[(step.loss, step.tokens) for step in fit(each, Position())] for each in (padded, flat)]
+    assert flat.layout == "flat"
+    assert losses[1] == [(pytest.approx(loss, rel=1e-5), tokens) for loss, tokens in losses[0]]
+    moved = max((parameter - start[key]).abs().max() for key, parameter in padded.trainable.items())
+    apart = max((parameter - flat.trainable[key]).abs().max() for key, parameter in padded.trainable.items())
+    assert moved > 1e-2
+    assert apart < 1e-4 * moved
+
+
+def test_it_is_the_default_where_it_is_possible(recipe):
+    with Reporter(None, quiet=True) as report:
+        assert session(recipe("bert", "single"), "auto", report).layout == "flat"
+        assert session(recipe("bert", "single"), "bucketed", report).flat is None
+
+
+IMPOSSIBLE = {
+    "own-attention": ({"model_type": "gptj", "n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 4}, {}, "its attention is its own"),
+    "softcap": ({**LLAMA, "model_type": "gemma2", "head_dim": 16}, {}, "its attention wants softcap"),
+    "not-passed-on": ({**LLAMA, "model_type": "stablelm"}, {}, "its layers do not pass on to attention"),
+    "asked-for-another": (LLAMA, {"attention": "eager"}, "model.attention: eager asks for another attention function"),
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_where_it_is_impossible_rows_are_bucketed_and_the_run_says_why(name, recipe, checkpoint):
+    config, settings, reason = IMPOSSIBLE[name]
+    path = recipe({"init": "random", "config": {**config, "initializer_range": 0.3}, "tokenizer": checkpoint("llama"), **settings}, "prompts")
+    with Reporter(None, quiet=True) as report:
+        opened = session(path, "auto", report)
+        assert (opened.layout, opened.flat) == ("bucketed", None)
+        assert [note for note in report.notes if "rows are bucketed by length and padded" in note and reason in note]
+        assert opened.base.model.config._attn_implementation == settings.get("attention", opened.base.model.config._attn_implementation) != "ftkit"
+        with pytest.raises(RecipeError, match=f"train.layout: flat is impossible here .*{reason}"):
+            session(path, "flat", report)
+
+
+def test_rows_that_get_other_answers_than_alone_are_not_laid_flat(recipe, monkeypatch):
+    """The trial before the first step: here the lengths of the rows reach attention in the wrong order."""
+    from ftkit import attention
+
+    gather = attention.Flat._gather
+
+    def confused(self, stack, args, kwargs):
+        changed = gather(self, stack, args, kwargs)
+        if changed is not None:
+            changed[1]["segments"] = replace(changed[1]["segments"], lengths=changed[1]["segments"].lengths[::-1])
+        return changed
+
+    monkeypatch.setattr(attention.Flat, "_gather", confused)
+    with Reporter(None, quiet=True) as report:
+        opened = session(recipe("llama", "prompts"), "auto", report)
+        assert opened.layout == "bucketed"
+        assert [note for note in report.notes if "rows get other answers than alone" in note]

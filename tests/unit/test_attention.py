@@ -1,0 +1,208 @@
+"""Rows laid end to end give what they give alone, in every architecture that allows it, and others are found out."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from transformers import (
+    AlbertConfig,
+    BertConfig,
+    DebertaV2Config,
+    DistilBertConfig,
+    ElectraConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    ModernBertConfig,
+    MPNetConfig,
+    OPTConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+    RobertaConfig,
+    StableLmConfig,
+    T5Config,
+)
+
+from ftkit.attention import NAME, Flat, Unsupported
+from ftkit.data.batches import segments
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 100, "max_position_embeddings": 64}
+GROUPED = {**SMALL, "num_key_value_heads": 2, "pad_token_id": 0}
+ENCODERS = {
+    "bert": BertConfig(**SMALL),
+    "roberta": RobertaConfig(**SMALL),  # counts positions itself, from after the padding token
+    "albert": AlbertConfig(**SMALL, embedding_size=16),
+    "electra": ElectraConfig(**SMALL, embedding_size=16),
+    "distilbert": DistilBertConfig(dim=32, hidden_dim=64, n_layers=2, n_heads=4, vocab_size=100, max_position_embeddings=64),  # takes no positions
+    "modernbert": ModernBertConfig(**SMALL, local_attention=4, global_attn_every_n_layers=2, pad_token_id=0),
+}
+DECODERS = {
+    "gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=100, n_positions=64, pad_token_id=0),
+    "gpt-neox": GPTNeoXConfig(**SMALL, pad_token_id=0),
+    "llama": LlamaConfig(**GROUPED),
+    "mistral": MistralConfig(**GROUPED, sliding_window=5),
+    "mixtral": MixtralConfig(**GROUPED, num_local_experts=2),
+    "qwen2": Qwen2Config(**GROUPED, use_sliding_window=True, sliding_window=5, max_window_layers=1),
+    "qwen3": Qwen3Config(**GROUPED, head_dim=8),
+    "phi3": Phi3Config(**GROUPED),
+    "gemma3": Gemma3TextConfig(**GROUPED, head_dim=8, sliding_window=5, layer_types=["sliding_attention", "full_attention"]),
+    "opt": OPTConfig(**{**SMALL, "ffn_dim": 64, "word_embed_proj_dim": 32, "pad_token_id": 0}),
+    "bert-decoder": BertConfig(**SMALL, is_decoder=True),
+}
+LENGTHS = (11, 7, 7, 3)  # of rows; longer and shorter than the sliding windows, two alike
+OTHERS = {  # refused before a forward pass, or in it
+    "deberta": (DebertaV2Config(**SMALL), "its attention is its own"),
+    "mpnet": (MPNetConfig(**SMALL), "its attention is its own"),
+    "gemma2": (Gemma2Config(**GROUPED, head_dim=8), "its attention wants softcap"),
+    "stablelm": (StableLmConfig(**GROUPED), "its layers do not pass on to attention which tokens belong together"),
+}
+
+
+def built(cls, config):
+    """A model with weights large enough that every token counts, in eval mode, computing attention by its own code."""
+    torch.manual_seed(0)
+    model = cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
+    model.set_attn_implementation("eager")
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def batch():
+    ids, mask = torch.zeros(len(LENGTHS), max(LENGTHS), dtype=torch.int64), torch.zeros(len(LENGTHS), max(LENGTHS), dtype=torch.int64)
+    rng = torch.Generator().manual_seed(1)
+    for row, length in enumerate(LENGTHS):
+        ids[row, :length], mask[row, :length] = torch.randint(3, 100, (length,), generator=rng), 1
+    return ids, mask
+
+
+def alone(model, ids, **kwargs):
+    """The first output of each row by itself."""
+    return [model(input_ids=ids[row : row + 1, :length], **kwargs)[0][0] for row, length in enumerate(LENGTHS)]
+
+
+def flat(model, ids, mask, **kwargs):
+    """The same of the batch, without padding; the model stays flat, for the backward pass."""
+    pad = getattr(model.config, "pad_token_id", 0) or 0
+    with Flat(model).rows(segments(mask.numpy())):
+        output = model(input_ids=torch.where(mask > 0, ids, pad), attention_mask=mask, **kwargs)[0]
+    return [row[:length] if row.dim() == 2 else row for row, length in zip(output, LENGTHS, strict=True)]
+
+
+def difference(found, expected):
+    scale = max(value.abs().max() for value in expected)
+    return max((a - b).abs().max() for a, b in zip(found, expected, strict=True)) / scale
+
+
+@pytest.mark.parametrize("name", [*ENCODERS, *DECODERS])
+def test_classes_are_those_of_each_row_alone(name, batch):
+    config = (ENCODERS | DECODERS)[name]
+    if type(config) not in transformers.AutoModelForSequenceClassification._model_mapping:
+        pytest.skip("has no such head")
+    model = built(transformers.AutoModelForSequenceClassification, config)
+    with torch.no_grad():
+        assert difference(flat(model, *batch), alone(model, batch[0])) < 1e-5
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_next_tokens_and_gradients_are_those_of_each_row_alone(name, batch):
+    model = built(transformers.AutoModelForCausalLM, DECODERS[name])
+    gradients = []
+    outputs = []
+    for layout in (lambda: alone(model, batch[0], use_cache=False), lambda: flat(model, *batch, use_cache=False)):
+        model.zero_grad()
+        outputs.append(layout())
+        torch.cat(outputs[-1]).log_softmax(-1)[:, 5].sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+    assert difference(outputs[1], outputs[0]) < 1e-5
+    assert difference(gradients[1], gradients[0]) < 1e-5
+
+
+def test_the_encoder_of_t5_with_its_position_bias(batch):
+    model = built(transformers.T5EncoderModel, T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=100))
+    with torch.no_grad():
+        assert difference(flat(model, *batch), alone(model, batch[0])) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_gradient_checkpointing_recomputes_the_same(name, batch):
+    config = (ENCODERS | DECODERS)[name]
+    model = built(transformers.AutoModelForSequenceClassification, config).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    ids, mask = batch
+    found, layers = [], Flat(model)
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.zero_grad()
+        with layers.rows(segments(mask.numpy())):
+            logits = model(input_ids=ids, attention_mask=mask).logits
+        logits.log_softmax(-1)[:, 0].sum().backward()
+        found.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+    assert difference(found[1], found[0]) < 1e-6
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_cannot_be_laid_flat_says_why(name, batch):
+    config, reason = OTHERS[name]
+    model = built(transformers.AutoModelForSequenceClassification, config)
+    with pytest.raises(Unsupported, match=reason):
+        flat(model, *batch)
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [({"layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"), ({"sliding_window": 4}, "window of which attention is not told")],
+)
+def test_layers_with_windows_that_attention_is_not_told_of_are_refused(setting, reason, batch):
+    model = built(transformers.AutoModelForCausalLM, LlamaConfig(**GROUPED))
+    vars(model.config).update(setting)
+    with pytest.raises(Unsupported, match=reason):
+        flat(model, *batch)
+
+
+def test_only_real_tokens_pass_the_layers(batch):
+    model = built(transformers.AutoModelForSequenceClassification, ENCODERS["bert"])
+    seen = []
+    model.bert.encoder.layer[0].register_forward_hook(lambda module, args, output: seen.append(args[0].shape))
+    with torch.no_grad():
+        flat(model, *batch)
+    assert seen == [(1, sum(LENGTHS), 32)]
+
+
+def test_removed_it_leaves_the_model_as_it_was(batch):
+    ids, mask = batch
+    model = built(transformers.AutoModelForSequenceClassification, ENCODERS["bert"])
+    before = model.config._attn_implementation
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask)[0]
+        layers = Flat(model)
+        with layers.rows(segments(mask.numpy())):
+            model(input_ids=ids, attention_mask=mask)
+        assert model.config._attn_implementation == NAME
+        padded = model(input_ids=ids, attention_mask=mask)[0]  # without rows() it computes as ever
+        layers.remove()
+        assert model.config._attn_implementation == before
+        assert torch.equal(model(input_ids=ids, attention_mask=mask)[0], expected)
+    assert (padded - expected).abs().max() < 1e-5
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_segments_say_where_the_real_tokens_are():
+    mask = np.array([[1, 1, 1], [1, 0, 0], [1, 1, 0]])
+    found = segments(mask)
+    assert found.lengths == [3, 1, 2]
+    assert found.index.tolist() == [0, 1, 2, 3, 6, 7]
+    assert found.bounds.tolist() == [0, 3, 4, 6]
+    values = torch.arange(9.0).view(3, 3)
+    assert found.gather(values).tolist() == [[0, 1, 2, 3, 6, 7]]
+    assert torch.equal(found.scatter(found.gather(values)), values * torch.from_numpy(mask))
