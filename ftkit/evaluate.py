@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from ftkit.data.features import FeatureSet
-    from ftkit.data.types import Row
+    from ftkit.data.types import Batch, Row, Scores
     from ftkit.recipe.spec import Recipe
     from ftkit.report import Reporter
     from ftkit.signals import StopRequest
@@ -70,15 +71,32 @@ def evaluate(
         for indices in by_length(features.lengths, batch_size, accelerator.num_processes, accelerator.process_index):
             if interrupted():
                 break
-            scores = trainee(collate(features, indices, pad_token_id).to(accelerator.device), judge=True)
-            metrics.update(scores)
-            if keep_records and len(indices):
-                records += task.records(scores)
+            batch = collate(features, indices, pad_token_id).to(accelerator.device)
+            records += _judged(trainee, batch, metrics, task if keep_records and len(indices) else None)
             advance(len(indices) * accelerator.num_processes)
     trainee.train(was_training)
     for name, value in metrics.sums.items():
         metrics.sums[name] = accelerator.reduce(value.to(accelerator.device), "sum").cpu()
     return metrics, records
+
+
+def _judged(trainee: nn.Module, batch: Batch, metrics: Metrics, task: Task | None) -> list[dict[str, Any]]:
+    """Add a batch to the metrics; what the model said of it, if there is a task to ask."""
+    records: list[dict[str, Any]] = []
+
+    def counted(parts: Iterator[Scores]) -> Iterator[Scores]:
+        for scores in parts:
+            metrics.update(scores)
+            yield scores
+
+    def judge(parts: Iterator[Scores]) -> None:
+        if task:
+            records.extend(task.records(counted(parts)))
+        else:
+            deque(counted(parts), maxlen=0)
+
+    trainee(batch, judge)
+    return records
 
 
 def measure(session: Measurable, names: Iterable[str], report: Reporter, stop: StopRequest, keep_records: bool = False) -> dict[str, Measured]:

@@ -108,8 +108,9 @@ def _difference(trainee: Trainee, flat: Flat, rows: FeatureSet, pad_token_id: in
     """The largest difference of a logit between two rows computed flat and each alone, relative to the largest logit."""
 
     def said(*indices: int) -> torch.Tensor:
-        scores = trainee(collate(rows, np.array(indices), pad_token_id).to(device), judge=True)
-        return scores.logits[scores.rows.argsort(stable=True)].float()
+        logits: list[torch.Tensor] = []
+        trainee(collate(rows, np.array(indices), pad_token_id).to(device), lambda parts: logits.extend(scores.logits.float() for scores in parts))
+        return torch.cat(logits)
 
     was_training = trainee.training
     trainee.eval()

@@ -7,7 +7,7 @@ processes: a batch in one piece, in four, or on two processes has the same gradi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from ftkit import chunks
 from ftkit.data.batches import collate, epoch_batches, split
-from ftkit.data.types import Batch
+from ftkit.data.types import Batch, Scores
 from ftkit.errors import Diverged
 
 if TYPE_CHECKING:
@@ -44,11 +45,14 @@ class Trainee(nn.Module):
         self.still = [name or "the whole base" for name, module in inner.named_modules() if any(module is other for other in frozen)]
         self._still = frozen
 
-    def forward(self, batch: Batch, judge: bool = False) -> Any:
-        """The summed loss of the batch, float32; with `judge`, the scores of its supervised items."""
+    def forward(self, batch: Batch, judge: Callable[[Iterator[Scores]], None] | None = None) -> torch.Tensor | None:
+        """The summed loss of the batch, float32; with `judge`, nothing: that is given the scores of the supervised items, a chunk at a time."""
         with self.flat.rows(batch.segments) if self.flat else nullcontext():
-            scores = self.task.scores(self.model, batch)
-        return scores if judge else self.objective.loss(scores)
+            items = self.task.items(self.model, batch)
+        if judge is None:
+            return chunks.loss(items, self.objective, list(self.model.parameters()))
+        judge(chunks.scores(items))
+        return None
 
     def train(self, mode: bool = True) -> Trainee:
         """Training mode, except for frozen modules below the first one that learns: dropout there only adds noise."""

@@ -260,7 +260,7 @@ def _check_truncation(task: Task, rows: Sequence[Row], encoded: list[list[Featur
 def _check_scores(task: Task, model: Any, features: FeatureSet, pad: int) -> Scores:
     """A padded batch says of each row what the row says alone, and supervises what encode said."""
     batch = collate(features, np.arange(len(features)), pad)
-    scores = task.scores(model, batch)
+    scores = task.items(model, batch).scores()
     supervised = batch.weights > 0
     expected = batch.weights[supervised]
     _require(
@@ -270,7 +270,7 @@ def _check_scores(task: Task, model: Any, features: FeatureSet, pad: int) -> Sco
     count = len(scores.weights)
     _require(len(scores.logits) == len(scores.targets) == len(scores.rows) == count, "scores: logits, targets, weights and rows must be equally long")
     for index in range(len(features)):
-        alone = task.scores(model, collate(features, np.array([index]), pad))
+        alone = task.items(model, collate(features, np.array([index]), pad)).scores()
         chosen = scores.rows == index
         _require(
             bool((alone.rows == index).all()),
@@ -282,7 +282,7 @@ def _check_scores(task: Task, model: Any, features: FeatureSet, pad: int) -> Sco
             _same(scores.logits[chosen], alone.logits),
             f"scores: logits of feature {index} differ by {difference:.2g} between a padded batch and the row alone: mask the padding",
         )
-    silent = task.scores(model, collate(features, np.array([], np.int64), pad))
+    silent = task.items(model, collate(features, np.array([], np.int64), pad)).scores()
     _require(silent.weights.sum().item() == 0, "scores: a batch of weight 0 (a process without rows) must have no weight")
     return scores
 
@@ -294,7 +294,7 @@ def _check_metrics(task: Task, model: Any, features: FeatureSet, pad: int) -> No
     def measured(*groups: np.ndarray) -> Metrics:
         metrics = task.metrics()
         for group in groups:
-            metrics.update(task.scores(model, collate(features, group, pad)))
+            metrics.update(task.items(model, collate(features, group, pad)).scores())
         return metrics
 
     indices = np.arange(len(features))
@@ -320,7 +320,7 @@ def _check_metrics(task: Task, model: Any, features: FeatureSet, pad: int) -> No
 
 
 def _check_records(task: Task, scores: Scores) -> None:
-    records = _json(task.records(scores), "records()")
+    records = _json(task.records([scores]), "records()")
     features = [record.get("feature") for record in records]
     _require(sorted(features) == sorted(scores.rows.unique().tolist()), f"records: one object for each feature of the batch is wanted, these came: {features}")
 

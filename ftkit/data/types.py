@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -104,12 +105,35 @@ class Batch:
 
 @dataclass(slots=True)
 class Scores:
-    """What the model said on the supervised items of a batch, beside what it should have said.
+    """What the model said on supervised items, beside what it should have said.
 
-    n is the number of supervised positions (or rows), C the number of classes (or the vocabulary).
+    n is the number of items (positions or rows), C the number of classes (or the vocabulary).
     """
 
     logits: torch.Tensor  # float [n, C]
     targets: torch.Tensor  # [n]
     weights: torch.Tensor  # float32 [n]
     rows: torch.Tensor  # int64 [n]: the feature (index into the feature set) that an item belongs to
+
+
+@dataclass(slots=True)
+class Items:
+    """The supervised items of a batch before the output head: logits of them all need not exist at one time."""
+
+    states: torch.Tensor  # float [n, ...]: what the head makes logits of
+    head: Callable[[torch.Tensor], torch.Tensor]  # states of m items -> logits [m, C]
+    num_classes: int  # C
+    targets: torch.Tensor  # [n]
+    weights: torch.Tensor  # float32 [n]
+    rows: torch.Tensor  # int64 [n]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def scores(self, part: slice = slice(None), states: torch.Tensor | None = None) -> Scores:
+        """Those of a part of the items; `states` in place of their own."""
+        return Scores(self.head(self.states[part] if states is None else states), self.targets[part], self.weights[part], self.rows[part])
+
+    def parts(self, size: int) -> Iterator[slice]:
+        """Slices of `size` items; one, if there are no items."""
+        return (slice(start, start + size) for start in range(0, max(1, len(self)), size))

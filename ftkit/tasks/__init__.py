@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from ftkit.data.types import Batch, Features, Limits, Row, Scores
+    from ftkit.data.types import Batch, Features, Items, Limits, Row, Scores
     from ftkit.recipe.spec import Default, Generation
 
 
@@ -83,8 +83,8 @@ class Task(Protocol):
         """
         ...
 
-    def scores(self, model: Any, batch: Batch) -> Scores:
-        """One forward pass, reduced to the supervised items before the head where the model allows."""
+    def items(self, model: Any, batch: Batch) -> Items:
+        """One forward pass up to the output head, or with it where logits are few, reduced to the supervised items."""
         ...
 
     def complete(self, model: Any, tokenizer: Any) -> None:
@@ -93,8 +93,8 @@ class Task(Protocol):
 
     def metrics(self) -> Metrics: ...
 
-    def records(self, scores: Scores) -> list[dict[str, Any]]:
-        """What the model said, one JSON object for each feature in the batch, `feature` being its index."""
+    def records(self, parts: Iterable[Scores]) -> list[dict[str, Any]]:
+        """What the model said, one JSON object for each feature in the batch, `feature` being its index; the batch's items come in parts."""
         ...
 
     def predict(self, model: Any, tokenizer: Any, rows: list[Row], limits: Limits, generation: Generation) -> list[dict[str, Any]]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cached_property
+from contextlib import ExitStack, contextmanager
+from functools import cached_property, partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
-from ftkit.data.types import Features, Limits, Row, RowError, Scores
+from ftkit.data.types import Features, Items, Limits, Row, RowError
 from ftkit.errors import DataError, RecipeError
 from ftkit.recipe.spec import Default, Generation, Spec
 from ftkit.tasks import Column, Shape, chat
@@ -17,7 +18,7 @@ from ftkit.tasks import Column, Shape, chat
 if TYPE_CHECKING:
     import torch
 
-    from ftkit.data.types import Batch
+    from ftkit.data.types import Batch, Scores
 
 MESSAGES = Column("messages", "a chat: a list of {role, content}; assistant messages are learned", "conversation", "chat", "dialogue")
 PROMPT = Column("prompt", "text that is given", "instruction", "input", "question", "query")
@@ -40,7 +41,6 @@ EXAMPLES = (  # questions and their answers
 )
 T = TypeVar("T")
 GENERATED_ROWS = 16  # rows generated together: the cache of keys and values grows with them
-JUDGED_POSITIONS = 1024  # positions whose logits are held in float32 at a time
 
 
 class Manner(NamedTuple):
@@ -139,34 +139,26 @@ class CausalLM(Spec):
             features.untrained_answers = rendered.untrained_answers
         return fitted
 
-    def scores(self, model: Any, batch: Batch) -> Scores:
-        """Logits of the n supervised positions only: the output head never sees the others.
-
-        Where a model does not call its output embeddings as a module, all logits are computed and the
-        supervised ones taken.  n may be 0: empty logits still lead back to the parameters, with zero gradients.
-        """
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        calls = []
-
-        def gather(head: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            calls.append(head)
-            return (args[0].flatten(0, 1)[batch.supervised].unsqueeze(0), *args[1:])  # [B, L, H] -> [1, n, H]
-
-        head = base.get_output_embeddings()
-        hook = head.register_forward_pre_hook(gather) if head is not None else None
+    def items(self, model: Any, batch: Batch) -> Items:
+        """The n supervised positions before the output head: it never sees the others."""
+        outer = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if outer not in self._trunks:
+            self._trunks[outer] = _trunk(outer)
+        trunk = self._trunks[outer]
         mask = None if batch.segments is None else batch.attention_mask
-        try:
-            logits = model(input_ids=batch.input_ids, attention_mask=mask, use_cache=False).logits
-        finally:
-            if hook is not None:
-                hook.remove()
-        assert len(calls) <= 1, f"{type(base).__name__} calls its output embeddings {len(calls)} times"
-        return Scores(
-            logits=logits.squeeze(0) if calls else logits.flatten(0, 1)[batch.supervised],
+        output = trunk(input_ids=batch.input_ids, attention_mask=mask, use_cache=False, return_dict=True)
+        return Items(
+            states=output.last_hidden_state.flatten(0, 1)[batch.supervised],
+            head=lambda states: _logits(outer, trunk, output, states),
+            num_classes=outer.config.get_text_config().vocab_size,
             targets=batch.targets.flatten()[batch.supervised],
             weights=batch.weights.flatten()[batch.supervised],
             rows=batch.row_ids[batch.supervised // batch.input_ids.shape[1]],
         )
+
+    @cached_property
+    def _trunks(self) -> WeakKeyDictionary[Any, Any]:
+        return WeakKeyDictionary()
 
     def complete(self, model: Any, tokenizer: Any) -> None:
         """Generation stops at the end of a text and of a turn, whatever reads the saved model."""
@@ -176,12 +168,13 @@ class CausalLM(Spec):
     def metrics(self) -> LanguageModelMetrics:
         return LanguageModelMetrics()
 
-    def records(self, scores: Scores) -> list[dict[str, Any]]:
+    def records(self, parts: Iterable[Scores]) -> list[dict[str, Any]]:
         """Mean loss of each feature's supervised tokens, and how many they are."""
-        losses, _ = _judged(scores)
         found: dict[int, list[float]] = {}
-        for row, loss in zip(scores.rows.tolist(), losses.tolist(), strict=True):
-            found.setdefault(row, []).append(loss)
+        for scores in parts:
+            losses, _ = _judged(scores)
+            for row, loss in zip(scores.rows.tolist(), losses.tolist(), strict=True):
+                found.setdefault(row, []).append(loss)
         return [{"feature": row, "loss": sum(values) / len(values), "tokens": len(values)} for row, values in found.items()]
 
     def predict(self, model: Any, tokenizer: Any, rows: list[Row], limits: Limits, generation: Generation) -> list[dict[str, Any]]:
@@ -295,13 +288,59 @@ class LanguageModelMetrics:
 
 def _judged(scores: Scores) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss (float32 [n]) of each position, and whether its likeliest token is the right one (bool [n])."""
-    import torch
     from torch.nn import functional as F
 
-    parts = list(zip(scores.logits.split(JUDGED_POSITIONS), scores.targets.split(JUDGED_POSITIONS), strict=True))
-    losses = torch.cat([F.cross_entropy(logits.float(), targets, reduction="none") for logits, targets in parts])
-    correct = torch.cat([logits.argmax(-1) == targets for logits, targets in parts])
-    return losses, correct
+    losses = F.cross_entropy(scores.logits.float(), scores.targets, reduction="none")
+    return losses, scores.logits.argmax(-1) == scores.targets
+
+
+class _Reached(Exception):
+    """A module that is looked for was called."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+
+@contextmanager
+def _instead(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let `forward` answer for the module."""
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+def _trunk(model: Any) -> Any:
+    """The module below the output head: that which the language model calls for hidden states.
+
+    The base model as a rule; OPT's calls the decoder within it.  Raises RecipeError where it is neither.
+    """
+    import torch
+
+    def reached(module: Any, *args: Any, **kwargs: Any) -> Any:
+        raise _Reached(module)
+
+    token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    with ExitStack() as stack, torch.no_grad():
+        for module in filter(None, (model.base_model, getattr(model.base_model, "decoder", None))):
+            stack.enter_context(_instead(module, partial(reached, module)))
+        try:
+            model(input_ids=token, use_cache=False)
+        except _Reached as reached_first:
+            return reached_first.module
+    raise RecipeError(f"{type(model).__name__} does not call its base model for hidden states, so its output head cannot be told from it")
+
+
+def _logits(model: Any, trunk: Any, output: Any, states: torch.Tensor) -> torch.Tensor:
+    """What a language model makes of hidden states [m, H]: logits [m, V], scaled and capped as its own code does it."""
+    given = type(output)(**{**output, "last_hidden_state": states.unsqueeze(0)})
+    with _instead(trunk, lambda *args, **kwargs: given):
+        return model(input_ids=states.new_zeros(1, len(states)).long(), use_cache=False).logits.squeeze(0)
 
 
 class _Room:

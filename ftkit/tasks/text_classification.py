@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ftkit.data.types import Features, Limits, Row, RowError, Scores
+from ftkit.data.types import Features, Items, Limits, Row, RowError
 from ftkit.errors import DataError, RecipeError
 from ftkit.recipe.spec import Default, Generation, Spec, option
 from ftkit.tasks import Column, Shape
@@ -14,7 +14,7 @@ from ftkit.tasks import Column, Shape
 if TYPE_CHECKING:
     import torch
 
-    from ftkit.data.types import Batch
+    from ftkit.data.types import Batch, Scores
 
 TEXT = Column("text", "the text to classify", "sentence", "sentence1", "premise", "question1", "content", "review", "document")
 PAIR = Column("text_pair", "a second text", "sentence2", "hypothesis", "question2")
@@ -131,11 +131,11 @@ class TextClassification(Spec):
             )
         ]
 
-    def scores(self, model: Any, batch: Batch) -> Scores:
-        """Logits [B, C] of every row."""
+    def items(self, model: Any, batch: Batch) -> Items:
+        """Every row, with its logits [C]."""
         types = {} if batch.token_type_ids is None else {"token_type_ids": batch.token_type_ids}
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **types).logits
-        return Scores(logits=logits, targets=batch.targets, weights=batch.weights, rows=batch.row_ids)
+        return Items(logits, lambda states: states, logits.shape[1], batch.targets, batch.weights, batch.row_ids)
 
     def complete(self, model: Any, tokenizer: Any) -> None:
         """The labels are in the config already."""
@@ -143,11 +143,13 @@ class TextClassification(Spec):
     def metrics(self) -> ClassificationMetrics:
         return ClassificationMetrics(len(self._names))
 
-    def records(self, scores: Scores) -> list[dict[str, Any]]:
-        probabilities = scores.logits.float().softmax(-1)
-        best, index = probabilities.max(-1)
-        columns = zip(scores.rows.tolist(), scores.targets.tolist(), index.tolist(), best.tolist(), strict=True)
-        return [{"feature": row, "label": self._names[gold], "prediction": self._names[said], "probability": p} for row, gold, said, p in columns]
+    def records(self, parts: Iterable[Scores]) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        for scores in parts:
+            best, index = scores.logits.float().softmax(-1).max(-1)
+            columns = zip(scores.rows.tolist(), scores.targets.tolist(), index.tolist(), best.tolist(), strict=True)
+            found += [{"feature": row, "label": self._names[gold], "prediction": self._names[said], "probability": p} for row, gold, said, p in columns]
+        return found
 
     def baselines(self, train: Iterable[Row], rows: Iterable[Row]) -> dict[str, float]:
         """Accuracy on rows without any model: the commonest training label, and words counted by naive Bayes.
@@ -200,7 +202,7 @@ class TextClassification(Spec):
         features = FeatureSet.of(map(encode, rows))
         batch = collate(features, np.arange(len(features)), tokenizer.pad_token_id).to(model.device)
         with torch.inference_mode():
-            probabilities = self.scores(model, batch).logits.float().softmax(-1).tolist()
+            probabilities = self.items(model, batch).states.float().softmax(-1).tolist()
         answers = [dict(zip(self._names, row, strict=True)) for row in probabilities]
         return [{"label": max(scores, key=scores.__getitem__), "probability": max(scores.values()), "scores": scores} for scores in answers]
 

@@ -2,13 +2,14 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from ftkit import model, plugins
-from ftkit.data.types import Features, Row, RowError, Scores
+from ftkit.data.types import Features, Row, RowError
 from ftkit.methods.full import Full
 from ftkit.recipe.spec import Model
 from ftkit.tasks.causal_lm import CausalLM
@@ -57,9 +58,8 @@ def test_a_task_keeps_the_contract(shape, architecture, data, checkpoint):
 class Unmasked(TextClassification):
     """Lets the padding in."""
 
-    def scores(self, model, batch):
-        logits = model(input_ids=batch.input_ids, attention_mask=torch.ones_like(batch.input_ids)).logits
-        return Scores(logits, batch.targets, batch.weights, batch.row_ids)
+    def items(self, model, batch):
+        return super().items(model, replace(batch, attention_mask=torch.ones_like(batch.input_ids)))
 
 
 class Silent(TextClassification):
@@ -105,8 +105,8 @@ class AveragedMetrics(ClassificationMetrics):
 class Lost(TextClassification):
     """Forgets the last record."""
 
-    def records(self, scores):
-        return super().records(scores)[:-1]
+    def records(self, parts):
+        return super().records(parts)[:-1]
 
 
 class Tensors(TextClassification):

@@ -249,7 +249,7 @@ def test_scores_are_the_models_own_logits_at_the_supervised_positions(name, feat
     model.zero_grad()
     seen = []
     probe = model.get_output_embeddings().register_forward_hook(lambda module, args, output: seen.append(output.shape))
-    scores = TASK.scores(model, batch)
+    scores = TASK.items(model, batch).scores()
     probe.remove()
     F.cross_entropy(scores.logits, scores.targets, reduction="sum").backward()
     assert seen == [(1, len(index), 320)]
@@ -265,7 +265,7 @@ def test_scores_are_the_models_own_logits_at_the_supervised_positions(name, feat
 def test_scores_through_peft(targets, features):
     model = get_peft_model(model_of("llama"), LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False))
     batch = batch_of(features)
-    scores = TASK.scores(model, batch)
+    scores = TASK.items(model, batch).scores()
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
     assert (scores.logits - logits[batch.weights > 0]).abs().max() < 1e-6
 
@@ -278,21 +278,21 @@ def test_a_model_that_does_not_call_its_head_gives_all_logits_to_choose_from(fea
 
     torch.manual_seed(0)
     bare, batch = Bare(CONFIGS["llama"]), batch_of(features)
-    assert (TASK.scores(bare, batch).logits - TASK.scores(model_of("llama"), batch).logits).abs().max() < 1e-6
+    assert (TASK.items(bare, batch).scores().logits - TASK.items(model_of("llama"), batch).scores().logits).abs().max() < 1e-6
 
 
 def test_the_hook_goes_even_if_the_forward_pass_fails(features):
     model, batch = model_of("llama"), batch_of(features)
     batch.input_ids += 1000
     with pytest.raises(IndexError):
-        TASK.scores(model, batch)
+        TASK.items(model, batch).scores()
     assert not model.get_output_embeddings()._forward_pre_hooks
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
 def test_a_batch_without_supervision_gives_zero_gradients_to_every_parameter(name, features):
     model, batch = model_of(name), batch_of([replace(each, weights=[0.0] * len(each.weights)) for each in features])
-    scores = TASK.scores(model, batch)
+    scores = TASK.items(model, batch).scores()
     assert scores.logits.shape == (0, 320)
     scores.logits.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
@@ -306,8 +306,8 @@ def test_metrics_are_weighted_by_tokens(features):
     metrics = TASK.metrics()
     with torch.inference_mode():
         for part in (features[:1], features[1:]):
-            metrics.update(TASK.scores(model, batch_of(part)))
-        whole = TASK.scores(model, batch_of(features))
+            metrics.update(TASK.items(model, batch_of(part)).scores())
+        whole = TASK.items(model, batch_of(features)).scores()
     loss = F.cross_entropy(whole.logits, whole.targets).item()
     found = metrics.compute()
     assert found["loss"] == pytest.approx(loss, rel=1e-6)
@@ -315,7 +315,7 @@ def test_metrics_are_weighted_by_tokens(features):
     assert found["token_accuracy"] == pytest.approx((whole.logits.argmax(-1) == whole.targets).float().mean().item())
     assert found["loss_count"] == sum(sum(f.weights) for f in features)
     assert all(value.dtype == torch.float64 for value in metrics.sums.values())
-    records = TASK.records(whole)
+    records = TASK.records([whole])
     assert [record["feature"] for record in records] == [10, 11, 12]
     assert [record["tokens"] for record in records] == [sum(f.weights) for f in features]
     assert sum(record["loss"] * record["tokens"] for record in records) == pytest.approx(loss * found["loss_count"], rel=1e-5)
@@ -332,7 +332,7 @@ def test_metrics_of_nothing_say_so(features):
     batch = batch_of(features)
     batch.weights.zero_()
     metrics = TASK.metrics()
-    metrics.update(TASK.scores(model_of("llama"), batch))
+    metrics.update(TASK.items(model_of("llama"), batch).scores())
     found = metrics.compute()
     assert found["loss_count"] == 0
     assert math.isnan(found["loss"])
@@ -352,7 +352,7 @@ def taught(tokenizer):
     batch = batch_of([encode(tokenizer, messages=messages)[0] for messages in chats])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(60):
-        scores = TASK.scores(model, batch)
+        scores = TASK.items(model, batch).scores()
         loss = F.cross_entropy(scores.logits, scores.targets)
         loss.backward()
         optimizer.step()

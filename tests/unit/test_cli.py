@@ -231,7 +231,7 @@ class TestOtherCommands:
         assert ["data.columns.a.b", '"1"', "#", "command", "line"] in lines
         assert ["model.revision", '"123"', "#", "command", "line"] in lines
         assert ["layers", "10", "2,000"] in lines
-        assert "layout bucketed (not flat: its attention is its own)".split() in lines
+        assert ["layout", "bucketed", "(not", "flat:", "its", "attention", "is", "its", "own)"] in lines
         document = json.loads(run("show", "recipe.yaml", "--json")[1])
         assert document["recipe"]["train"]["seed"] == 42
         assert document["origins"]["model.name"] == "recipe.yaml:1"

@@ -1,0 +1,64 @@
+"""The output head and the loss, some of the supervised items at a time: the logits of all never exist together.
+
+A language model's logits take n x V numbers, more than all its hidden states.  Each chunk goes through head and loss,
+and back again at once, so that only the gradients of hidden states and weights are kept until the backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ftkit.data.types import Items, Scores
+    from ftkit.objectives import Objective
+
+LOGITS = {"cpu": 2**24, "cuda": 2**26}  # in a chunk: 64 and 256 MiB in float32, and three times that with gradients
+
+
+def chunk_size(items: Items) -> int:
+    """How many items are computed together."""
+    return max(1, LOGITS.get(items.states.device.type, LOGITS["cuda"]) // items.num_classes)
+
+
+def scores(items: Items) -> Iterator[Scores]:
+    """The scores of the items, a chunk at a time."""
+    return (items.scores(part) for part in items.parts(chunk_size(items)))
+
+
+def loss(items: Items, objective: Objective, parameters: list[nn.Parameter]) -> torch.Tensor:
+    """The objective's sum over the items, float32, with its gradient for their states and for those of `parameters` that the head uses."""
+    size = chunk_size(items)
+    if len(items) <= size or not torch.is_grad_enabled():
+        return sum((objective.loss(each) for each in scores(items)), start=torch.zeros((), device=items.states.device))
+    learning = [parameter for parameter in parameters if parameter.requires_grad]
+    total = torch.zeros((), device=items.states.device)
+    of_states = torch.empty_like(items.states)
+    of_weights: dict[int, torch.Tensor] = {}
+    for part in items.parts(size):
+        states = items.states[part].detach().requires_grad_()
+        value = objective.loss(items.scores(part, states))
+        of_states[part], *gradients = torch.autograd.grad(value, [states, *learning], allow_unused=True)
+        total += value.detach()
+        for index, gradient in enumerate(gradients):
+            if gradient is not None:
+                of_weights[index] = of_weights[index].add_(gradient) if index in of_weights else gradient
+    weights = [learning[index] for index in of_weights]
+    return _Known.apply([of_states, *of_weights.values()], total, items.states, *weights)
+
+
+class _Known(torch.autograd.Function):
+    """A number, and tensors of which its gradients are known."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: list[torch.Tensor], number: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        ctx.gradients = gradients
+        return number
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return None, None, *(gradient.mul_(outer[0]) for gradient in ctx.gradients)
