@@ -135,6 +135,17 @@ def _stack(base: nn.Module) -> nn.Module:
     raise Unsupported("it has no list of layers")
 
 
+def layers_of(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers that a model runs one after the other, each once; none where that cannot be told."""
+    if model.config.is_encoder_decoder:
+        return []
+    try:
+        lists = [child for child in _stack(model.base_model).children() if isinstance(child, nn.ModuleList)]
+    except Unsupported:
+        return []
+    return list(lists[0]) if len(lists) == 1 and len(lists[0]) == model.config.get_text_config().num_hidden_layers else []
+
+
 def attend(
     module: nn.Module,
     query: torch.Tensor,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from ftkit.attention import Flat
+    from ftkit.frozen import Frozen
     from ftkit.objectives import Objective
     from ftkit.recipe.spec import Train
     from ftkit.session import Session
@@ -41,13 +42,16 @@ class Trainee(nn.Module):
     def __init__(self, model: nn.Module, inner: nn.Module, task: Task, objective: Objective, flat: Flat | None = None) -> None:
         super().__init__()
         self.model, self.task, self.objective, self.flat = model, task, objective, flat
-        frozen = frozen_bottom(inner)
-        self.still = [name or "the whole base" for name, module in inner.named_modules() if any(module is other for other in frozen)]
-        self._still = frozen
+        self.frozen: Frozen | None = None
+        self.still = {name or "the whole base": module for module in frozen_bottom(inner) for name, other in inner.named_modules() if other is module}
 
     def forward(self, batch: Batch, judge: Callable[[Iterator[Scores]], None] | None = None) -> torch.Tensor | None:
         """The summed loss of the batch, float32; with `judge`, nothing: that is given the scores of the supervised items, a chunk at a time."""
-        with self.flat.rows(batch.segments) if self.flat else nullcontext():
+        with ExitStack() as stack:
+            if self.flat:
+                stack.enter_context(self.flat.rows(batch.segments))
+            if self.frozen:
+                stack.enter_context(self.frozen.rows(batch, flat=self.flat is not None))
             items = self.task.items(self.model, batch)
         if judge is None:
             return chunks.loss(items, self.objective, list(self.model.parameters()))
@@ -57,7 +61,7 @@ class Trainee(nn.Module):
     def train(self, mode: bool = True) -> Trainee:
         """Training mode, except for frozen modules below the first one that learns: dropout there only adds noise."""
         super().train(mode)
-        for module in self._still if mode else ():
+        for module in self.still.values() if mode else ():
             module.eval()
         return self
 

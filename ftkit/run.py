@@ -74,6 +74,7 @@ def _train(resolved: Resolved, stop: signals.StopRequest, resume: bool, overwrit
             rundir.write_text(output / "recipe.yaml", dump(prepared.recipe))
         with Manifest(output, before | describe(session), main) as manifest:
             position = _restore(session, output, report, resume)
+            session.compute_frozen(output, report, stop.poll)
             if position.step == 0 and "base" not in before:
                 base = measure(session, prepared.splits, report, stop)
                 _stop_if_asked(session, output, position, report, stop)

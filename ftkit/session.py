@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +12,15 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 
-from ftkit import device, launch, layout, model, optim
+from ftkit import device, frozen, launch, layout, model, optim
 from ftkit.errors import MissingDependency, RecipeError
 from ftkit.loop import Trainee
 
 if TYPE_CHECKING:
     from ftkit.attention import Flat
     from ftkit.data.features import FeatureSet
-    from ftkit.data.types import Row
+    from ftkit.data.types import Batch, Row
+    from ftkit.frozen import Frozen
     from ftkit.model import Base
     from ftkit.prepare import Prepared
     from ftkit.recipe.spec import Recipe, Train
@@ -42,6 +44,7 @@ class Session:
     accumulate: int  # micro-batches of one process in a step
     layout: str  # padded | bucketed | flat
     flat: Flat | None  # the base's layers, where they run on real tokens only
+    frozen: Frozen | None  # those that are computed once
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -54,6 +57,21 @@ class Session:
     @property
     def pad_token_id(self) -> int:
         return self.prepared.tokenizer.pad_token_id
+
+    def compute_frozen(self, directory: Path, report: Reporter, poll: Callable[[], None]) -> None:
+        """Compute what the frozen layers give for all rows of the run, if that is done once; `poll` may raise to stop."""
+        if self.frozen is None:
+            return
+        sets = [self.prepared.train, *(features for _, features in self.splits.values())]
+        self.wrapped.eval()
+        with report.stage("computing the frozen layers", sum(map(len, sets))) as stage, torch.no_grad():
+
+            def compute(batch: Batch) -> None:
+                self.wrapped(batch.to(self.accelerator.device), lambda parts: None)
+
+            for done in self.frozen.record(sets, directory, compute, self.recipe.eval.batch_size, self.pad_token_id):
+                stage.advance(done)
+                poll()
 
 
 def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any] = MappingProxyType({})) -> Session:
@@ -92,11 +110,28 @@ def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any]
     report.note(f"{here}, {threads} threads, {precision}, {laid_out} batches of {train.batch_size} rows" + _shares(train, accumulate, world.size))
     if train.optimizer.startswith("paged") and here.type == "cpu":
         report.note(f"train.optimizer: {train.optimizer} works as {train.optimizer.removeprefix('paged_')} here, since a CPU has nothing to page to")
+    again = num_steps > optim.steps_per_epoch(train, len(prepared.train))
+    if recipe.method.reuse and again and world.size == 1:
+        sets = [prepared.train, *(features for _, features in prepared.splits.values())]
+        trainee.frozen = frozen.choose(base.model, list(trainee.still.values()), sets, Path(recipe.output), report.note)
     if trainee.still:
         report.note(f"without dropout, because frozen below the first part that learns: {', '.join(trainee.still)}")
     torch.manual_seed(train.seed + world.rank)  # dropout differs between processes
     return Session(
-        recipe, prepared, accelerator, base, learner, wrapped, prepared_optimizer, precision, num_steps, schedule, accumulate, laid_out, trainee.flat
+        recipe=recipe,
+        prepared=prepared,
+        accelerator=accelerator,
+        base=base,
+        learner=learner,
+        wrapped=wrapped,
+        optimizer=prepared_optimizer,
+        precision=precision,
+        num_steps=num_steps,
+        schedule=schedule,
+        accumulate=accumulate,
+        layout=laid_out,
+        flat=trainee.flat,
+        frozen=trainee.frozen,
     )
 
 

@@ -90,6 +90,7 @@ def collate(features: FeatureSet, indices: np.ndarray, pad_token_id: int) -> Bat
         weights=torch.from_numpy(weights),
         supervised=torch.from_numpy(np.flatnonzero(weights)),
         row_ids=torch.from_numpy(np.asarray(indices, np.int64)),
+        source=features,
         token_type_ids=None if type_ids is None else torch.from_numpy(type_ids),
         segments=segments(attention_mask) if min(lengths) < max(lengths) else None,
     )

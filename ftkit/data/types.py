@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     import torch
 
+    from ftkit.data.features import FeatureSet
+
 
 @dataclass(slots=True, frozen=True)
 class Row:
@@ -95,12 +97,13 @@ class Batch:
     weights: torch.Tensor  # float32, as targets
     supervised: torch.Tensor  # int64 [n]: where weights are not 0, among the B * L positions or the B rows
     row_ids: torch.Tensor  # int64 [B]: index into the feature set
+    source: FeatureSet  # that the rows come from
     token_type_ids: torch.Tensor | None = None  # int64 [B, L]
     segments: Segments | None = None  # None where there is no padding
 
     def to(self, device: Any) -> Batch:
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__ if getattr(self, name) is not None}
-        return replace(self, **moved)
+        parts = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return replace(self, **{name: part.to(device, non_blocking=True) for name, part in parts.items() if hasattr(part, "to")})
 
 
 @dataclass(slots=True)

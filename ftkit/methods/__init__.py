@@ -26,6 +26,7 @@ class Method(Protocol):
 
     kind: str
     frozen_base: ClassVar[bool]  # the base stays as it was and is not saved again
+    reuse: bool  # layers below the first one that learns are computed once for each row, not in every epoch
     defaults: ClassVar[Mapping[str, Default]]  # dotted recipe key -> value and source
 
     def load_kwargs(self, head: list[str], precision: str) -> dict[str, Any]:

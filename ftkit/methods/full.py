@@ -22,6 +22,7 @@ class Full(Spec):
     kind: Literal["full"] = "full"
 
     frozen_base: ClassVar[bool] = False
+    reuse: ClassVar[bool] = False
     defaults: ClassVar[Mapping[str, Default]] = {
         "train.learning_rate": Default(2e-5, "BERT: 2e-5 to 5e-5 (arXiv 1810.04805 A.3)"),
     }

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from ftkit.errors import RecipeError
 from ftkit.methods import Artifact
 from ftkit.methods.full import save_whole
-from ftkit.recipe.spec import Default, Spec
+from ftkit.recipe.spec import Default, Spec, option
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,6 +22,7 @@ class Head(Spec):
     """Only the head learns; the model below it is frozen and runs without dropout."""
 
     kind: Literal["head"] = "head"
+    reuse: bool = option(True, "compute frozen layers once for each row and keep what they give, not in every epoch again; the result is the same")
 
     frozen_base: ClassVar[bool] = False  # it stays as it was, but is saved again, in full precision
     defaults: ClassVar[Mapping[str, Default]] = {

@@ -38,6 +38,7 @@ class LoRA(Spec):
     )
 
     frozen_base: ClassVar[bool] = True
+    reuse: ClassVar[bool] = True  # where `targets` leaves out the lowest layers
     defaults: ClassVar[Mapping[str, Default]] = {
         "train.learning_rate": Default(2e-4, "QLoRA, 7B-13B (arXiv 2305.14314 B.2); LoRA on GLUE uses 2e-4 to 5e-4"),
     }

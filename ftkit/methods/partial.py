@@ -28,6 +28,7 @@ class Partial(Spec):
     last: int | None = option(None, "the last N layers learn, and the final norm and head above them", ge=1)
     first: int | None = option(None, "the first N layers learn", ge=1)
     pattern: str | None = option(None, "parameters whose name the regular expression finds learn")
+    reuse: bool = option(True, "compute frozen layers once for each row and keep what they give, not in every epoch again; the result is the same")
 
     frozen_base: ClassVar[bool] = False
     defaults: ClassVar[Mapping[str, Default]] = {

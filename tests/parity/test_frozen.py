@@ -1,0 +1,127 @@
+"""Frozen layers computed once: the same weights after several epochs, each frozen layer run once a row, the same bits after a resume."""
+
+import pytest
+import torch
+
+from ftkit import frozen
+from ftkit.attention import layers_of
+from ftkit.errors import DiskError
+from ftkit.loop import Position, fit
+from ftkit.prepare import prepare
+from ftkit.recipe import read
+from ftkit.report import Reporter
+from ftkit.session import open_session
+
+RUNS = {  # model, overrides, rows, method, frozen layers
+    "bert-head": ("bert", {}, "single", {"kind": "head"}, 2),
+    "bert-partial": ("bert", {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}, "pairs", {"kind": "partial", "last": 1}, 1),
+    "distilbert-head": ("distilbert", {"seq_classif_dropout": 0.0}, "single", {"kind": "head"}, 2),
+    "llama-partial": ("llama", {}, "chats", {"kind": "partial", "last": 1}, 1),
+    "gpt2-partial": ("gpt2", {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}, "prompts", {"kind": "partial", "pattern": r"h\.1\."}, 1),
+    "llama-upper-lora": ("llama", {}, "prompts", {"kind": "lora", "r": 4, "dropout": 0.0, "targets": r"layers\.1\."}, 1),
+}
+TRAIN = {"epochs": 3, "optimizer": "sgd", "learning_rate": 0.05, "max_grad_norm": None}
+TRAIN |= {"steps": None}  # the fixture's recipe counts steps
+
+
+def session(path, report, *overrides):
+    return open_session(prepare(read(path, overrides), report), report)
+
+
+def trained(opened):
+    return [(step.loss, step.grad_norm) for step in fit(opened, Position())], opened.trainable
+
+
+@pytest.fixture
+def path(recipe, checkpoint):
+    def write(name: str, **train):
+        model, overrides, rows, method, _ = RUNS[name]
+        return recipe({"name": checkpoint(model), "config": overrides}, rows, {**TRAIN, **train}, method=method)
+
+    return write
+
+
+@pytest.mark.parametrize("layout", ["flat", "bucketed"])
+@pytest.mark.parametrize("name", RUNS)
+def test_three_epochs_give_the_weights_that_they_give_without(name, layout, path, tmp_path):
+    """In padded batches dropout of the head draws other numbers than in flat ones, but not with frozen layers or without."""
+    where = path(name, layout=layout)
+    with Reporter(None, quiet=True) as report:
+        without, once = session(where, report), session(where, report)
+        assert [note for note in report.notes if f"the lowest {RUNS[name][-1]} layers are frozen: they are computed once" in note]
+        without.frozen.remove()
+        once.compute_frozen(tmp_path, report, lambda: None)
+    start = {key: parameter.detach().clone() for key, parameter in once.trainable.items()}
+    torch.manual_seed(5)
+    losses, weights = trained(without)
+    torch.manual_seed(5)
+    losses_once, weights_once = trained(once)
+    assert losses_once == [(pytest.approx(loss, rel=1e-5), pytest.approx(norm, rel=1e-4)) for loss, norm in losses]
+    moved = max((weights[key] - start[key]).abs().max() for key in start)
+    assert moved > 1e-3
+    assert max((weights[key] - weights_once[key]).abs().max() for key in start) < 1e-5 * max(1, moved)
+
+
+def test_each_frozen_layer_computes_each_row_once(path, tmp_path):
+    with Reporter(None, quiet=True) as report:
+        opened = session(path("bert-partial"), report)
+        seen = [0, 0]
+        for index, layer in enumerate(layers_of(opened.base.model)):
+            layer.attention.register_forward_hook(lambda module, args, output, index=index: seen.__setitem__(index, seen[index] + args[0].shape[:2].numel()))
+        opened.compute_frozen(tmp_path, report, lambda: None)
+        recorded, seen[:] = list(seen), [0, 0]
+        for _ in fit(opened, Position()):
+            pass
+    features = opened.prepared.train
+    everything = int(features.offsets[-1]) + sum(int(each.offsets[-1]) for _, each in opened.splits.values())
+    assert recorded == [everything] * 2  # flat: real tokens, no padding
+    assert seen == [0, 3 * int(features.offsets[-1])]
+
+
+def test_the_backward_pass_stops_above_them(path, tmp_path):
+    with Reporter(None, quiet=True) as report:
+        opened = session(path("llama-partial"), report, "method.reuse=false")
+    assert opened.frozen is None
+    reached = []
+    for layer in layers_of(opened.base.model):
+        layer.register_forward_hook(lambda module, args, output: reached.append(output.requires_grad))
+    next(fit(opened, Position()))
+    assert reached == [False, True]
+
+
+def test_more_than_memory_is_mapped_from_a_file_that_leaves_nothing(path, tmp_path, monkeypatch):
+    where = path("bert-head")
+    with Reporter(None, quiet=True) as report:
+        expected, _ = trained(recorded(where, report, tmp_path))
+        monkeypatch.setattr(frozen, "IN_MEMORY", 0)
+        found, _ = trained(recorded(where, report, tmp_path))
+        assert [note for note in report.notes if "kept in a file" in note]
+        assert found == expected
+        assert not list(tmp_path.glob(".frozen*"))
+        monkeypatch.setattr(frozen, "disk_budget", lambda directory: 0)
+        assert session(where, report).frozen is None
+        assert [note for note in report.notes if "computed anew each time" in note]
+
+
+def recorded(where, report, directory):
+    opened = session(where, report)
+    opened.compute_frozen(directory, report, lambda: None)
+    return opened
+
+
+def test_a_full_disk_is_told_as_such(path, tmp_path, monkeypatch):
+    def full(descriptor, start, size):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(frozen, "IN_MEMORY", 0)
+    monkeypatch.setattr(frozen.os, "posix_fallocate", full)
+    with Reporter(None, quiet=True) as report, pytest.raises(DiskError, match=r"no room for the states above the frozen layers .*No space left"):
+        recorded(path("bert-head"), report, tmp_path)
+
+
+def test_nothing_is_kept_where_rows_are_seen_once_or_nothing_is_frozen(path, recipe):
+    with Reporter(None, quiet=True) as report:
+        assert session(path("bert-head", epochs=1), report).frozen is None
+        assert session(recipe("bert", "single", TRAIN, method="full"), report).frozen is None
+        assert session(recipe("bert", "single", TRAIN, method={"kind": "partial", "first": 1}), report).frozen is None
+        assert session(recipe("bert", "single", TRAIN, method="lora"), report).frozen is None
