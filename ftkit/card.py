@@ -171,7 +171,7 @@ def _hyperparameters(recipe: Recipe[Any, Any, Any], manifest: Mapping[str, Any])
     settings = {
         "learning rate": f"{train.learning_rate:g}, {train.schedule}, warm-up {train.warmup:g}",
         "length": f"{train.steps:,} steps" if train.steps else f"{train.epochs:g} epochs",
-        "batch size": f"{train.batch_size} rows a step",
+        "batch size": f"{train.batch_size} rows a step" if train.batch_size else f"{train.batch_tokens:,} tokens a step",
         "max length": f"{recipe.data.max_length} tokens",
         "optimizer": f"{train.optimizer}, weight decay {train.weight_decay:g}",
         "precision": manifest["precision"],

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ftkit import chunks
-from ftkit.data.batches import collate, epoch_batches, split
+from ftkit.data.batches import Sampler, collate, split
 from ftkit.data.types import Batch, Scores
 from ftkit.errors import Diverged
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from ftkit.attention import Flat
     from ftkit.frozen import Frozen
     from ftkit.objectives import Objective
-    from ftkit.recipe.spec import Train
     from ftkit.session import Session
     from ftkit.tasks import Task
 
@@ -104,20 +103,22 @@ class Step(NamedTuple):
     items: float  # sum of the weights of the supervised items: the denominator of the loss
     tokens: int  # real tokens, padding not counted
     rows: np.ndarray  # feature indices of the batch
+    epoch: float  # epochs done, this step counted
 
 
-def batches(lengths: np.ndarray, train: Train, layout: str, position: Position, num_steps: int) -> Iterator[np.ndarray]:
-    """The batches from `position` on, epoch after epoch; `position` moves along and is that after the batch in hand."""
+def batches(sampler: Sampler, position: Position, num_steps: int) -> Iterator[tuple[np.ndarray, float]]:
+    """The batches from `position` on, epoch after epoch, with the epochs done after each; `position` moves along and is that after the batch in hand."""
     while position.step < num_steps:
         here = position.epoch
-        epoch = epoch_batches(lengths, train.batch_size, layout, train.seed, here)
+        epoch = sampler.epoch(here)
         while position.epoch == here and position.step < num_steps:
             batch = epoch[position.batch]
             position.step += 1
             position.batch += 1
+            done = here + position.batch / len(epoch)
             if position.batch == len(epoch):
                 position.epoch, position.batch = here + 1, 0
-            yield batch
+            yield batch, done
 
 
 def train_step(
@@ -159,7 +160,7 @@ def fit(session: Session, position: Position) -> Iterator[Step]:
     train, features = session.recipe.train, session.prepared.train
     rates = [group.setdefault("initial_lr", group["lr"]) for group in optimizer.param_groups]
     trainee.train()
-    for rows in batches(features.lengths, train, session.layout, position, session.num_steps):
+    for rows, epoch in batches(session.sampler, position, session.num_steps):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * session.schedule(position.step - 1)
         parts = split(rows, features.lengths, session.accumulate, accelerator.num_processes, accelerator.process_index)
@@ -168,5 +169,5 @@ def fit(session: Session, position: Position) -> Iterator[Step]:
             loss, norm, items = train_step(accelerator, trainee, optimizer, micro_batches, train.max_grad_norm)
         except Diverged as error:
             raise Diverged(str(error), rows.tolist()) from None
-        yield Step(loss, norm, items, int(features.lengths[rows].sum()), rows)
+        yield Step(loss, norm, items, int(features.lengths[rows].sum()), rows, epoch)
         trainee.train()

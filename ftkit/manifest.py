@@ -88,7 +88,7 @@ def describe(session: Session) -> dict[str, Any]:
             "processes": session.accelerator.num_processes,
         },
         "precision": session.precision,
-        "layout": session.layout,
+        "layout": session.sampler.layout,
         "parameters": {
             "trainable": sum(group["trainable"] for group in groups.values()),
             "total": sum(group["total"] for group in groups.values()),

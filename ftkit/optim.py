@@ -94,15 +94,6 @@ def schedule(train: Train, num_steps: int) -> Callable[[int], float]:
     return factor
 
 
-def num_steps(train: Train, num_rows: int) -> int:
-    """Optimizer steps of the whole run; the last batch of an epoch may be smaller."""
-    return train.steps or math.ceil((train.epochs or 0) * steps_per_epoch(train, num_rows))
-
-
-def steps_per_epoch(train: Train, num_rows: int) -> int:
-    return math.ceil(num_rows / train.batch_size)
-
-
 def _warmup_steps(warmup: float, num_steps: int) -> int:
     if warmup < 1:
         return min(math.ceil(warmup * num_steps), num_steps - 1)

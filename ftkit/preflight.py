@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -68,7 +69,11 @@ def check(resolved: Resolved, report: Reporter) -> list[FtkitError]:
         attempt(session.check_checkpointing, planned)
     if planned is not None and recipe.train.layout == "flat" and (reason := layout.foreseen(recipe, planned.model)[1]):
         problems.append(RecipeError(f"train.layout: flat is impossible here ({type(planned.model).__name__}: {reason}); use layout: bucketed"))
-    attempt(optim.schedule, recipe.train, optim.num_steps(recipe.train, len(rows.train)))
+    num_steps = recipe.train.steps
+    if num_steps is None and recipe.train.batch_size:  # else rows would have to be tokenised first
+        num_steps = math.ceil((recipe.train.epochs or 0) * math.ceil(len(rows.train) / recipe.train.batch_size))
+    if num_steps is not None:
+        attempt(optim.schedule, recipe.train, num_steps)
     return problems
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftkit import checkpoint, launch, model, optim, rundir, signals, trackers
+from ftkit import checkpoint, launch, model, rundir, signals, trackers
 from ftkit.errors import Diverged, RecipeError
 from ftkit.evaluate import measure
 from ftkit.finish import finish
@@ -88,9 +88,7 @@ def _train(resolved: Resolved, stop: signals.StopRequest, resume: bool, overwrit
 
 def _learn(session: Session, output: Path, report: Reporter, stop: signals.StopRequest, position: Position) -> None:
     """Train to the end, or until validation no longer improves; log, evaluate and save when due."""
-    train, features = session.recipe.train, session.prepared.train
-    per_epoch, num_steps = optim.steps_per_epoch(train, len(features)), session.num_steps
-    eval_every, save_every = train.eval_every or per_epoch, train.save_every or per_epoch
+    train, num_steps = session.recipe.train, session.num_steps
     with report.training(num_steps, position.step) as stage:
         if position.evaluation_due and _validate(session, output, report, stop, position):  # a signal had cut it off
             _save(session, output, position, report)
@@ -106,7 +104,7 @@ def _learn(session: Session, output: Path, report: Reporter, stop: signals.StopR
                 report.step(
                     {
                         "step": position.step,
-                        "epoch": round((position.step) / per_epoch, 4),
+                        "epoch": round(done.epoch, 4),
                         "loss": done.loss,
                         "learning_rate": rate,
                         "grad_norm": done.grad_norm,
@@ -114,17 +112,22 @@ def _learn(session: Session, output: Path, report: Reporter, stop: signals.StopR
                     }
                 )
                 clock, tokens = time.perf_counter(), 0
-            position.evaluation_due = position.step % eval_every == 0 and (not last or train.early_stopping is not None)
+            position.evaluation_due = _due(train.eval_every, position) and (not last or train.early_stopping is not None)
             pause = time.perf_counter()
             best = position.evaluation_due and _validate(session, output, report, stop, position)
             stopping = stop.agreed(session.accelerator)
-            if best or position.step % save_every == 0 or last or stopping:
+            if best or _due(train.save_every, position) or last or stopping:
                 _save(session, output, position, report)
             if stopping:
                 raise stop.error()
             clock += time.perf_counter() - pause
     if train.early_stopping and _out_of_patience(train, position):
         report.note(f"stopped early: no better {train.early_stopping.metric} since step {position.best_step}")
+
+
+def _due(every: int | None, position: Position) -> bool:
+    """Whether what happens every so many steps, or after every epoch, happens now."""
+    return position.step % every == 0 if every else position.batch == 0
 
 
 def _out_of_patience(train: Train, position: Position) -> bool:

@@ -13,6 +13,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 
 from ftkit import device, frozen, launch, layout, model, optim
+from ftkit.data.batches import Sampler
 from ftkit.errors import MissingDependency, RecipeError
 from ftkit.loop import Trainee
 
@@ -42,7 +43,7 @@ class Session:
     num_steps: int  # of the whole run
     schedule: Callable[[int], float]  # step -> factor of the learning rate
     accumulate: int  # micro-batches of one process in a step
-    layout: str  # padded | bucketed | flat
+    sampler: Sampler
     flat: Flat | None  # the base's layers, where they run on real tokens only
     frozen: Frozen | None  # those that are computed once
 
@@ -84,8 +85,6 @@ def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any]
     here = device.pick(world.local_rank)
     threads = device.use_all_cores(world.size if here.type == "cpu" else 1)
     precision = device.precision(train.precision, here)
-    num_steps = optim.num_steps(train, len(prepared.train))
-    schedule = optim.schedule(train, num_steps)
     _check_parallel(train, here, world.size)
     with report.stage("loading the model"):
         base = load_base(prepared, precision, here)
@@ -103,15 +102,17 @@ def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any]
     if train.parallel == "ddp":  # FSDP takes weights from main memory
         trainee.to(here)
     laid_out = layout.tried(asked, trainee, prepared.train, prepared.tokenizer.pad_token_id, here, precision, report)
+    sampler = Sampler(prepared.train.lengths, train.batch_size, train.batch_tokens, laid_out, train.seed)
+    num_steps = train.steps or sampler.steps(train.epochs or 0)
+    schedule = optim.schedule(train, num_steps)
     optimizer = optim.build(learner, train, here)
     wrapped, prepared_optimizer = accelerator.prepare(trainee, optimizer)
     _assert_wrapped(wrapped, train, world.size)
     accumulate = max(1, -(-train.accumulate // world.size))
-    report.note(f"{here}, {threads} threads, {precision}, {laid_out} batches of {train.batch_size} rows" + _shares(train, accumulate, world.size))
+    report.note(f"{here}, {threads} threads, {precision}, {laid_out} batches of {_amount(train)}" + _shares(train, accumulate, world.size))
     if train.optimizer.startswith("paged") and here.type == "cpu":
         report.note(f"train.optimizer: {train.optimizer} works as {train.optimizer.removeprefix('paged_')} here, since a CPU has nothing to page to")
-    again = num_steps > optim.steps_per_epoch(train, len(prepared.train))
-    if recipe.method.reuse and again and world.size == 1:
+    if recipe.method.reuse and num_steps > sampler.steps(1) and world.size == 1:
         sets = [prepared.train, *(features for _, features in prepared.splits.values())]
         trainee.frozen = frozen.choose(base.model, list(trainee.still.values()), sets, Path(recipe.output), report.note)
     if trainee.still:
@@ -129,10 +130,14 @@ def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any]
         num_steps=num_steps,
         schedule=schedule,
         accumulate=accumulate,
-        layout=laid_out,
+        sampler=sampler,
         flat=trainee.flat,
         frozen=trainee.frozen,
     )
+
+
+def _amount(train: Train) -> str:
+    return f"{train.batch_size} rows" if train.batch_size else f"{train.batch_tokens:,} tokens"
 
 
 def _shares(train: Train, accumulate: int, size: int) -> str:

@@ -264,7 +264,8 @@ def _train(train: Train, report: Reporter) -> Train:
     update: dict[str, Any] = {
         "epochs": None,
         "steps": STEPS,
-        "batch_size": min(train.batch_size, BATCH),
+        "batch_size": min(train.batch_size or BATCH, BATCH),
+        "batch_tokens": None,
         "accumulate": min(train.accumulate, 2),
         "warmup": min(train.warmup, 1),
         "eval_every": 1,

@@ -5,7 +5,9 @@ Every choice is a function of (seed, epoch): a run that resumes at step n needs 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,23 +22,55 @@ if TYPE_CHECKING:
 POOL, POOL_SHARE = 50, 4
 
 
-def epoch_batches(lengths: np.ndarray, batch_size: int, layout: str, seed: int, epoch: int) -> list[np.ndarray]:
-    """The batches of one epoch, in order: arrays of feature indices, each index exactly once.
+@dataclass(frozen=True)
+class Sampler:
+    """Which features an optimizer step sees: every one of them once an epoch, in an order of its own in each.
 
-    `padded` and `flat` draw batches at random; `bucketed` sorts pools of 50 random batches by length (of a
-    quarter, where all are fewer than 200), so that a batch holds rows of about one length, and shuffles the batches.
+    `lengths`: int64 [n], tokens of each feature.  A batch has `batch_size` features, or as many as `batch_tokens`
+    tokens hold and one at least; the last of an epoch may be smaller.  Layouts `padded` and `flat` draw features at
+    random; `bucketed` sorts pools of 50 random batches by length (of a quarter, where all are fewer than 200), so
+    that a batch has features of about one length, and shuffles the batches.
     """
-    rng = np.random.default_rng((seed, epoch))
-    order = rng.permutation(len(lengths))
-    if layout != "bucketed":
-        return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    batches = []
-    size = batch_size * max(1, min(POOL, len(order) // (batch_size * POOL_SHARE)))
-    for start in range(0, len(order), size):
-        pool = order[start : start + size]
-        pool = pool[np.argsort(lengths[pool], kind="stable")]
-        batches += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
-    return [batches[i] for i in rng.permutation(len(batches))]
+
+    lengths: np.ndarray
+    batch_size: int | None
+    batch_tokens: int | None
+    layout: str
+    seed: int
+
+    def epoch(self, number: int) -> list[np.ndarray]:
+        """The batches of an epoch, from 0, in order: arrays of feature indices."""
+        rng = np.random.default_rng((self.seed, number))
+        order = rng.permutation(len(self.lengths))
+        if self.layout != "bucketed":
+            return self._cut(order)
+        size = self.batch_size or max(1, round((self.batch_tokens or 1) / self.lengths.mean()))
+        pool = size * max(1, min(POOL, len(order) // (size * POOL_SHARE)))
+        batches = []
+        for start in range(0, len(order), pool):
+            part = order[start : start + pool]
+            batches += self._cut(part[np.argsort(self.lengths[part], kind="stable")])
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+    def steps(self, epochs: float) -> int:
+        """Batches in so many epochs, begun ones counted."""
+        if self.batch_size:
+            return math.ceil(epochs * math.ceil(len(self.lengths) / self.batch_size))
+        whole = int(epochs)
+        rest = math.ceil((epochs - whole) * len(self.epoch(whole))) if epochs > whole else 0
+        return sum(len(self.epoch(number)) for number in range(whole)) + rest
+
+    def _cut(self, order: np.ndarray) -> list[np.ndarray]:
+        if self.batch_size:
+            return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        assert self.batch_tokens is not None
+        ends, batches, start = np.cumsum(self.lengths[order]), [], 0
+        while start < len(order):
+            before = ends[start - 1] if start else 0
+            stop = max(start + 1, int(np.searchsorted(ends, before + self.batch_tokens, side="right")))
+            batches.append(order[start:stop])
+            start = stop
+        return batches
 
 
 def split(batch: np.ndarray, lengths: np.ndarray, accumulate: int, world: int, rank: int) -> list[np.ndarray]:

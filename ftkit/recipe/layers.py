@@ -79,17 +79,17 @@ def from_defaults(defaults: Mapping[str, tuple[Any, str]]) -> Node:
 def over(base: Node, top: Node) -> Node:
     """The layer `top` over the layer `base`: maps merge, everything else replaces.
 
-    What `top` makes meaningless goes: the fields of another kind, and epochs where it counts steps (or the reverse).
+    What `top` makes meaningless goes: the fields of another kind, epochs where it counts steps, rows of a batch where it counts tokens.
     """
     below, above = dict(base.value), dict(top.value)
     for axis in ("task", "method", "objective"):
         was, now = at(base, axis, "kind"), at(top, axis, "kind")
         if was and now and was.value != now.value:
             del below[axis]
-    lengths = {key: node for key in ("epochs", "steps") if (node := at(top, "train", key)) and node.value is not None}
-    if len(lengths) == 1:
-        (given,) = lengths.values()
-        above["train"] = merged(Node({key: Node(None, given.place) for key in ("epochs", "steps")}, given.place), above["train"])
+    for pair in (("epochs", "steps"), ("batch_size", "batch_tokens")):
+        given = [node for key in pair if (node := at(top, "train", key)) and node.value is not None]
+        if len(given) == 1:
+            above["train"] = merged(Node({key: Node(None, given[0].place) for key in pair}, given[0].place), above["train"])
     return merged(Node(below, base.place), Node(above, top.place))
 
 

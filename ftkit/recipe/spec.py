@@ -110,7 +110,8 @@ class Train(Spec):
 
     epochs: float | None = option(3.0, "passes over the training rows", "BERT: 2-4 (arXiv 1810.04805 A.3)", gt=0)
     steps: int | None = option(None, "optimizer steps, instead of epochs", ge=1)
-    batch_size: int = option(32, "rows one optimizer step sees, over all processes", "BERT: 16 or 32 (arXiv 1810.04805 A.3)", ge=1)
+    batch_size: int | None = option(32, "rows one optimizer step sees, over all processes", "BERT: 16 or 32 (arXiv 1810.04805 A.3)", ge=1)
+    batch_tokens: int | None = option(None, "real tokens one optimizer step sees at most, instead of batch_size rows", ge=1)
     accumulate: int = option(1, "parts a batch is computed in on one process, to save memory; the result is the same", ge=1)
     learning_rate: float = option(2e-5, "peak learning rate", "BERT: 2e-5 to 5e-5 (arXiv 1810.04805 A.3)", gt=0)
     schedule: Literal["linear", "cosine", "constant", "wsd"] = option("linear", "learning rate over the run, after warm-up", "BERT (arXiv 1810.04805 A.2)")
@@ -136,11 +137,13 @@ class Train(Spec):
     seed: int = option(42, "seed of every random choice", ge=0)
 
     @model_validator(mode="after")
-    def _one_length(self) -> Train:
-        if self.epochs is None and self.steps is None:
-            raise ValueError("give train.epochs or train.steps")
-        if {"epochs", "steps"} <= self.model_fields_set and None not in (self.epochs, self.steps):
-            raise ValueError("give train.epochs or train.steps, not both")
+    def _one_of_each(self) -> Train:
+        for one, other in (("epochs", "steps"), ("batch_size", "batch_tokens")):
+            values = getattr(self, one), getattr(self, other)
+            if values == (None, None):
+                raise ValueError(f"give train.{one} or train.{other}")
+            if {one, other} <= self.model_fields_set and None not in values:
+                raise ValueError(f"give train.{one} or train.{other}, not both")
         return self
 
 

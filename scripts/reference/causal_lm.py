@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, set_seed
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, DataCollatorWithFlattening, set_seed
 
 from benchmarks.measure import Watch
 from reference import plain
@@ -37,11 +38,15 @@ def dataset(path: Path, tokenizer: Any, max_length: int) -> Dataset:
 def main() -> None:
     options = plain.parser(__doc__, batch_size=8, learning_rate=5e-4, epochs=1)
     options.add_argument("--max-length", type=int, default=512)
+    options.add_argument("--method", choices=["full", "lora"], default="full")
+    options.add_argument("--flattened", action="store_true", help="rows of a batch end to end in one, told apart by position_ids")
     args = options.parse_args()
 
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    if args.method == "lora":
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear"))
     train = dataset(args.train, tokenizer, args.max_length)
     watch = Watch()
     plain.train(
@@ -50,7 +55,7 @@ def main() -> None:
         watch,
         model=model,
         train_dataset=train,
-        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        data_collator=DataCollatorWithFlattening() if args.flattened else DataCollatorForSeq2Seq(tokenizer),
         processing_class=tokenizer,
     )
     supervised = sum(label != IGNORED for labels in train["labels"] for label in labels[1:])

@@ -33,15 +33,15 @@ def dataset(rows: list[dict[str, Any]], labels: list[Any], tokenizer: Any) -> Da
     return Dataset.from_list(rows).map(encode, remove_columns=list(rows[0]))
 
 
-def choose(model: Any, method: str) -> Any:
-    """The model with the parts that learn: the same ones as ftkit's method of that name."""
+def choose(model: Any, method: str, last: int) -> Any:
+    """The model with the parts that learn: the same ones as ftkit's method of that name; `last` layers with partial."""
     if method == "lora":
         layers = r".*encoder\.layer\.\d+\..*(query|key|value|dense)"  # all linear layers; not the pooler, not the head
         return get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, lora_dropout=0.05, target_modules=layers))
     if method in ("head", "partial"):
         model.base_model.requires_grad_(False)
     if method == "partial":
-        model.base_model.encoder.layer[-2:].requires_grad_(True)
+        model.base_model.encoder.layer[-last:].requires_grad_(True)
         model.base_model.pooler.requires_grad_(True)
     return model
 
@@ -55,6 +55,7 @@ def main() -> None:
     options = plain.parser(__doc__, batch_size=32, learning_rate=5e-5, epochs=3)
     options.add_argument("--validation", type=Path)
     options.add_argument("--method", choices=["full", "partial", "head", "lora"], default="full")
+    options.add_argument("--last", type=int, default=2, metavar="LAYERS")
     args = options.parse_args()
 
     set_seed(args.seed)
@@ -67,7 +68,7 @@ def main() -> None:
         args,
         {"lr_scheduler_type": "linear", "warmup_steps": 0.1, "weight_decay": 0.01, "per_device_eval_batch_size": 64},
         watch,
-        model=choose(model, args.method),
+        model=choose(model, args.method, args.last),
         train_dataset=dataset(rows, labels, tokenizer),
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,

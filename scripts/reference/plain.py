@@ -22,6 +22,8 @@ def parser(description: str | None, batch_size: int, learning_rate: float, epoch
     found.add_argument("--batch-size", type=int, default=batch_size)
     found.add_argument("--learning-rate", type=float, default=learning_rate)
     found.add_argument("--seed", type=int, default=42)
+    found.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    found.add_argument("--grouped", action="store_true", help="batches of rows of about one length")
     found.add_argument("--output", type=Path, help="save the model there")
     found.add_argument("--report", type=Path, required=True, help="write measurements there, as JSON")
     return found
@@ -37,6 +39,8 @@ def train(args: argparse.Namespace, settings: dict[str, Any], watch: Watch, **pa
                 per_device_train_batch_size=args.batch_size,
                 learning_rate=args.learning_rate,
                 seed=args.seed,
+                bf16=args.precision == "bf16",
+                train_sampling_strategy="group_by_length" if args.grouped else "random",
                 logging_steps=10,
                 save_strategy="no",
                 report_to="none",

@@ -37,7 +37,7 @@ def test_after_twenty_steps_the_weights_are_those_of_padded_batches(name, recipe
         padded, flat = (session(path, layout, report) for layout in ("padded", "flat"))
     start = {key: parameter.detach().clone() for key, parameter in padded.trainable.items()}
     losses = [[(step.loss, step.tokens) for step in fit(each, Position())] for each in (padded, flat)]
-    assert flat.layout == "flat"
+    assert flat.sampler.layout == "flat"
     assert losses[1] == [(pytest.approx(loss, rel=1e-5), tokens) for loss, tokens in losses[0]]
     moved = max((parameter - start[key]).abs().max() for key, parameter in padded.trainable.items())
     apart = max((parameter - flat.trainable[key]).abs().max() for key, parameter in padded.trainable.items())
@@ -47,7 +47,7 @@ def test_after_twenty_steps_the_weights_are_those_of_padded_batches(name, recipe
 
 def test_it_is_the_default_where_it_is_possible(recipe):
     with Reporter(None, quiet=True) as report:
-        assert session(recipe("bert", "single"), "auto", report).layout == "flat"
+        assert session(recipe("bert", "single"), "auto", report).sampler.layout == "flat"
         assert session(recipe("bert", "single"), "bucketed", report).flat is None
 
 
@@ -65,7 +65,7 @@ def test_where_it_is_impossible_rows_are_bucketed_and_the_run_says_why(name, rec
     path = recipe({"init": "random", "config": {**config, "initializer_range": 0.3}, "tokenizer": checkpoint("llama"), **settings}, "prompts")
     with Reporter(None, quiet=True) as report:
         opened = session(path, "auto", report)
-        assert (opened.layout, opened.flat) == ("bucketed", None)
+        assert (opened.sampler.layout, opened.flat) == ("bucketed", None)
         assert [note for note in report.notes if "rows are bucketed by length and padded" in note and reason in note]
         assert opened.base.model.config._attn_implementation == settings.get("attention", opened.base.model.config._attn_implementation) != "ftkit"
         with pytest.raises(RecipeError, match=f"train.layout: flat is impossible here .*{reason}"):
@@ -87,5 +87,15 @@ def test_rows_that_get_other_answers_than_alone_are_not_laid_flat(recipe, monkey
     monkeypatch.setattr(attention.Flat, "_gather", confused)
     with Reporter(None, quiet=True) as report:
         opened = session(recipe("llama", "prompts"), "auto", report)
-        assert opened.layout == "bucketed"
+        assert opened.sampler.layout == "bucketed"
         assert [note for note in report.notes if "rows get other answers than alone" in note]
+
+
+def test_a_batch_of_tokens_trains_and_resumes_as_any_other(recipe):
+    with Reporter(None, quiet=True) as report:
+        opened = session(recipe("bert", "single", {"steps": None, "epochs": 2, "batch_size": None, "batch_tokens": 64}), "auto", report)
+    steps = list(fit(opened, Position()))
+    assert len(steps) == opened.num_steps == opened.sampler.steps(2)
+    assert steps[-1].epoch == 2
+    assert max(step.tokens for step in steps) <= 64
+    assert sum(step.tokens for step in steps) == 2 * int(opened.prepared.train.offsets[-1])

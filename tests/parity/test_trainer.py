@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import SequentialSampler
 
 from ftkit import loop, model, optim
+from ftkit.data.batches import Sampler
 from ftkit.data.features import FeatureSet
 from ftkit.data.types import Limits, Row
 from ftkit.loop import Position, Trainee
@@ -69,14 +70,14 @@ def case(request, checkpoint):
 def ours(case, accumulate: int, monkeypatch) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
     """Loss and gradient norm of each step, and the learned weights; the rows come in order, and split in order."""
 
-    def in_order(lengths, batch_size, layout, seed, epoch):
-        return [np.arange(i, min(i + batch_size, len(lengths))) for i in range(0, len(lengths), batch_size)]
+    class InOrder(Sampler):
+        def epoch(self, number):
+            return self._cut(np.arange(len(self.lengths)))
 
     def halves(batch, lengths, parts, world, rank):
         size = BATCH // accumulate
         return [batch[i : i + size] for i in range(0, len(batch), size)]
 
-    monkeypatch.setattr(loop, "epoch_batches", in_order)
     monkeypatch.setattr(loop, "split", halves)
     learner, base = case.learner()
     trainee = Trainee(learner, base.inner(), case.task, Supervised())
@@ -88,7 +89,7 @@ def ours(case, accumulate: int, monkeypatch) -> tuple[list[tuple[float, float]],
         num_steps=TRAIN.steps,
         recipe=SimpleNamespace(train=TRAIN),
         prepared=SimpleNamespace(train=case.features),
-        layout="padded",
+        sampler=InOrder(case.features.lengths, BATCH, None, "padded", 0),
         accumulate=accumulate,
         pad_token_id=case.tokenizer.pad_token_id,
     )

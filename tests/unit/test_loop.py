@@ -5,9 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from ftkit.data.batches import by_length, epoch_batches, split
+from ftkit.data.batches import Sampler, by_length, split
 from ftkit.loop import Position, batches, frozen_bottom
-from ftkit.recipe.spec import Train
 
 
 def gpt2():
@@ -47,20 +46,41 @@ def test_the_dropout_of_an_adapter_stays_active():
 @pytest.mark.parametrize("layout", ["padded", "bucketed", "flat"])
 def test_an_epoch_has_every_row_once_in_an_order_of_its_own(layout):
     lengths = np.random.default_rng(0).integers(1, 100, 333)
-    first, second = (epoch_batches(lengths, 8, layout, seed=1, epoch=epoch) for epoch in (0, 1))
+    first, second = (Sampler(lengths, 8, None, layout, seed=1).epoch(epoch) for epoch in (0, 1))
     assert len(first) == 42
     for epoch in (first, second):
         assert sorted(np.concatenate(epoch)) == list(range(333))
     assert not np.array_equal(np.concatenate(first), np.concatenate(second))
-    again = epoch_batches(lengths, 8, layout, seed=1, epoch=0)
+    again = Sampler(lengths, 8, None, layout, seed=1).epoch(0)
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["flat", "bucketed"])
+def test_a_batch_of_tokens_holds_as_many_rows_as_fit_and_one_at_least(layout):
+    lengths = np.random.default_rng(0).integers(1, 100, 333)
+    lengths[7] = 5000
+    sampler = Sampler(lengths, None, 400, layout, seed=1)
+    epoch = sampler.epoch(0)
+    assert sorted(np.concatenate(epoch)) == list(range(333))
+    totals = [int(lengths[batch].sum()) for batch in epoch]
+    assert [batch.tolist() for batch, total in zip(epoch, totals, strict=True) if total > 400] == [[7]]
+    if layout == "flat":  # no batch could have taken the first row of the next
+        assert all(total + lengths[after[0]] > 400 for total, after in zip(totals, epoch[1:], strict=False))
+    assert np.mean(totals) > 300
+    assert sampler.steps(2) == len(epoch) + len(sampler.epoch(1))
+    assert sampler.steps(1.5) == len(epoch) + -(-len(sampler.epoch(1)) // 2)
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1, 42), (3, 126), (0.5, 21), (0.01, 1), (1.1, 47)])
+def test_steps_of_batches_of_rows(epochs, steps):
+    assert Sampler(np.ones(333, np.int64), 8, None, "flat", 0).steps(epochs) == steps
 
 
 def test_buckets_hold_rows_of_like_length():
     lengths = np.random.default_rng(0).integers(1, 500, 4000)
 
     def padding(layout):
-        slots = sum(len(batch) * lengths[batch].max() for batch in epoch_batches(lengths, 8, layout, seed=0, epoch=0))
+        slots = sum(len(batch) * lengths[batch].max() for batch in Sampler(lengths, 8, None, layout, seed=0).epoch(0))
         return 1 - lengths.sum() / slots
 
     assert padding("padded") > 0.4
@@ -70,7 +90,7 @@ def test_buckets_hold_rows_of_like_length():
 def test_buckets_of_few_rows_still_mix_them():
     """20 batches of one length each, sorted: not all of the shortest rows may come in the same few batches of every epoch."""
     lengths = np.sort(np.random.default_rng(0).integers(1, 500, 160))
-    batches = epoch_batches(lengths, 8, "bucketed", seed=0, epoch=0)
+    batches = Sampler(lengths, 8, None, "bucketed", seed=0).epoch(0)
     shortest = sum(bool(set(batch) & set(range(8))) for batch in batches)
     assert len(batches) == 20
     assert shortest >= 3
@@ -92,17 +112,22 @@ def test_processes_share_an_evaluation():
     assert sorted(np.concatenate([batch for share in shares for batch in share])) == list(range(10))
 
 
-def test_batches_go_on_where_they_stopped():
-    train, lengths = Train(batch_size=4, seed=3), np.arange(1, 19)
-    whole = [batch.tolist() for batch in batches(lengths, train, "bucketed", Position(), 13)]
+@pytest.mark.parametrize(("batch_size", "batch_tokens"), [(4, None), (None, 40)])
+def test_batches_go_on_where_they_stopped(batch_size, batch_tokens):
+    sampler = Sampler(np.arange(1, 19), batch_size, batch_tokens, "bucketed", seed=3)
+    whole = [(batch.tolist(), done) for batch, done in batches(sampler, Position(), 13)]
     position, first = Position(), []
-    for batch in batches(lengths, train, "bucketed", position, 13):
-        first.append(batch.tolist())
+    for batch, done in batches(sampler, position, 13):
+        first.append((batch.tolist(), done))
         if position.step == 7:
             break
-    rest = [batch.tolist() for batch in batches(lengths, train, "bucketed", position, 13)]
+    rest = [(batch.tolist(), done) for batch, done in batches(sampler, position, 13)]
     assert first + rest == whole
-    assert (position.step, position.epoch, position.batch) == (13, 2, 3)
+    epochs = [done for _, done in whole]
+    assert epochs == sorted(epochs)
+    assert position.step == 13
+    if batch_size:
+        assert (position.epoch, position.batch, epochs[4], epochs[-1]) == (2, 3, 1.0, 2.6)
 
 
 def test_a_frozen_module_stays_still_through_train_and_eval():

@@ -163,6 +163,14 @@ class TestDefaults:
         assert problems(MINIMAL, "train.steps=5", "train.epochs=1") == ["recipe.yaml: give train.epochs or train.steps, not both"]
         assert problems(MINIMAL + "train: {epochs: null}") == ["recipe.yaml:4:1: give train.epochs or train.steps"]
 
+    def test_batches_count_rows_or_tokens(self) -> None:
+        recipe = read(write(MINIMAL + "train: {batch_tokens: 4096}")).recipe
+        assert (recipe.train.batch_tokens, recipe.train.batch_size) == (4096, None)
+        recipe = read(write(MINIMAL + "train: {batch_tokens: 4096}"), ["train.batch_size=8"]).recipe
+        assert (recipe.train.batch_tokens, recipe.train.batch_size) == (None, 8)
+        told = ["recipe.yaml:4:1: give train.batch_size or train.batch_tokens, not both"]
+        assert problems(MINIMAL + "train: {batch_size: 8, batch_tokens: 4096}") == told
+
 
 class TestProblems:
     def test_all_at_once_in_the_order_of_the_file(self) -> None:
