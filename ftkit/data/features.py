@@ -17,8 +17,9 @@ import numpy as np
 
 import ftkit
 from ftkit.data import cache
+from ftkit.data.parallel import outcomes
 from ftkit.data.rows import report_bad
-from ftkit.data.types import Features, Limits, Row, RowError
+from ftkit.data.types import Features, Limits, Row
 from ftkit.errors import DiskError
 from ftkit.recipe.spec import Spec
 
@@ -240,14 +241,11 @@ def _tokenise(
 ) -> Encoded:
     builder, audit = _Builder(), Audit(rows=len(rows))
     measured: list[int] = []  # rows whose tokens are all there
-    for index, row in enumerate(rows):
-        poll()
+    for index, features in enumerate(outcomes(rows, task, tokenizer, limits, poll)):
         if index % PROGRESS_ROWS == 0:
             progress(index, len(rows))
-        try:
-            features = task.encode(row, tokenizer, limits)
-        except RowError as error:
-            audit.bad.append((index, str(error)))
+        if isinstance(features, str):
+            audit.bad.append((index, features))
             continue
         lost = sum(each.truncated for each in features)
         audit.dropped_rows += not features

@@ -1,5 +1,7 @@
 """Feature sets, the audit of tokenising, and what their cache key depends on."""
 
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from typing import ClassVar
 
 import numpy as np
@@ -7,11 +9,13 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from ftkit.data import features
-from ftkit.data.features import Audit, FeatureSet, describe, encode
+from ftkit.data import features, parallel
+from ftkit.data.features import Audit, Encoded, FeatureSet, describe, encode
 from ftkit.data.types import Features, Limits, Row, RowError
 from ftkit.errors import DataError, DiskError
 from ftkit.recipe.spec import Spec
+from ftkit.tasks.causal_lm import CausalLM
+from ftkit.tasks.text_classification import TextClassification
 
 WORDS = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "good", "bad", "film", "the", "a", "is", "!", "long"]
 
@@ -291,3 +295,58 @@ def test_the_key_forgets_how_the_tokenizer_was_last_called(tokenizer):
     tokenizer(["good", "bad film"], truncation=True, max_length=3, padding="max_length")
     run(["good"], tokenizer)
     assert Task.calls == [1]
+
+
+# On several cores
+
+
+def test_many_rows_are_tokenised_by_several_processes_with_the_same_result(monkeypatch, tokenizer, tmp_path):
+    """Bad rows, dropped ones and the order included."""
+    rows = [Row({"text": f"{'boats ' * (i % 40)}nets {i}", "label": "a" if i % 7 else "unheard of"}, "rows.csv", i) for i in range(600)]
+    task, limits = TextClassification(labels=["a"]), Limits(24, "drop")
+    polls: list[int] = []
+
+    def tokenised() -> Encoded:
+        monkeypatch.setenv("FTKIT_CACHE", str(tmp_path / str(len(polls))))
+        return encode(rows, task, tokenizer, limits, split="train", on_bad_rows="skip", note=lambda text: None, poll=lambda: polls.append(1))
+
+    alone = tokenised()
+    monkeypatch.setattr(parallel, "ROWS_A_PROCESS", 200)
+    monkeypatch.setattr("ftkit.device.num_cores", lambda: 2)
+    pools: list[int] = []
+    monkeypatch.setattr(parallel, "ProcessPoolExecutor", lambda workers, *rest: pools.append(workers) or ProcessPoolExecutor(workers, *rest))
+    together = tokenised()
+    assert pools == [2]
+    assert alone.audit == together.audit
+    assert alone.audit.bad
+    assert alone.audit.dropped_rows
+    for name in ("input_ids", "offsets", "targets", "weights", "row"):
+        assert np.array_equal(getattr(alone.features, name), getattr(together.features, name))
+
+
+def test_a_request_to_stop_is_heard_while_several_processes_work(monkeypatch, tokenizer, tmp_path):
+    class Stop(Exception):
+        pass
+
+    def poll() -> None:
+        if polls.append(1) or len(polls) > 3:
+            raise Stop
+
+    rows, polls = [Row({"text": f"nets {i}", "label": "a"}, "rows.csv", i) for i in range(5000)], []
+    monkeypatch.setenv("FTKIT_CACHE", str(tmp_path))
+    monkeypatch.setattr(parallel, "ROWS_A_PROCESS", 200)
+    monkeypatch.setattr("ftkit.device.num_cores", lambda: 2)
+    with pytest.raises(Stop):
+        encode(rows, TextClassification(labels=["a"]), tokenizer, Limits(24, "drop"), split="train", on_bad_rows="skip", note=lambda text: None, poll=poll)
+    assert not multiprocessing.active_children()
+
+
+def test_tasks_that_keep_what_they_learned_of_a_tokenizer_go_to_processes_too(monkeypatch, tokenizer):
+    task = CausalLM()
+    task._manner(tokenizer)  # kept, and not to be pickled
+    tokenizer.eos_token = "[SEP]"
+    rows = [Row({"text": f"a film {i}"}, "rows.jsonl", i) for i in range(40)]
+    expected = list(parallel.outcomes(rows, task, tokenizer, Limits(24, "right"), lambda: None))
+    monkeypatch.setattr(parallel, "ROWS_A_PROCESS", 20)
+    monkeypatch.setattr("ftkit.device.num_cores", lambda: 2)
+    assert list(parallel.outcomes(rows, task, tokenizer, Limits(24, "right"), lambda: None)) == expected
