@@ -45,9 +45,10 @@ class Diverged(FtkitError):
 
     code = 6
 
-    def __init__(self, message: str, rows: Sequence[int] = ()) -> None:
+    def __init__(self, message: str, rows: Sequence[int] = (), step: int | None = None) -> None:
         super().__init__(message)
         self.rows = rows  # indices of the features in the batch
+        self.step = step
 
 
 class DiskError(FtkitError):

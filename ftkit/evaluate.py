@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
-from ftkit.data.batches import by_length, collate
+from ftkit.data.batches import ahead, by_length, collate
 from ftkit.errors import Diverged
 
 if TYPE_CHECKING:
@@ -68,11 +68,11 @@ def evaluate(
     was_training = trainee.training
     trainee.eval()
     with torch.no_grad():
-        for indices in by_length(features.lengths, batch_size, accelerator.num_processes, accelerator.process_index):
+        shares = by_length(features.lengths, batch_size, accelerator.num_processes, accelerator.process_index)
+        for indices, batch in ahead(lambda indices: (indices, collate(features, indices, pad_token_id)), shares):
             if interrupted():
                 break
-            batch = collate(features, indices, pad_token_id).to(accelerator.device)
-            records += _judged(trainee, batch, metrics, task if keep_records and len(indices) else None)
+            records += _judged(trainee, batch.to(accelerator.device), metrics, task if keep_records and len(indices) else None)
             advance(len(indices) * accelerator.num_processes)
     trainee.train(was_training)
     for name, value in metrics.sums.items():

@@ -66,9 +66,9 @@ class Frozen:
     @contextmanager
     def rows(self, batch: Batch, flat: bool) -> Iterator[None]:
         """What is called herein computes the layers only for sets that are not recorded; `flat`: they take real tokens only."""
-        if (kept := self._kept.get(id(batch.source))) is not None:
-            features, states = kept
-            given = states[tokens(features, batch.row_ids.numpy(force=True))].to(batch.input_ids.device, non_blocking=True).unsqueeze(0)
+        features, indices = batch.source
+        if (kept := self._kept.get(id(features))) is not None:
+            given = kept[1][tokens(features, indices)].to(batch.input_ids.device, non_blocking=True).unsqueeze(0)
             if batch.segments is None:
                 given = given.view(*batch.input_ids.shape, -1)
             elif not flat:

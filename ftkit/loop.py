@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ftkit import chunks
-from ftkit.data.batches import Sampler, collate, split
+from ftkit.data.batches import Sampler, ahead, collate, split
 from ftkit.data.types import Batch, Scores
 from ftkit.errors import Diverged
 
@@ -95,45 +95,66 @@ class Position:
     evaluation_due: bool = False  # the evaluation after this step has not been made yet
 
 
-class Step(NamedTuple):
-    """What one optimizer step did; loss and norm are those of the whole batch on all processes."""
+class Place(NamedTuple):
+    """Where a run is after a batch: fields of `Position`, and the epochs done."""
 
-    loss: float
-    grad_norm: float
-    items: float  # sum of the weights of the supervised items: the denominator of the loss
+    step: int
+    epoch: int
+    batch: int
+    epochs_done: float
+
+
+class Outcome(NamedTuple):
+    """What one optimizer step came to, over the whole batch on all processes; on the device, where reading would wait for it."""
+
+    loss: torch.Tensor  # float64 []
+    grad_norm: torch.Tensor  # float [], before clipping
+    items: torch.Tensor  # float64 []: sum of the weights of the supervised items, the denominator of the loss
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step did.  Its numbers are only looked at after `settle`."""
+
+    outcome: Outcome
     tokens: int  # real tokens, padding not counted
     rows: np.ndarray  # feature indices of the batch
     epoch: float  # epochs done, this step counted
+    settle: Callable[[], None]  # raises Diverged if this step, or one before it that nobody looked at, was not finite; waits for the device
+
+    @property
+    def loss(self) -> float:
+        return self.outcome.loss.item()
+
+    @property
+    def grad_norm(self) -> float:
+        return self.outcome.grad_norm.item()
+
+    @property
+    def items(self) -> float:
+        return self.outcome.items.item()
 
 
-def batches(sampler: Sampler, position: Position, num_steps: int) -> Iterator[tuple[np.ndarray, float]]:
-    """The batches from `position` on, epoch after epoch, with the epochs done after each; `position` moves along and is that after the batch in hand."""
-    while position.step < num_steps:
-        here = position.epoch
-        epoch = sampler.epoch(here)
-        while position.epoch == here and position.step < num_steps:
-            batch = epoch[position.batch]
-            position.step += 1
-            position.batch += 1
-            done = here + position.batch / len(epoch)
-            if position.batch == len(epoch):
-                position.epoch, position.batch = here + 1, 0
-            yield batch, done
+def batches(sampler: Sampler, position: Position, num_steps: int) -> Iterator[tuple[np.ndarray, Place]]:
+    """The batches from `position` to step `num_steps`, epoch after epoch, and the place after each."""
+    step, number, begun = position.step, position.epoch, position.batch
+    while step < num_steps:
+        epoch = sampler.epoch(number)
+        for batch in range(begun, min(len(epoch), begun + num_steps - step)):
+            step += 1
+            over = batch + 1 == len(epoch)
+            yield epoch[batch], Place(step, number + over, 0 if over else batch + 1, number + (batch + 1) / len(epoch))
+        number, begun = number + 1, 0
 
 
-def train_step(
-    accelerator: Accelerator,
-    trainee: nn.Module,
-    optimizer: Any,
-    micro_batches: list[Batch],
-    max_grad_norm: float | None,
-) -> tuple[float, float, float]:
-    """One optimizer step over `micro_batches`; returns the loss, the gradient norm before clipping and the items.
+def train_step(accelerator: Accelerator, trainee: nn.Module, optimizer: Any, micro_batches: list[Batch], max_grad_norm: float | None) -> Outcome:
+    """One optimizer step over `micro_batches`.  The weights do not change where loss or norm is not finite.
 
-    Raises Diverged before the weights change if loss or norm is not finite.
+    Where the optimizer can look for itself, nothing waits for the device, and `Step.settle` tells later;
+    elsewhere Diverged is raised at once.
     """
     device = accelerator.device
-    items = accelerator.reduce(torch.stack([batch.weights.double().sum() for batch in micro_batches]).sum().to(device), "sum")
+    items = accelerator.reduce(torch.stack([batch.weights.double().sum() for batch in micro_batches]).sum().to(device, non_blocking=True), "sum")
     total = torch.zeros((), dtype=torch.float64, device=device)
     for number, batch in enumerate(micro_batches):
         last = number == len(micro_batches) - 1
@@ -144,14 +165,27 @@ def train_step(
     total = accelerator.reduce(total, "sum")
     parameters = [p for p in trainee.parameters() if p.requires_grad]
     norm = accelerator.clip_grad_norm_(parameters, math.inf if max_grad_norm is None else max_grad_norm)
-    value, norm_value = total.item(), float(norm)
-    # fp16 skips steps whose scaled gradients overflow, and halves the scale; at 1 nothing is left to halve
-    scaling = accelerator.scaler is not None and accelerator.scaler.get_scale() > 1
-    if not math.isfinite(value) or not (math.isfinite(norm_value) or scaling):
-        raise Diverged(f"loss {value}, gradient norm {norm_value}")
+    outcome = Outcome(total, torch.as_tensor(norm), items)
+    if looks_itself(optimizer, accelerator):
+        optimizer.optimizer.found_inf = 1 - (total.isfinite() & norm.isfinite()).float()  # the fused kernel leaves out its update at 1
+    else:
+        # fp16 skips steps whose scaled gradients overflow, and halves the scale; at 1 nothing is left to halve
+        scaling = accelerator.scaler is not None and accelerator.scaler.get_scale() > 1
+        check_finite(outcome, scaling)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return value, norm_value, items.item()
+    return outcome
+
+
+def looks_itself(optimizer: Any, accelerator: Accelerator) -> bool:
+    """Whether the optimizer leaves out updates by a flag on the device; on a CPU there is nothing to wait for."""
+    return accelerator.device.type == "cuda" and accelerator.scaler is None and getattr(optimizer, "defaults", {}).get("fused") is True
+
+
+def check_finite(outcome: Outcome, scaling: bool = False) -> None:
+    """Raise Diverged where the loss is not finite, or the norm, unless that is what `scaling` is for."""
+    if not math.isfinite(outcome.loss) or not (math.isfinite(outcome.grad_norm) or scaling):
+        raise Diverged(f"loss {outcome.loss.item()}, gradient norm {outcome.grad_norm.item()}")
 
 
 def fit(session: Session, position: Position) -> Iterator[Step]:
@@ -159,15 +193,36 @@ def fit(session: Session, position: Position) -> Iterator[Step]:
     accelerator, trainee, optimizer = session.accelerator, session.wrapped, session.optimizer
     train, features = session.recipe.train, session.prepared.train
     rates = [group.setdefault("initial_lr", group["lr"]) for group in optimizer.param_groups]
+    unsettled: list[tuple[int, np.ndarray, Outcome]] = []
+
+    def make(chosen: tuple[np.ndarray, Place]) -> tuple[np.ndarray, Place, list[Batch]]:
+        parts = split(chosen[0], features.lengths, session.accumulate, accelerator.num_processes, accelerator.process_index)
+        made = [collate(features, part, session.pad_token_id) for part in parts]
+        return *chosen, [batch.pin_memory() for batch in made] if accelerator.device.type == "cuda" else made
+
+    def settle() -> None:
+        for step, rows, outcome in unsettled:
+            with _located(step, rows):
+                check_finite(outcome)
+        unsettled.clear()
+
     trainee.train()
-    for rows, epoch in batches(session.sampler, position, session.num_steps):
+    for rows, place, micro_batches in ahead(make, batches(session.sampler, position, session.num_steps)):
+        position.step, position.epoch, position.batch = place.step, place.epoch, place.batch
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * session.schedule(position.step - 1)
-        parts = split(rows, features.lengths, session.accumulate, accelerator.num_processes, accelerator.process_index)
-        micro_batches = [collate(features, part, session.pad_token_id) for part in parts]
-        try:
-            loss, norm, items = train_step(accelerator, trainee, optimizer, micro_batches, train.max_grad_norm)
-        except Diverged as error:
-            raise Diverged(str(error), rows.tolist()) from None
-        yield Step(loss, norm, items, int(features.lengths[rows].sum()), rows, epoch)
+        with _located(position.step, rows):
+            outcome = train_step(accelerator, trainee, optimizer, micro_batches, train.max_grad_norm)
+        if looks_itself(optimizer, accelerator):
+            unsettled.append((position.step, rows, outcome))
+        yield Step(outcome, int(features.lengths[rows].sum()), rows, place.epochs_done, settle)
         trainee.train()
+
+
+@contextmanager
+def _located(step: int, rows: np.ndarray) -> Iterator[None]:
+    """Add to a divergence where it happened."""
+    try:
+        yield
+    except Diverged as error:
+        raise Diverged(str(error), rows.tolist(), step) from None

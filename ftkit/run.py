@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from ftkit import checkpoint, launch, model, rundir, signals, trackers
 from ftkit.errors import Diverged, RecipeError
 from ftkit.evaluate import measure
 from ftkit.finish import finish
-from ftkit.loop import Position, Step, fit
+from ftkit.loop import Position, fit
 from ftkit.manifest import Manifest, describe
 from ftkit.prepare import prepare
 from ftkit.recipe import dump, read
@@ -93,34 +94,39 @@ def _learn(session: Session, output: Path, report: Reporter, stop: signals.StopR
         if position.evaluation_due and _validate(session, output, report, stop, position):  # a signal had cut it off
             _save(session, output, position, report)
         clock, tokens = time.perf_counter(), 0
-        steps = _named_failures(fit(session, position), session, output, position)
-        while not _out_of_patience(train, position) and (done := next(steps, None)):
-            tokens += done.tokens
-            stage.advance()
-            last = position.step == num_steps
-            if position.step % train.log_every == 0 or last or position.step == 1:
-                rate = session.optimizer.param_groups[0]["lr"]
-                seconds = time.perf_counter() - clock
-                report.step(
-                    {
-                        "step": position.step,
-                        "epoch": round(done.epoch, 4),
-                        "loss": done.loss,
-                        "learning_rate": rate,
-                        "grad_norm": done.grad_norm,
-                        "tokens_per_second": round(tokens / seconds, 1),
-                    }
-                )
-                clock, tokens = time.perf_counter(), 0
-            position.evaluation_due = _due(train.eval_every, position) and (not last or train.early_stopping is not None)
-            pause = time.perf_counter()
-            best = position.evaluation_due and _validate(session, output, report, stop, position)
-            stopping = stop.agreed(session.accelerator)
-            if best or _due(train.save_every, position) or last or stopping:
-                _save(session, output, position, report)
-            if stopping:
-                raise stop.error()
-            clock += time.perf_counter() - pause
+        with _named_failures(session, output):
+            steps = fit(session, position)
+            while not _out_of_patience(train, position) and (done := next(steps, None)):
+                tokens += done.tokens
+                stage.advance()
+                last = position.step == num_steps
+                logging = position.step % train.log_every == 0 or last or position.step == 1
+                position.evaluation_due = _due(train.eval_every, position) and (not last or train.early_stopping is not None)
+                if logging or position.evaluation_due:
+                    done.settle()
+                if logging:
+                    rate = session.optimizer.param_groups[0]["lr"]
+                    seconds = time.perf_counter() - clock
+                    report.step(
+                        {
+                            "step": position.step,
+                            "epoch": round(done.epoch, 4),
+                            "loss": done.loss,
+                            "learning_rate": rate,
+                            "grad_norm": done.grad_norm,
+                            "tokens_per_second": round(tokens / seconds, 1),
+                        }
+                    )
+                    clock, tokens = time.perf_counter(), 0
+                pause = time.perf_counter()
+                best = position.evaluation_due and _validate(session, output, report, stop, position)
+                stopping = stop.agreed(session.accelerator)
+                if best or _due(train.save_every, position) or last or stopping:
+                    done.settle()
+                    _save(session, output, position, report)
+                if stopping:
+                    raise stop.error()
+                clock += time.perf_counter() - pause
     if train.early_stopping and _out_of_patience(train, position):
         report.note(f"stopped early: no better {train.early_stopping.metric} since step {position.best_step}")
 
@@ -157,20 +163,23 @@ def _validate(session: Session, output: Path, report: Reporter, stop: signals.St
     return best and watched is not None
 
 
-def _named_failures(steps: Iterator[Step], session: Session, output: Path, position: Position) -> Iterator[Step]:
-    """The steps; a divergence is told with its step, its rows, and the checkpoint to go back to."""
+@contextmanager
+def _named_failures(session: Session, output: Path) -> Iterator[None]:
+    """A divergence of a step is told with its number, its rows, and the checkpoint to go back to."""
     try:
-        yield from steps
+        yield
     except Diverged as error:
-        rows = session.prepared.rows.train
-        features = session.prepared.train
+        if error.step is None:  # of an evaluation
+            raise
+        rows, features = session.prepared.rows.train, session.prepared.train
         places = [rows[int(features.row[i])].where for i in error.rows[:5]]
         good = checkpoint.newest(output / "checkpoints", lambda reason: None)
         back = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
         raise Diverged(
-            f"step {position.step}: {error}, on the rows {', '.join(places)}{', ...' if len(error.rows) > 5 else ''}; the weights were not changed and {back}. "
+            f"step {error.step}: {error}, on the rows {', '.join(places)}{', ...' if len(error.rows) > 5 else ''}; it did not change the weights and {back}. "
             f"Lower train.learning_rate ({session.recipe.train.learning_rate}) or look at these rows",
             error.rows,
+            error.step,
         ) from error
 
 

@@ -6,9 +6,10 @@ Every choice is a function of (seed, epoch): a run that resumes at step n needs 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from ftkit.data.types import Batch, Segments
 if TYPE_CHECKING:
     from ftkit.data.features import FeatureSet
 
+S = TypeVar("S")
+T = TypeVar("T")
 # Batches sorted by length together, at most and as a share of all: as transformers' LengthGroupedSampler.  Larger pools pad less and mix less.
 POOL, POOL_SHARE = 50, 4
 
@@ -93,6 +96,19 @@ def by_length(lengths: np.ndarray, batch_size: int, world: int = 1, rank: int = 
         yield order[start + rank * batch_size : start + (rank + 1) * batch_size]
 
 
+def ahead(make: Callable[[T], S], items: Iterable[T]) -> Iterator[S]:
+    """`make` of each item; while one is in use, that of the next is made in a thread."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting: Future[S] | None = None
+        for item in items:
+            following = pool.submit(make, item)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = following
+        if waiting is not None:
+            yield waiting.result()
+
+
 def collate(features: FeatureSet, indices: np.ndarray, pad_token_id: int) -> Batch:
     """The features as one right-padded batch; no index at all gives one row of weight 0."""
     silent = len(indices) == 0
@@ -124,7 +140,7 @@ def collate(features: FeatureSet, indices: np.ndarray, pad_token_id: int) -> Bat
         weights=torch.from_numpy(weights),
         supervised=torch.from_numpy(np.flatnonzero(weights)),
         row_ids=torch.from_numpy(np.asarray(indices, np.int64)),
-        source=features,
+        source=(features, np.asarray(indices)),
         token_type_ids=None if type_ids is None else torch.from_numpy(type_ids),
         segments=segments(attention_mask) if min(lengths) < max(lengths) else None,
     )

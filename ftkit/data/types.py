@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from ftkit.data.features import FeatureSet
@@ -77,6 +78,9 @@ class Segments:
     def to(self, device: Any, non_blocking: bool = False) -> Segments:
         return replace(self, index=self.index.to(device, non_blocking=non_blocking), bounds=self.bounds.to(device, non_blocking=non_blocking))
 
+    def pin_memory(self) -> Segments:
+        return replace(self, index=self.index.pin_memory(), bounds=self.bounds.pin_memory())
+
     def gather(self, padded: torch.Tensor) -> torch.Tensor:
         """[B, L, ...] -> [1, N, ...]."""
         return padded.flatten(0, 1).index_select(0, self.index).unsqueeze(0)
@@ -97,13 +101,20 @@ class Batch:
     weights: torch.Tensor  # float32, as targets
     supervised: torch.Tensor  # int64 [n]: where weights are not 0, among the B * L positions or the B rows
     row_ids: torch.Tensor  # int64 [B]: index into the feature set
-    source: FeatureSet  # that the rows come from
+    source: tuple[FeatureSet, np.ndarray]  # that the rows come from, and row_ids where no device has to be asked
     token_type_ids: torch.Tensor | None = None  # int64 [B, L]
     segments: Segments | None = None  # None where there is no padding
 
     def to(self, device: Any) -> Batch:
+        return self._with(lambda part: part.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """In memory that a GPU can copy from while it computes."""
+        return self._with(lambda part: part.pin_memory())
+
+    def _with(self, change: Callable[[Any], Any]) -> Batch:
         parts = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return replace(self, **{name: part.to(device, non_blocking=True) for name, part in parts.items() if hasattr(part, "to")})
+        return replace(self, **{name: change(part) for name, part in parts.items() if hasattr(part, "pin_memory")})
 
 
 @dataclass(slots=True)

@@ -62,7 +62,7 @@ def step(case, parts: list[np.ndarray]) -> tuple[tuple[float, float, float], dic
     keep = Keep(case.trainee.train())
     micro_batches = [collate(case.features, part, case.pad) for part in parts]
     outcome = loop.train_step(Accelerator(cpu=True, mixed_precision="no"), case.trainee, keep, micro_batches, None)
-    return outcome, keep.gradients
+    return tuple(value.item() for value in outcome), keep.gradients
 
 
 def assert_same(one, other) -> None:

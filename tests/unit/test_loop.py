@@ -1,11 +1,17 @@
 """The loop's own pieces: which frozen modules fall still, and in which order batches come."""
 
+import math
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
-from ftkit.data.batches import Sampler, by_length, split
+from ftkit import loop
+from ftkit.data.batches import Sampler, ahead, by_length, split
+from ftkit.errors import Diverged
 from ftkit.loop import Position, batches, frozen_bottom
 
 
@@ -115,19 +121,74 @@ def test_processes_share_an_evaluation():
 @pytest.mark.parametrize(("batch_size", "batch_tokens"), [(4, None), (None, 40)])
 def test_batches_go_on_where_they_stopped(batch_size, batch_tokens):
     sampler = Sampler(np.arange(1, 19), batch_size, batch_tokens, "bucketed", seed=3)
-    whole = [(batch.tolist(), done) for batch, done in batches(sampler, Position(), 13)]
-    position, first = Position(), []
-    for batch, done in batches(sampler, position, 13):
-        first.append((batch.tolist(), done))
-        if position.step == 7:
-            break
-    rest = [(batch.tolist(), done) for batch, done in batches(sampler, position, 13)]
-    assert first + rest == whole
-    epochs = [done for _, done in whole]
-    assert epochs == sorted(epochs)
-    assert position.step == 13
+    whole = [(batch.tolist(), place) for batch, place in batches(sampler, Position(), 13)]
+    for stop in range(13):
+        place = whole[stop][1]
+        rest = [(batch.tolist(), place) for batch, place in batches(sampler, Position(place.step, place.epoch, place.batch), 13)]
+        assert whole[: stop + 1] + rest == whole
+    done = [place.epochs_done for _, place in whole]
+    assert done == sorted(done)
+    assert [place.step for _, place in whole] == list(range(1, 14))
     if batch_size:
-        assert (position.epoch, position.batch, epochs[4], epochs[-1]) == (2, 3, 1.0, 2.6)
+        assert whole[4][1] == (5, 1, 0, 1.0)
+        assert whole[-1][1] == (13, 2, 3, 2.6)
+
+
+def test_the_next_is_made_while_one_is_in_use():
+    made = []
+
+    def make(item):
+        made.append(item)
+        return item * 2
+
+    found = ahead(make, iter([1, 2, 3]))
+    assert next(found) == 2
+    assert [*found] == [4, 6]
+    assert made == [1, 2, 3]
+    with pytest.raises(ZeroDivisionError):
+        list(ahead(lambda item: 1 / item, [1, 0, 2]))
+    assert list(ahead(make, [])) == []
+
+
+class Fused(nn.Module):
+    """A learner whose loss is the weight times what the batch says; and the optimizer as accelerate wraps it."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, batch):
+        return (self.weight * batch.targets).sum()
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_a_step_that_is_not_finite_changes_nothing(later, monkeypatch):
+    """`later`: as on a GPU, where nobody looks before the update."""
+    accelerator = Accelerator(cpu=True, mixed_precision="no")
+    trainee = Fused()
+    optimizer = accelerator.prepare(torch.optim.AdamW(trainee.parameters(), lr=0.1, fused=True))
+    monkeypatch.setattr(loop, "looks_itself", lambda optimizer, accelerator: later)
+
+    def batch(target):
+        return SimpleNamespace(weights=torch.ones(1), targets=torch.tensor([target]), to=lambda device: batch(target))
+
+    def step(target):
+        return loop.train_step(accelerator, trainee, optimizer, [batch(target)], 1.0)
+
+    loop.check_finite(step(2.0))
+    before = trainee.weight.item()
+    assert before != 1
+    if later:
+        outcome = step(math.inf)
+        with pytest.raises(Diverged, match="loss inf"):
+            loop.check_finite(outcome)
+    else:
+        with pytest.raises(Diverged, match="loss inf"):
+            step(math.inf)
+    assert trainee.weight.item() == before
+    trainee.zero_grad()
+    step(2.0)
+    assert trainee.weight.item() not in (before, math.inf)
 
 
 def test_a_frozen_module_stays_still_through_train_and_eval():
