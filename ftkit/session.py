@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Session:
-    """What the stages of a run share; nothing here is replaced while it runs."""
+    """What the stages of a run share."""
 
     recipe: Recipe
     prepared: Prepared
@@ -45,7 +45,7 @@ class Session:
     accumulate: int  # micro-batches of one process in a step
     sampler: Sampler
     flat: Flat | None  # the base's layers, where they run on real tokens only
-    frozen: Frozen | None  # those that are computed once
+    frozen: Frozen | None = None  # those that are computed once
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -60,15 +60,22 @@ class Session:
         return self.prepared.tokenizer.pad_token_id
 
     def compute_frozen(self, directory: Path, report: Reporter, poll: Callable[[], None]) -> None:
-        """Compute what the frozen layers give for all rows of the run, if that is done once; `poll` may raise to stop."""
+        """Compute what the lowest, frozen layers give for all rows of the run, where that saves anything: rows are seen more than once.
+
+        `poll` may raise to stop.  On one process only: others would see other rows in each epoch.
+        """
+        if not self.recipe.method.reuse or self.accelerator.num_processes > 1 or self.num_steps <= self.sampler.steps(1):
+            return
+        trainee: Any = self.wrapped  # on one process accelerate wraps it in nothing
+        sets = [self.prepared.train, *(features for _, features in self.splits.values())]
+        self.frozen = trainee.frozen = frozen.choose(self.base.model, list(trainee.still.values()), sets, directory, report.note)
         if self.frozen is None:
             return
-        sets = [self.prepared.train, *(features for _, features in self.splits.values())]
-        self.wrapped.eval()
+        trainee.eval()
         with report.stage("computing the frozen layers", sum(map(len, sets))) as stage, torch.no_grad():
 
             def compute(batch: Batch) -> None:
-                self.wrapped(batch.to(self.accelerator.device), lambda parts: None)
+                trainee(batch.to(self.accelerator.device), lambda parts: None)
 
             for done in self.frozen.record(sets, directory, compute, self.recipe.eval.batch_size, self.pad_token_id):
                 stage.advance(done)
@@ -95,7 +102,7 @@ def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any]
             parameter.data = parameter.data.float()
     if train.gradient_checkpointing:
         check_checkpointing(base)
-        base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.checkpoint_activations(base.model)
     accelerator = _accelerator(train, precision, here, base)
     asked = before.get("layout", train.layout) if train.layout == "auto" else train.layout
     trainee = Trainee(learner, base.inner(), recipe.task, recipe.objective, layout.flat(asked, recipe, base.model, report))
@@ -112,9 +119,6 @@ def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any]
     report.note(f"{here}, {threads} threads, {precision}, {laid_out} batches of {_amount(train)}" + _shares(train, accumulate, world.size))
     if train.optimizer.startswith("paged") and here.type == "cpu":
         report.note(f"train.optimizer: {train.optimizer} works as {train.optimizer.removeprefix('paged_')} here, since a CPU has nothing to page to")
-    if recipe.method.reuse and num_steps > sampler.steps(1) and world.size == 1:
-        sets = [prepared.train, *(features for _, features in prepared.splits.values())]
-        trainee.frozen = frozen.choose(base.model, list(trainee.still.values()), sets, Path(recipe.output), report.note)
     if trainee.still:
         report.note(f"without dropout, because frozen below the first part that learns: {', '.join(trainee.still)}")
     torch.manual_seed(train.seed + world.rank)  # dropout differs between processes
@@ -132,7 +136,6 @@ def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any]
         accumulate=accumulate,
         sampler=sampler,
         flat=trainee.flat,
-        frozen=trainee.frozen,
     )
 
 
