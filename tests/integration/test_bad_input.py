@@ -287,7 +287,7 @@ def output_that_is_a_file(scene):
     scene.recipe["output"] = scene.file("thesis.tex", "years of work")
 
 
-@mistake(6, r"step 1: loss nan.*on the rows .*train\.csv:\d+.*the weights were not changed")
+@mistake(6, r"step 1: loss nan.*on the rows .*train\.csv:\d+.*it did not change the weights")
 def divergence(scene):
     from ftkit.objectives.supervised import Supervised
 
