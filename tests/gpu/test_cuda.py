@@ -1,0 +1,124 @@
+"""What only a GPU can show: kernels, precisions, and that nothing waits for the device.  scripts/test-gpu runs these."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch.nn import functional as F
+
+from ftkit import chunks
+from ftkit.attention import Flat
+from ftkit.data.batches import collate, segments
+from ftkit.data.features import FeatureSet
+from ftkit.data.types import Features
+from ftkit.loop import Position, fit
+from ftkit.objectives.supervised import Supervised
+from ftkit.prepare import prepare
+from ftkit.recipe import read
+from ftkit.report import Reporter
+from ftkit.session import open_session
+from ftkit.tasks.causal_lm import CausalLM
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+SIZES = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512, "vocab_size": 500, "pad_token_id": 0}
+CONFIGS = {
+    "llama": transformers.LlamaConfig(**SIZES, num_key_value_heads=2, max_position_embeddings=256),
+    "mistral": transformers.MistralConfig(**SIZES, num_key_value_heads=2, max_position_embeddings=256, sliding_window=16),
+    "bert": transformers.BertConfig(**SIZES, is_decoder=True),
+}
+LENGTHS = (50, 50, 7, 129)
+
+
+def rows():
+    rng = torch.Generator().manual_seed(0)
+    mask = torch.zeros(len(LENGTHS), max(LENGTHS), dtype=torch.int64)
+    for row, length in enumerate(LENGTHS):
+        mask[row, :length] = 1
+    return torch.randint(3, 500, mask.shape, generator=rng) * mask, mask
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_flat_rows_give_what_they_give_alone(name, dtype, tolerance):
+    """float32 by scaled_dot_product_attention a segment, half precision by the kernel for rows of any length."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name], dtype=dtype).cuda().eval()
+    model.set_attn_implementation("eager")
+    ids, mask = rows()
+    ids, device_mask = ids.cuda(), mask.cuda()
+
+    def gradients(*outputs):
+        model.zero_grad()
+        torch.cat(outputs).float().log_softmax(-1)[:, 5].sum().backward()
+        return [parameter.grad.float() for parameter in model.parameters() if parameter.grad is not None]
+
+    alone = [model(input_ids=ids[row : row + 1, :length], use_cache=False).logits[0] for row, length in enumerate(LENGTHS)]
+    expected = gradients(*alone)
+    with Flat(model).rows(segments(mask.numpy()).to("cuda")):
+        together = model(input_ids=ids, attention_mask=device_mask, use_cache=False).logits
+    found = [together[row, :length] for row, length in enumerate(LENGTHS)]
+    scale = max(each.abs().max() for each in alone)
+    assert max((a - b).abs().max() for a, b in zip(found, alone, strict=True)) <= tolerance * scale
+    largest = max(gradient.abs().max() for gradient in expected)
+    assert max((a - b).abs().max() for a, b in zip(gradients(*found), expected, strict=True)) <= 2 * tolerance * largest
+
+
+def test_the_loss_in_chunks_is_the_loss_of_all_logits(monkeypatch):
+    monkeypatch.setitem(chunks.LOGITS, "cuda", 16 * 500)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS["llama"]).cuda().train()
+    ids, mask = rows()
+    features = [Features(row[:length].tolist(), row[:length].tolist(), [1.0] * length) for row, length in zip(ids, LENGTHS, strict=True)]
+    batch = collate(FeatureSet.of([[each] for each in features]), np.arange(len(LENGTHS)), 0).pin_memory().to("cuda")
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    expected = F.cross_entropy(logits[mask.bool()], batch.targets[mask.bool()], reduction="sum")
+    expected.backward()
+    wanted = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    found = chunks.loss(CausalLM().items(model, batch), Supervised(), list(model.parameters()))
+    found.backward()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    largest = max(gradient.abs().max() for gradient in wanted.values())
+    assert all((parameter.grad - wanted[name]).abs().max() <= 1e-5 * largest for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize(("model", "data", "method"), [("bert", "single", "full"), ("llama", "chats", "lora"), ("llama", "prompts", "qlora")])
+def test_the_real_command(precision, model, data, method, recipe, ftkit, tmp_path):
+    done = ftkit("train", recipe(model, data, {"precision": precision, "steps": 6}, method=method))
+    assert done.code == 0, done.err
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert (manifest["status"], manifest["layout"]) == ("finished", "flat")
+
+
+def test_a_resumed_run_has_the_same_bits(recipe, ftkit, tmp_path):
+    whole = recipe("llama", "chats", {"steps": 6, "save_every": 3}, method="full", output=str(tmp_path / "whole"))
+    cut = recipe("llama", "chats", {"steps": 6, "save_every": 3}, method="full", output=str(tmp_path / "cut"), name="cut.yaml")
+    assert ftkit("train", whole).code == 0
+    with pytest.MonkeyPatch.context() as patch:
+        from conftest import send_at
+
+        send_at("ftkit.loop.train_step", 4, 15, patch.setattr)
+        assert ftkit("train", cut).code == 75
+    assert ftkit("train", cut, "--resume").code == 0
+    files = sorted((tmp_path / "whole" / "model").glob("*.safetensors"))
+    assert files
+    assert all(file.read_bytes() == (tmp_path / "cut" / "model" / file.name).read_bytes() for file in files)
+
+
+def test_a_step_waits_for_nothing(recipe):
+    """Between two log lines the host runs ahead of the device."""
+    with Reporter(None, quiet=True) as report:
+        session = open_session(prepare(read(recipe("llama", "chats", {"steps": 8, "precision": "bf16"}, method="full")), report), report)
+    steps = fit(session, Position())
+    next(steps), next(steps)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        done = [next(steps), next(steps)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    done[-1].settle()
+    assert all(np.isfinite(step.loss) for step in done)
