@@ -6,10 +6,12 @@ and back again at once, so that only the gradients of hidden states and weights 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,6 +37,8 @@ def loss(items: Items, objective: Objective, parameters: list[nn.Parameter]) -> 
     size = chunk_size(items)
     if len(items) <= size or not torch.is_grad_enabled():
         return sum((objective.loss(each) for each in scores(items)), start=torch.zeros((), device=items.states.device))
+    if torch.is_autocast_enabled(items.states.device.type) and torch.get_autocast_dtype(items.states.device.type) is torch.float16:
+        return _recomputed(items, objective, size)
     learning = [parameter for parameter in parameters if parameter.requires_grad]
     total = torch.zeros((), device=items.states.device)
     of_states = torch.empty_like(items.states)
@@ -51,6 +55,19 @@ def loss(items: Items, objective: Objective, parameters: list[nn.Parameter]) -> 
     return _Known.apply([of_states, *of_weights.values()], total, items.states, *weights)
 
 
+def _recomputed(items: Items, objective: Objective, size: int) -> torch.Tensor:
+    """The same for float16, whose gradients need the scale that only the backward pass knows: each chunk is computed again there."""
+    total = torch.zeros((), device=items.states.device)
+    for part in items.parts(size):
+        compute = partial(_one, items, objective, part)
+        total = total + checkpoint(compute, items.states[part], use_reentrant=False)
+    return total
+
+
+def _one(items: Items, objective: Objective, part: slice, states: torch.Tensor) -> torch.Tensor:
+    return objective.loss(items.scores(part, states))
+
+
 class _Known(torch.autograd.Function):
     """A number, and tensors of which its gradients are known."""
 
@@ -61,4 +78,5 @@ class _Known(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return None, None, *(gradient.mul_(outer[0]) for gradient in ctx.gradients)
+        given, ctx.gradients = ctx.gradients, None  # held by nobody else, a gradient is taken over instead of copied
+        return None, None, *(given.pop(0).mul_(outer[0]) for _ in range(len(given)))

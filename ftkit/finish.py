@@ -39,9 +39,7 @@ def finish(session: Session, output: Path, report: Reporter, stop: StopRequest, 
         report.evaluation(position.step, name, result.values)
         _write_records(session, output, name, result)
     main = session.accelerator.is_main_process
-    for part in (session.flat, session.frozen):  # what is saved is compared as it will be used
-        if part:
-            part.remove()
+    session.release()  # what is saved is compared as it will be used
     with report.stage("saving"):
         if session.recipe.train.parallel == "fsdp":
             _gather(session)

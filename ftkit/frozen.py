@@ -1,7 +1,9 @@
 """Frozen work is done once: what the layers below the first one that learns give is kept for each row.
 
-Frozen layers run without dropout, so a row's states above them are the same in every epoch.  They are computed in one
-pass over each set, in batches that depend on nothing but the set: a run that resumes gets the same bits.
+Where no gradient reaches a layer and no dropout is at work in or below it, a row's states above it are the same in
+every epoch.  They are computed in one pass over each set, in batches that depend on nothing but the set: a run that
+resumes gets the same bits.  That states do not depend on other rows or padding, and that the model does with kept
+states what it does with computed ones, is tried on two rows first.
 """
 
 from __future__ import annotations
@@ -10,18 +12,18 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import psutil
 import torch
 from torch import nn
 
-from ftkit.attention import layers_of
+from ftkit.attention import Unsupported, layers_of
 from ftkit.data.batches import by_length, collate
 from ftkit.errors import DiskError
+from ftkit.layout import EXPECTED, first_line, tolerance, two_rows
 from ftkit.quantities import size
 
 if TYPE_CHECKING:
@@ -29,46 +31,78 @@ if TYPE_CHECKING:
 
     from ftkit.data.features import FeatureSet
     from ftkit.data.types import Batch
+    from ftkit.loop import Trainee
 
 IN_MEMORY = 2 << 30  # bytes that states may take in main memory, and no more than a quarter of what is free
-BYTES = 4  # of a number, float32
+
+
+class Kept(NamedTuple):
+    """The states of a set."""
+
+    features: FeatureSet
+    states: torch.Tensor  # [T, H], in the order of the set's tokens
+
+
+class _Reached(Exception):
+    """The highest frozen layer has given its states: nothing above it is wanted."""
 
 
 class Frozen:
     """The lowest layers of a model, which do not learn, and what they gave for the rows that were recorded."""
 
-    def __init__(self, layers: list[nn.Module], hidden_size: int) -> None:
-        self._layers, self._hidden_size = layers, hidden_size
-        self._kept: dict[int, tuple[FeatureSet, torch.Tensor]] = {}  # id of a set -> the set, and its states [T, H]
+    def __init__(self, layers: list[nn.Module]) -> None:
+        self.layers = layers
+        self._kept: dict[int, Kept] = {}  # by the id of the set
         self._given: torch.Tensor | None = None  # states to hand on instead of computing any
         self._taken: torch.Tensor | None = None  # what the last of the layers gave
-        self._others: tuple[None, ...] | None = None  # what it gave besides, if it gives a tuple
+        self._recording = False
+        self._tuples = False  # whether layers give their states in a tuple
         for layer in layers:
             layer.forward = self._passing(layer.forward, last=layer is layers[-1])
 
-    def record(self, sets: list[FeatureSet], directory: Path, compute: Callable[[Batch], Any], batch_size: int, pad_token_id: int) -> Iterator[int]:
-        """Compute the states of all rows of the sets by `compute`, a forward pass; yields the number of rows done each time.
+    def states_of(self, batch: Batch, compute: Callable[[Batch], Any]) -> torch.Tensor:
+        """[N, H]: what the layers give for the real tokens of a batch, by `compute`, a forward pass."""
+        self._recording = True
+        try:
+            compute(batch)
+        except _Reached:
+            pass
+        finally:
+            self._recording = False
+        states, self._taken = self._taken, None
+        if not isinstance(states, torch.Tensor) or states.dim() != 3:
+            raise Unsupported("its layers give something else than states")
+        real = int(batch.attention_mask.sum())
+        if states.shape[:2] == batch.input_ids.shape:
+            return states.flatten(0, 1) if batch.segments is None else batch.segments.gather(states).squeeze(0)
+        if states.shape[:2] != (1, real):
+            raise Unsupported("its layers see other positions than those of the rows")
+        return states.squeeze(0)
 
-        More than fits in memory is mapped from a file in `directory`, which has no name there: it goes with the process.
+    def record(
+        self, sets: list[FeatureSet], first: torch.Tensor, directory: Path | None, compute: Callable[[Batch], Any], batch_size: int, pad_token_id: int
+    ) -> Iterator[int]:
+        """Keep the states of all rows of the sets, which are like `first` [., H]; yields the number of rows done each time.
+
+        With a directory they are mapped from a file there, which has no name: it goes with the process.
         """
-        on_disk = sum(num_bytes(features, self._hidden_size) for features in sets) > memory_budget()
         for features in sets:
-            shape = (int(features.offsets[-1]), self._hidden_size)
-            states = _mapped(directory, shape) if on_disk else torch.empty(shape)
+            shape = (int(features.offsets[-1]), first.shape[-1])
+            states = torch.empty(shape, dtype=first.dtype) if directory is None else _mapped(directory, shape, first.dtype)
             for indices in by_length(features.lengths, batch_size):
-                batch = collate(features, indices, pad_token_id)
-                compute(batch)
-                assert self._taken is not None
-                states[tokens(features, indices)] = _unpadded(self._taken, batch).float().cpu()
+                states[tokens(features, indices)] = self.states_of(collate(features, indices, pad_token_id), compute).cpu()
                 yield len(indices)
-            self._kept[id(features)] = features, states
+            self.keep(features, states)
+
+    def keep(self, features: FeatureSet, states: torch.Tensor) -> None:
+        self._kept[id(features)] = Kept(features, states)
 
     @contextmanager
     def rows(self, batch: Batch, flat: bool) -> Iterator[None]:
-        """What is called herein computes the layers only for sets that are not recorded; `flat`: they take real tokens only."""
+        """What is called herein computes the layers only for sets that are not kept; `flat`: they take real tokens only."""
         features, indices = batch.source
         if (kept := self._kept.get(id(features))) is not None:
-            given = kept[1][tokens(features, indices)].to(batch.input_ids.device, non_blocking=True).unsqueeze(0)
+            given = kept.states[tokens(features, indices)].to(batch.input_ids.device, non_blocking=True).unsqueeze(0)
             if batch.segments is None:
                 given = given.view(*batch.input_ids.shape, -1)
             elif not flat:
@@ -80,64 +114,127 @@ class Frozen:
             self._given = None
 
     def remove(self) -> None:
-        """Leave the layers as they were, and let go of all states."""
-        for layer in self._layers:
+        """Leave the layers as they were, and let go of them and of all states."""
+        for layer in self.layers:
             del layer.forward
+        self.layers = []
         self._kept.clear()
 
     def _passing(self, compute: Callable[..., Any], last: bool) -> Callable[..., Any]:
         """A layer's forward pass that hands on what is given, where something is."""
 
         def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            if self._given is None:
-                output = compute(hidden_states, *args, **kwargs)
-                if last:
-                    self._taken, *others = output if isinstance(output, tuple) else (output,)
-                    self._others = tuple(others) if isinstance(output, tuple) else None
-                return output
-            handed = self._given if last else hidden_states
-            return handed if self._others is None else (handed, *self._others)
+            if self._given is not None:
+                handed = self._given if last else hidden_states
+                return (handed,) if self._tuples else handed
+            output = compute(hidden_states, *args, **kwargs)
+            if last and self._recording:
+                self._tuples = isinstance(output, tuple)
+                if self._tuples and len(output) > 1:
+                    raise Unsupported("its layers give more than states")
+                self._taken = output[0] if self._tuples else output
+                raise _Reached
+            return output
 
         return forward
 
 
-def choose(model: PreTrainedModel, still: list[nn.Module], sets: list[FeatureSet], directory: Path, note: Callable[[str], None]) -> Frozen | None:
-    """The lowest layers that are among the modules `still`, or within them, if there are any and their states can be kept.
+def choose(
+    trainee: Trainee, model: PreTrainedModel, features: FeatureSet, pad_token_id: int, note: Callable[[str], None]
+) -> tuple[Frozen, torch.Tensor] | None:
+    """The lowest layers that change for no row, ever, and states of theirs; None where there are none, or where keeping states would change results.
 
-    They never change, and neither does what comes before them.  Says what is kept and where.
+    Says why in the latter case.  `trainee` computes as the run does.
     """
-    layers = _lowest(model, still)
+    device = next(trainee.parameters()).device
+    rows = two_rows(features)
+
+    def compute(batch: Batch) -> None:
+        trainee(batch.to(device), lambda parts: None)
+
+    layers = _unchanging(model, trainee, collate(rows, np.arange(2), pad_token_id), compute)
     if not layers:
         return None
-    hidden_size = model.config.get_text_config().hidden_size
-    needed, room = sum(num_bytes(features, hidden_size) for features in sets), disk_budget(directory)
-    if needed > max(memory_budget(), room):
-        note(f"the lowest {len(layers)} layers are frozen, but computed anew each time: what they give takes {size(needed)}, more than half of the free disk")
+    frozen = trainee.frozen = Frozen(layers)
+    trainee.eval()
+    try:
+        with torch.no_grad():
+            together = frozen.states_of(collate(rows, np.arange(2), pad_token_id), compute)
+            alone = torch.cat([frozen.states_of(collate(rows, np.array([index]), pad_token_id), compute) for index in range(2)])
+            expected = _logits(trainee, rows, pad_token_id, device)
+            frozen.keep(rows, alone.cpu())
+            found = _logits(trainee, rows, pad_token_id, device)
+        limit = tolerance(trainee, torch.float32)
+        if not _close(together, alone, limit):
+            raise Unsupported("what they give for a row depends on the rows beside it")
+        if not _close(found, expected, limit):
+            raise Unsupported("the layers above take more from them than their states")
+    except torch.OutOfMemoryError:
+        raise
+    except (*EXPECTED, KeyError) as error:
+        frozen.remove()
+        trainee.frozen = None
+        note(f"the lowest {len(layers)} layers are frozen, but computed anew each time: {first_line(error)}")
         return None
-    where = "memory" if needed <= memory_budget() else "a file"
-    note(f"the lowest {len(layers)} layers are frozen: they are computed once for each row, and what they give is kept in {where} ({size(needed)})")
-    return Frozen(layers, hidden_size)
+    return frozen, alone
 
 
-def _lowest(model: PreTrainedModel, still: list[nn.Module]) -> list[nn.Module]:
-    within = {id(module) for each in still for module in each.modules()}
-    frozen = (id(layer) in within and "forward" not in vars(layer) for layer in layers_of(model))
-    return [layer for layer, _ in zip(layers_of(model), takewhile(bool, frozen), strict=False)]
+def _unchanging(model: PreTrainedModel, trainee: Trainee, batch: Batch, compute: Callable[[Batch], None]) -> list[nn.Module]:
+    """The lowest layers that, in training, no gradient reaches and no dropout changes: seen in two passes, not told by the order of modules."""
+    layers = [layer for layer in layers_of(model) if "forward" not in vars(layer)]
+    config = model.config.get_text_config()
+    skips_layers = any(getattr(config, name, 0) for name in ("layerdrop", "decoder_layerdrop", "encoder_layerdrop"))
+    rounds = getattr(getattr(config, "quantization_config", None), "load_in_8bit", False)  # inputs, by what else is in the batch
+    if len(layers) != len(layers_of(model)) or skips_layers or rounds:
+        return []
+    seen: list[list[torch.Tensor]] = [[], []]
+    trainee.train()
+    for outputs in seen:
+        hooks = [
+            layer.register_forward_hook(lambda module, args, output, outputs=outputs: outputs.append(output[0] if isinstance(output, tuple) else output))
+            for layer in layers
+        ]
+        with torch.enable_grad():
+            compute(batch)
+        for hook in hooks:
+            hook.remove()
+    if len(seen[0]) != len(layers) or len(seen[1]) != len(layers):
+        return []
+    found = []
+    for layer, first, second in zip(layers, *seen, strict=True):
+        if not isinstance(first, torch.Tensor) or first.requires_grad or not torch.equal(first, second):
+            break
+        found.append(layer)
+    return found
 
 
-def num_bytes(features: FeatureSet, hidden_size: int) -> int:
-    """What the states of a set take."""
-    return int(features.offsets[-1]) * hidden_size * BYTES
+def _logits(trainee: Trainee, rows: FeatureSet, pad_token_id: int, device: torch.device) -> torch.Tensor:
+    found: list[torch.Tensor] = []
+    trainee(collate(rows, np.arange(2), pad_token_id).to(device), lambda parts: found.extend(scores.logits.float() for scores in parts))
+    return torch.cat(found)
 
 
-def memory_budget() -> int:
-    """Bytes of main memory that states may take."""
-    return min(IN_MEMORY, psutil.virtual_memory().available // 4)
+def _close(found: torch.Tensor, expected: torch.Tensor, limit: float) -> bool:
+    return found.shape == expected.shape and bool((found - expected).abs().max() <= limit * expected.abs().max())
 
 
-def disk_budget(directory: Path) -> int:
+def where(needed: int, directory: Path, layers: int, note: Callable[[str], None]) -> Path | str | None:
+    """Where `needed` bytes of states are kept: "memory", a directory for a file, or nowhere (None).  Says which."""
+    if needed <= min(IN_MEMORY, psutil.virtual_memory().available // 4):
+        place: Path | str | None = "memory"
+    else:
+        existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+        place = directory if needed <= disk_budget(existing) else None
+    if place is None:
+        note(f"the lowest {layers} layers are frozen, but computed anew each time: what they give takes {size(needed)}, more than half of the free disk")
+    else:
+        kept = "memory" if place == "memory" else "a file"
+        note(f"the lowest {layers} layers are frozen: they are computed once for each row, and what they give is kept in {kept} ({size(needed)})")
+    return place
+
+
+def disk_budget(existing: Path) -> int:
     """Bytes of disk that states may take: half of what is free."""
-    existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
     return shutil.disk_usage(existing).free // 2
 
 
@@ -146,26 +243,20 @@ def tokens(features: FeatureSet, indices: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.concatenate([np.arange(features.offsets[i], features.offsets[i + 1]) for i in indices]))
 
 
-def _unpadded(states: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """[B, L, H], or [1, N, H] from flat layers -> [N, H]."""
-    if batch.segments is None or states.shape[:2] != batch.segments.shape:
-        return states.flatten(0, 1)
-    return batch.segments.gather(states).squeeze(0)
-
-
-def _mapped(directory: Path, shape: tuple[int, int]) -> torch.Tensor:
-    """A float32 tensor in a file without a name; its space is taken now, where the system can, so that a full disk is found out here."""
+def _mapped(directory: Path, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor in a file without a name; its space is taken now, where the system can, so that a full disk is found out here."""
     path = directory / ".frozen"
     count = max(1, shape[0] * shape[1])
+    needed = count * dtype.itemsize
     try:
         with path.open("wb") as file:
             if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, count * BYTES)
+                os.posix_fallocate(file.fileno(), 0, needed)
             else:  # macOS
-                file.truncate(count * BYTES)
-        states = torch.from_file(str(path), shared=True, size=count, dtype=torch.float32)
+                file.truncate(needed)
+        states = torch.from_file(str(path), shared=True, size=count, dtype=dtype)
     except OSError as error:
-        raise DiskError(f"{directory}: no room for the states above the frozen layers ({size(count * BYTES)}): {error.strerror}") from error
+        raise DiskError(f"{directory}: no room for the states above the frozen layers ({size(needed)}): {error.strerror}") from error
     finally:
         path.unlink(missing_ok=True)
     return states[: shape[0] * shape[1]].view(shape)

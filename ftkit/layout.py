@@ -6,6 +6,8 @@ give the same answers.  Bucketed pads rows of about one length; its batches are 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +22,7 @@ from ftkit.errors import RecipeError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ftkit.data.types import Scores
     from ftkit.loop import Trainee
     from ftkit.recipe.spec import Recipe
     from ftkit.report import Reporter
@@ -31,7 +34,7 @@ EXPECTED = (Unsupported, RuntimeError, ValueError, TypeError, AttributeError, In
 TRIED_TOKENS = (12, 7)  # in the rows of the trial, at most
 
 
-def flat(asked: str, recipe: Recipe, model: PreTrainedModel, report: Reporter) -> Flat | None:
+def flat(asked: str, otherwise: str, recipe: Recipe, model: PreTrainedModel, report: Reporter) -> Flat | None:
     """The model's flat layers, where they are asked for or allowed (`auto`) and the architecture has what it takes.
 
     Raises RecipeError where they are asked for and it has not.
@@ -41,7 +44,7 @@ def flat(asked: str, recipe: Recipe, model: PreTrainedModel, report: Reporter) -
     try:
         return _flat(recipe, model)
     except Unsupported as error:
-        _refuse(asked, model, str(error), report)
+        _refuse(asked, otherwise, model, str(error), report)
         return None
 
 
@@ -52,7 +55,7 @@ def _flat(recipe: Recipe, model: PreTrainedModel) -> Flat:
 
 
 def foreseen(recipe: Recipe, skeleton: PreTrainedModel) -> tuple[str, str | None]:
-    """The layout that a run will have, and why not flat, as far as a model without weights can tell."""
+    """The layout that a run will have, and why not flat, as far as a model without weights can tell: the run tries it."""
     if recipe.train.layout not in ("auto", "flat"):
         return recipe.train.layout, None
     mask = np.array([[1, 1, 1], [1, 1, 0]])
@@ -60,69 +63,100 @@ def foreseen(recipe: Recipe, skeleton: PreTrainedModel) -> tuple[str, str | None
     try:
         with _flat(recipe, skeleton).rows(segments(mask).to("meta")):
             skeleton.base_model(input_ids=ids, attention_mask=ids)
-    except EXPECTED as error:
-        return "bucketed", _first_line(error)
+    except Unsupported as error:
+        return "bucketed", str(error)
+    except EXPECTED:  # some kernels take no tensors without data
+        pass
     return "flat", None
 
 
-def tried(asked: str, trainee: Trainee, features: FeatureSet, pad_token_id: int, device: torch.device, precision: str, report: Reporter) -> str:
-    """The layout that the run will have: flat only where two rows get the same answers as each does alone, by the model's own eager attention.
+def tried(asked: str, otherwise: str, trainee: Trainee, features: FeatureSet, pad_token_id: int, precision: str, report: Reporter) -> str:
+    """The layout that the run will have: flat only where the trial below finds nothing, else `otherwise`, where not flat is allowed.
 
-    Takes the model off flat again where they do not, or where its code expects rows side by side.
+    Takes the model off flat again where rows get other answers than alone, or feel what is in the row beside them,
+    or where its code expects rows side by side.
     """
     if trainee.flat is None:
-        return "bucketed" if asked == "auto" else asked
+        return otherwise if asked == "auto" else asked
+    device = next(trainee.parameters()).device
     # float32 wherever the weights are: in it, a row that sees a little of another one shows most clearly
-    autocast = torch.autocast(device.type, DTYPES[precision], enabled=device.type == "cuda" and precision != "fp32")
-    used = {parameter.dtype for parameter in trainee.parameters()} | ({DTYPES[precision]} if autocast._enabled else set())
-    tolerance = max(TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16]) for dtype in used)  # weights in few bits are computed in bfloat16, perhaps
+    mixed = device.type == "cuda" or any(parameter.dtype not in (torch.float32, torch.uint8) for parameter in trainee.parameters())
+    autocast = torch.autocast(device.type, DTYPES[precision], enabled=mixed and precision != "fp32")
     try:
         with autocast:
-            difference = _difference(trainee, trainee.flat, _two_rows(features), pad_token_id, device)
-        if difference <= tolerance:
-            return "flat"
-        reason = f"rows get other answers than alone (by {difference:.1g} of the largest, more than {tolerance:g})"
+            _try(trainee, trainee.flat, two_rows(features), pad_token_id, device, tolerance(trainee, DTYPES[precision] if autocast._enabled else torch.float32))
+        return "flat"
     except torch.OutOfMemoryError:
         raise
     except EXPECTED as error:
-        reason = _first_line(error)
+        reason = first_line(error)
     model = trainee.flat.model
     trainee.flat.remove()
     trainee.flat = None
-    _refuse(asked, model, reason, report)
-    return "bucketed"
+    _refuse(asked, otherwise, model, reason, report)
+    return otherwise
 
 
-def _refuse(asked: str, model: PreTrainedModel, reason: str, report: Reporter) -> None:
+def _refuse(asked: str, otherwise: str, model: PreTrainedModel, reason: str, report: Reporter) -> None:
     """Say why it is not flat, or stop where that is asked for."""
     if asked == "flat":
         raise RecipeError(f"train.layout: flat is impossible here ({type(model).__name__}: {reason}); use layout: bucketed")
-    report.note(f"rows are bucketed by length and padded; without padding (layout: flat) is impossible here: {type(model).__name__}: {reason}")
+    how = "bucketed by length and padded" if otherwise == "bucketed" else otherwise
+    report.note(f"rows are {how}; without padding (layout: flat) is impossible here: {type(model).__name__}: {reason}")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def _difference(trainee: Trainee, flat: Flat, rows: FeatureSet, pad_token_id: int, device: torch.device) -> float:
-    """The largest difference of a logit between two rows computed flat and each alone, relative to the largest logit."""
+def tolerance(trainee: Trainee, arithmetic: torch.dtype) -> float:
+    """The largest difference, relative to the largest number, between two ways to add the same: of the coarsest type at work."""
+    used = {parameter.dtype for parameter in trainee.parameters()} | {arithmetic}
+    return max(TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16]) for dtype in used)  # weights in few bits are computed in bfloat16, perhaps
 
-    def said(*indices: int) -> torch.Tensor:
-        logits: list[torch.Tensor] = []
-        trainee(collate(rows, np.array(indices), pad_token_id).to(device), lambda parts: logits.extend(scores.logits.float() for scores in parts))
-        return torch.cat(logits)
+
+def _try(trainee: Trainee, flat: Flat, rows: FeatureSet, pad_token_id: int, device: torch.device, limit: float) -> None:
+    """Raise Unsupported if one of two rows, computed flat, feels other tokens in the row beside it, or gets another answer than alone.
+
+    The first has no tolerance: what a row does not see cannot change a bit of its numbers.  Only experts, which take
+    tokens of all rows together, may add in another order.
+    """
+
+    def said(features: FeatureSet, *indices: int) -> list[torch.Tensor]:
+        """The logits of each of these rows."""
+        found: list[torch.Tensor] = []
+        owners: list[torch.Tensor] = []
+
+        def judge(parts: Iterator[Scores]) -> None:
+            for scores in parts:
+                found.append(scores.logits.float())
+                owners.append(scores.rows)
+
+        trainee(collate(features, np.array(indices), pad_token_id).to(device), judge)
+        return [torch.cat(found)[torch.cat(owners) == index] for index in indices]
+
+    def difference(one: torch.Tensor, other: torch.Tensor) -> float:
+        return ((one - other).abs().max() / other.abs().max().clamp(min=1e-12)).item()
 
     was_training = trainee.training
     trainee.eval()
     with torch.no_grad():
-        together = said(0, 1)
+        together = said(rows, 0, 1)
+        experts = any("expert" in name for name in flat.model.config.to_dict())
+        for changed in (0, 1):
+            others = said(_with_other_tokens(rows, changed), 0, 1)
+            felt = difference(others[1 - changed], together[1 - changed])
+            if felt > (limit / 100 if experts else 0):
+                raise Unsupported(f"rows feel what is in the row beside them (by {felt:.1g} of the largest logit)")
         with flat.off():
-            apart = torch.cat([said(0), said(1)])
+            apart = [said(rows, index)[0] for index in (0, 1)]
     trainee.train(was_training)
-    return ((together - apart).abs().max() / apart.abs().max().clamp(min=1e-12)).item()
+    off = max(map(difference, together, apart))
+    if not off <= limit:
+        raise Unsupported(f"rows get other answers than alone (by {off:.1g} of the largest logit, more than {limit:g})")
 
 
-def _two_rows(features: FeatureSet) -> FeatureSet:
+def two_rows(features: FeatureSet) -> FeatureSet:
     """The beginnings of the two longest rows, cut to different lengths, with everything in them supervised."""
     order = np.argsort(-features.lengths, kind="stable")
     chosen, limit = [], TRIED_TOKENS[0]
@@ -134,3 +168,12 @@ def _two_rows(features: FeatureSet) -> FeatureSet:
         chosen.append(Features(row["input_ids"][tokens].tolist(), targets.tolist(), [1.0] * len(targets), types))
         limit = min(TRIED_TOKENS[1], max(1, tokens.stop - 1))
     return FeatureSet.of([[row] for row in chosen])
+
+
+def _with_other_tokens(rows: FeatureSet, index: int) -> FeatureSet:
+    """The same rows, with the tokens of one of them in the reverse order and its first one from the other row: other tokens, none unknown to the model."""
+    ids = rows.input_ids.copy()
+    own = slice(rows.offsets[index], rows.offsets[index + 1])
+    ids[own] = ids[own][::-1]
+    ids[own.start] = ids[rows.offsets[1 - index + 1] - 1]
+    return replace(rows, input_ids=ids)

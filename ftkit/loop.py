@@ -178,8 +178,9 @@ def train_step(accelerator: Accelerator, trainee: nn.Module, optimizer: Any, mic
 
 
 def looks_itself(optimizer: Any, accelerator: Accelerator) -> bool:
-    """Whether the optimizer leaves out updates by a flag on the device; on a CPU there is nothing to wait for."""
-    return accelerator.device.type == "cuda" and accelerator.scaler is None and getattr(optimizer, "defaults", {}).get("fused") is True
+    """Whether the optimizer leaves out updates by a flag on the device; on a CPU there is nothing to wait for, and FSDP has no such flag."""
+    whole = accelerator.device.type == "cuda" and accelerator.distributed_type in ("NO", "MULTI_GPU")
+    return whole and accelerator.scaler is None and getattr(optimizer, "defaults", {}).get("fused") is True
 
 
 def check_finite(outcome: Outcome, scaling: bool = False) -> None:

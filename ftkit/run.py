@@ -76,6 +76,10 @@ def _train(resolved: Resolved, stop: signals.StopRequest, resume: bool, overwrit
         with Manifest(output, before | describe(session), main) as manifest:
             position = _restore(session, output, report, resume)
             session.compute_frozen(output, report, stop.poll)
+            once = len(session.frozen.layers) if session.frozen else 0
+            if before.get("layers_computed_once", once) != once:  # memory or disk have room for other things than before
+                report.warn(f"not bit for bit as without the interruption: layers computed once were {before['layers_computed_once']} and are {once}")
+            manifest.update(layers_computed_once=once)
             if position.step == 0 and "base" not in before:
                 base = measure(session, prepared.splits, report, stop)
                 _stop_if_asked(session, output, position, report, stop)

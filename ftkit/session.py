@@ -67,9 +67,16 @@ class Session:
         if not self.recipe.method.reuse or self.accelerator.num_processes > 1 or self.num_steps <= self.sampler.steps(1):
             return
         trainee: Any = self.wrapped  # on one process accelerate wraps it in nothing
+        chosen = frozen.choose(trainee, self.base.model, self.prepared.train, self.pad_token_id, report.note)
+        if chosen is None:
+            return
+        self.frozen, first = chosen
         sets = [self.prepared.train, *(features for _, features in self.splits.values())]
-        self.frozen = trainee.frozen = frozen.choose(self.base.model, list(trainee.still.values()), sets, directory, report.note)
-        if self.frozen is None:
+        needed = sum(int(features.offsets[-1]) for features in sets) * first[0].nbytes
+        place = frozen.where(needed, directory, len(self.frozen.layers), report.note)
+        if place is None:
+            self.frozen.remove()
+            self.frozen = trainee.frozen = None
             return
         trainee.eval()
         with report.stage("computing the frozen layers", sum(map(len, sets))) as stage, torch.no_grad():
@@ -77,9 +84,19 @@ class Session:
             def compute(batch: Batch) -> None:
                 trainee(batch.to(self.accelerator.device), lambda parts: None)
 
-            for done in self.frozen.record(sets, directory, compute, self.recipe.eval.batch_size, self.pad_token_id):
+            mapped = None if isinstance(place, str) else place
+            for done in self.frozen.record(sets, first, mapped, compute, self.recipe.eval.batch_size, self.pad_token_id):
                 stage.advance(done)
                 poll()
+
+    def release(self) -> None:
+        """Leave the model as its own code has it, for saving and comparing."""
+        for part in (self.flat, self.frozen):
+            if part is not None:
+                part.remove()
+        self.flat = self.frozen = None
+        trainee: Any = self.accelerator.unwrap_model(self.wrapped)
+        trainee.flat = trainee.frozen = None
 
 
 def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any] = MappingProxyType({})) -> Session:
@@ -104,11 +121,13 @@ def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any]
         check_checkpointing(base)
         model.checkpoint_activations(base.model)
     accelerator = _accelerator(train, precision, here, base)
-    asked = before.get("layout", train.layout) if train.layout == "auto" else train.layout
-    trainee = Trainee(learner, base.inner(), recipe.task, recipe.objective, layout.flat(asked, recipe, base.model, report))
+    asked, otherwise = train.layout, "bucketed"
+    if asked == "auto" and "layout" in before:
+        asked, otherwise = ("auto", "padded") if before["layout"] == "flat" else (before["layout"], "")  # padded batches are those of flat
+    trainee = Trainee(learner, base.inner(), recipe.task, recipe.objective, layout.flat(asked, otherwise, recipe, base.model, report))
     if train.parallel == "ddp":  # FSDP takes weights from main memory
         trainee.to(here)
-    laid_out = layout.tried(asked, trainee, prepared.train, prepared.tokenizer.pad_token_id, here, precision, report)
+    laid_out = layout.tried(asked, otherwise, trainee, prepared.train, prepared.tokenizer.pad_token_id, precision, report)
     sampler = Sampler(prepared.train.lengths, train.batch_size, train.batch_tokens, laid_out, train.seed)
     num_steps = train.steps or sampler.steps(train.epochs or 0)
     schedule = optim.schedule(train, num_steps)

@@ -9,6 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING, Any
 
 from ftkit import device
@@ -28,6 +29,8 @@ Outcome = list[Features] | str  # of a row: its features, or why it cannot be us
 def outcomes(rows: Sequence[Row], task: Task, tokenizer: Any, limits: Limits, poll: Callable[[], None]) -> Iterator[Outcome]:
     """What the task makes of each row; `poll` is called between rows and may raise to stop."""
     workers = min(device.num_cores(), len(rows) // ROWS_A_PROCESS)
+    if type(tokenizer).__module__.startswith("transformers_modules"):  # code of a repository, which another process would not find
+        workers = 1
     if workers < 2:
         for row in rows:
             poll()
@@ -64,6 +67,9 @@ def _result(future: Future[list[Outcome]], poll: Callable[[], None]) -> list[Out
             return future.result(timeout=0.2)
         except TimeoutError:
             poll()
+        except BrokenProcessPool:  # perhaps by the signal that asks to stop
+            poll()
+            raise
 
 
 _work: tuple[Task, Any, Limits]  # of a process of the pool

@@ -33,12 +33,12 @@ class LoRA(Spec):
     )
     dora: bool = option(False, "learn the magnitude of each weight row apart from its direction (arXiv 2402.09353)")
     rslora: bool = option(False, "scale by alpha / sqrt(r), stable at high rank (arXiv 2312.03732)")
+    reuse: bool = option(True, "compute layers below the first one with updates once for each row, not in every epoch again; the result is the same")
     init: Literal["default", "pissa"] = option(
         "default", "default: updates start at zero; pissa: from the principal components of the weights (arXiv 2404.02948)"
     )
 
     frozen_base: ClassVar[bool] = True
-    reuse: ClassVar[bool] = True  # where `targets` leaves out the lowest layers
     defaults: ClassVar[Mapping[str, Default]] = {
         "train.learning_rate": Default(2e-4, "QLoRA, 7B-13B (arXiv 2305.14314 B.2); LoRA on GLUE uses 2e-4 to 5e-4"),
     }

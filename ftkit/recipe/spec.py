@@ -142,8 +142,11 @@ class Train(Spec):
             values = getattr(self, one), getattr(self, other)
             if values == (None, None):
                 raise ValueError(f"give train.{one} or train.{other}")
-            if {one, other} <= self.model_fields_set and None not in values:
-                raise ValueError(f"give train.{one} or train.{other}, not both")
+            if None not in values:
+                if {one, other} <= self.model_fields_set:
+                    raise ValueError(f"give train.{one} or train.{other}, not both")
+                default = one if other in self.model_fields_set else other
+                object.__setattr__(self, default, None)  # a default that what is given stands in for
         return self
 
 

@@ -33,9 +33,7 @@ def main() -> None:
         watch.step()
         tokens += done.tokens
         supervised += done.items
-    for part in (session.flat, session.frozen):
-        if part:
-            part.remove()
+    session.release()
     session.learner.save_pretrained(args.output)
     prepared.tokenizer.save_pretrained(args.output)
     watch.write(args.report, supervised=round(supervised), tokens=tokens)

@@ -15,6 +15,7 @@ KILLED.set_forkserver_preload(["ftkit.run", "ftkit.finish", "peft", "transformer
 CONFIGURATIONS = {
     "dropout-accumulate": ("bert", "single", {"kind": "full"}, {"accumulate": 3, "layout": "padded"}),
     "lora": ("llama", "prompts", {"kind": "lora", "r": 4, "dropout": 0.2}, {"layout": "flat", "schedule": "cosine"}),
+    "flat-frozen": ("bert", "pairs", {"kind": "partial", "last": 1}, {"layout": "flat"}),
     "bucketed": ("distilbert", "single", {"kind": "partial", "last": 1}, {"layout": "bucketed", "optimizer": "sgd"}),
 }
 STEPS = {"steps": 10, "batch_size": 8, "eval_every": 3, "save_every": 2, "log_every": 1, "keep": 2}
