@@ -185,16 +185,19 @@ def _unchanging(model: PreTrainedModel, trainee: Trainee, batch: Batch, compute:
     config = model.config.get_text_config()
     skips_layers = any(getattr(config, name, 0) for name in ("layerdrop", "decoder_layerdrop", "encoder_layerdrop"))
     rounds = getattr(getattr(config, "quantization_config", None), "load_in_8bit", False)  # inputs, by what else is in the batch
-    if len(layers) != len(layers_of(model)) or skips_layers or rounds:
+    if not layers or len(layers) != len(layers_of(model)) or skips_layers or rounds:
+        return []
+    if any(parameter.requires_grad for parameter in layers[0].parameters()):
         return []
     seen: list[list[torch.Tensor]] = [[], []]
     trainee.train()
-    for outputs in seen:
+    for number, outputs in enumerate(seen):
         hooks = [
             layer.register_forward_hook(lambda module, args, output, outputs=outputs: outputs.append(output[0] if isinstance(output, tuple) else output))
             for layer in layers
         ]
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # the run draws as if this had not been
+            torch.manual_seed(number)
             compute(batch)
         for hook in hooks:
             hook.remove()

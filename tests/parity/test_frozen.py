@@ -173,3 +173,12 @@ def test_a_released_session_holds_no_model(path, tmp_path):
     _release(opened)
     gc.collect()
     assert held() is None
+
+
+def test_the_trial_draws_no_random_number_of_the_run(path, tmp_path):
+    with Reporter(None, quiet=True) as report:
+        opened = session(path("bert-head"), report)
+        before = torch.get_rng_state()
+        opened.compute_frozen(tmp_path, report, lambda: None)
+    assert opened.frozen is not None
+    assert torch.equal(torch.get_rng_state(), before)
