@@ -70,7 +70,7 @@ class CausalLM(Spec):
         "train.schedule": Default("cosine", "Stanford Alpaca's training command"),
         "train.warmup": Default(0.03, "Stanford Alpaca's training command"),
         "train.weight_decay": Default(0.0, "Stanford Alpaca's training command"),
-        "eval.batch_size": Default(8, "logits of 8 x 1024 positions x 32,000 tokens are 1 GB in float32"),
+        "eval.batch_size": Default(16, "16 x 1024 positions; their logits are computed a chunk at a time"),
     }
     metric_names: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy")
     main_metric: ClassVar[str] = "loss"
