@@ -39,7 +39,7 @@ HARMLESS = {
 
 
 class Unsupported(Exception):
-    """The layers of this model cannot run flat; the message says why, to follow its name and a colon."""
+    """The layers of this model are not made for what is tried with them; the message says why, to follow its name and a colon."""
 
 
 class Flat:
@@ -56,8 +56,7 @@ class Flat:
         base = model.base_model
         stack = _stack(base)
         names = inspect.signature(stack.forward).parameters
-        self._takes_ids = "input_ids" in names
-        if self._takes_ids and "position_ids" not in names and getattr(model.config, "max_position_embeddings", None):
+        if "input_ids" in names and "position_ids" not in names and getattr(model.config, "max_position_embeddings", None):
             raise Unsupported("its positions cannot be given")
         self._gives_positions = "position_ids" in names
         self._segments: Segments | None = None

@@ -23,7 +23,7 @@ from torch import nn
 from ftkit.attention import Unsupported, layers_of
 from ftkit.data.batches import by_length, collate
 from ftkit.errors import DiskError
-from ftkit.layout import EXPECTED, first_line, tolerance, two_rows
+from ftkit.layout import EXPECTED, first_line, logits, tolerance, two_rows
 from ftkit.quantities import size
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ class Frozen:
 
     def __init__(self, layers: list[nn.Module]) -> None:
         self.layers = layers
+        self.directory: Path | None = None  # of the file that states are mapped from; None: they are kept in main memory
         self._kept: dict[int, Kept] = {}  # by the id of the set
         self._given: torch.Tensor | None = None  # states to hand on instead of computing any
         self._taken: torch.Tensor | None = None  # what the last of the layers gave
@@ -79,20 +80,22 @@ class Frozen:
             raise Unsupported("its layers see other positions than those of the rows")
         return states.squeeze(0)
 
-    def record(
-        self, sets: list[FeatureSet], first: torch.Tensor, directory: Path | None, compute: Callable[[Batch], Any], batch_size: int, pad_token_id: int
-    ) -> Iterator[int]:
-        """Keep the states of all rows of the sets, which are like `first` [., H]; yields the number of rows done each time.
+    def record(self, sets: list[FeatureSet], compute: Callable[[Batch], Any], batch_size: int, pad_token_id: int) -> Iterator[int]:
+        """Keep the states of all rows of the sets; yields the number of rows done each time.
 
-        With a directory they are mapped from a file there, which has no name: it goes with the process.
+        A file that they are mapped from has no name: it goes with the process.
         """
         for features in sets:
-            shape = (int(features.offsets[-1]), first.shape[-1])
-            states = torch.empty(shape, dtype=first.dtype) if directory is None else _mapped(directory, shape, first.dtype)
+            kept = None
             for indices in by_length(features.lengths, batch_size):
-                states[tokens(features, indices)] = self.states_of(collate(features, indices, pad_token_id), compute).cpu()
+                states = self.states_of(collate(features, indices, pad_token_id), compute).cpu()
+                if kept is None:
+                    shape = (int(features.offsets[-1]), states.shape[-1])
+                    kept = torch.empty(shape, dtype=states.dtype) if self.directory is None else _mapped(self.directory, shape, states.dtype)
+                kept[tokens(features, indices)] = states
                 yield len(indices)
-            self.keep(features, states)
+            if kept is not None:
+                self.keep(features, kept)
 
     def keep(self, features: FeatureSet, states: torch.Tensor) -> None:
         self._kept[id(features)] = Kept(features, states)
@@ -139,19 +142,13 @@ class Frozen:
         return forward
 
 
-def choose(
-    trainee: Trainee, model: PreTrainedModel, features: FeatureSet, pad_token_id: int, note: Callable[[str], None]
-) -> tuple[Frozen, torch.Tensor] | None:
-    """The lowest layers that change for no row, ever, and states of theirs; None where there are none, or where keeping states would change results.
+def choose(trainee: Trainee, model: PreTrainedModel, sets: list[FeatureSet], directory: Path, pad_token_id: int, note: Callable[[str], None]) -> Frozen | None:
+    """The lowest layers that change for no row, ever; None where there are none, where keeping states would change results, or has no room.
 
-    Says why in the latter case.  `trainee` computes as the run does.
+    Says which.  `trainee` computes as the run does; `sets` are those whose states are wanted, `directory` is for a file.
     """
-    device = next(trainee.parameters()).device
-    rows = two_rows(features)
-
-    def compute(batch: Batch) -> None:
-        trainee(batch.to(device), lambda parts: None)
-
+    rows = two_rows(sets[0])
+    compute = passing(trainee)
     layers = _unchanging(model, trainee, collate(rows, np.arange(2), pad_token_id), compute)
     if not layers:
         return None
@@ -161,14 +158,16 @@ def choose(
         with torch.no_grad():
             together = frozen.states_of(collate(rows, np.arange(2), pad_token_id), compute)
             alone = torch.cat([frozen.states_of(collate(rows, np.array([index]), pad_token_id), compute) for index in range(2)])
-            expected = _logits(trainee, rows, pad_token_id, device)
+            expected = torch.cat(logits(trainee, rows, [0, 1], pad_token_id))
             frozen.keep(rows, alone.cpu())
-            found = _logits(trainee, rows, pad_token_id, device)
+            found = torch.cat(logits(trainee, rows, [0, 1], pad_token_id))
         limit = tolerance(trainee, torch.float32)
         if not _close(together, alone, limit):
             raise Unsupported("what they give for a row depends on the rows beside it")
         if not _close(found, expected, limit):
             raise Unsupported("the layers above take more from them than their states")
+        needed = sum(int(features.offsets[-1]) for features in sets) * alone[0].nbytes
+        frozen.directory = _room(needed, directory)
     except torch.OutOfMemoryError:
         raise
     except (*EXPECTED, KeyError) as error:
@@ -176,7 +175,19 @@ def choose(
         trainee.frozen = None
         note(f"the lowest {len(layers)} layers are frozen, but computed anew each time: {first_line(error)}")
         return None
-    return frozen, alone
+    kept = "memory" if frozen.directory is None else "a file"
+    note(f"the lowest {len(layers)} layers are frozen: they are computed once for each row, and what they give is kept in {kept} ({size(needed)})")
+    return frozen
+
+
+def passing(trainee: Trainee) -> Callable[[Batch], None]:
+    """A forward pass of which nothing is wanted but what happens in it."""
+    device = next(trainee.parameters()).device
+
+    def compute(batch: Batch) -> None:
+        trainee(batch.to(device), lambda parts: None)
+
+    return compute
 
 
 def _unchanging(model: PreTrainedModel, trainee: Trainee, batch: Batch, compute: Callable[[Batch], None]) -> list[nn.Module]:
@@ -211,29 +222,18 @@ def _unchanging(model: PreTrainedModel, trainee: Trainee, batch: Batch, compute:
     return found
 
 
-def _logits(trainee: Trainee, rows: FeatureSet, pad_token_id: int, device: torch.device) -> torch.Tensor:
-    found: list[torch.Tensor] = []
-    trainee(collate(rows, np.arange(2), pad_token_id).to(device), lambda parts: found.extend(scores.logits.float() for scores in parts))
-    return torch.cat(found)
-
-
 def _close(found: torch.Tensor, expected: torch.Tensor, limit: float) -> bool:
     return found.shape == expected.shape and bool((found - expected).abs().max() <= limit * expected.abs().max())
 
 
-def where(needed: int, directory: Path, layers: int, note: Callable[[str], None]) -> Path | str | None:
-    """Where `needed` bytes of states are kept: "memory", a directory for a file, or nowhere (None).  Says which."""
+def _room(needed: int, directory: Path) -> Path | None:
+    """The directory, if it is to hold a file of `needed` bytes, or None, where they fit into main memory; Unsupported if they fit nowhere."""
     if needed <= min(IN_MEMORY, psutil.virtual_memory().available // 4):
-        place: Path | str | None = "memory"
-    else:
-        existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
-        place = directory if needed <= disk_budget(existing) else None
-    if place is None:
-        note(f"the lowest {layers} layers are frozen, but computed anew each time: what they give takes {size(needed)}, more than half of the free disk")
-    else:
-        kept = "memory" if place == "memory" else "a file"
-        note(f"the lowest {layers} layers are frozen: they are computed once for each row, and what they give is kept in {kept} ({size(needed)})")
-    return place
+        return None
+    existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    if needed > disk_budget(existing):
+        raise Unsupported(f"what they give takes {size(needed)}, more than half of the free disk")
+    return directory
 
 
 def disk_budget(existing: Path) -> int:

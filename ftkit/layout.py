@@ -6,7 +6,7 @@ give the same answers.  Bucketed pads rows of about one length; its batches are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -84,7 +84,7 @@ def tried(asked: str, otherwise: str, trainee: Trainee, features: FeatureSet, pa
     autocast = torch.autocast(device.type, DTYPES[precision], enabled=mixed and precision != "fp32")
     try:
         with autocast:
-            _try(trainee, trainee.flat, two_rows(features), pad_token_id, device, tolerance(trainee, DTYPES[precision] if autocast._enabled else torch.float32))
+            _try(trainee, trainee.flat, two_rows(features), pad_token_id, tolerance(trainee, DTYPES[precision] if autocast._enabled else torch.float32))
         return "flat"
     except torch.OutOfMemoryError:
         raise
@@ -100,9 +100,14 @@ def tried(asked: str, otherwise: str, trainee: Trainee, features: FeatureSet, pa
 def _refuse(asked: str, otherwise: str, model: PreTrainedModel, reason: str, report: Reporter) -> None:
     """Say why it is not flat, or stop where that is asked for."""
     if asked == "flat":
-        raise RecipeError(f"train.layout: flat is impossible here ({type(model).__name__}: {reason}); use layout: bucketed")
+        raise impossible(model, reason)
     how = "bucketed by length and padded" if otherwise == "bucketed" else otherwise
     report.note(f"rows are {how}; without padding (layout: flat) is impossible here: {type(model).__name__}: {reason}")
+
+
+def impossible(model: PreTrainedModel, reason: str) -> RecipeError:
+    """What a recipe is told that asks for flat."""
+    return RecipeError(f"train.layout: flat is impossible here ({type(model).__name__}: {reason}); use layout: bucketed")
 
 
 def first_line(error: Exception) -> str:
@@ -115,7 +120,7 @@ def tolerance(trainee: Trainee, arithmetic: torch.dtype) -> float:
     return max(TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16]) for dtype in used)  # weights in few bits are computed in bfloat16, perhaps
 
 
-def _try(trainee: Trainee, flat: Flat, rows: FeatureSet, pad_token_id: int, device: torch.device, limit: float) -> None:
+def _try(trainee: Trainee, flat: Flat, rows: FeatureSet, pad_token_id: int, limit: float) -> None:
     """Raise Unsupported if one of two rows, computed flat, feels other tokens in the row beside it, or gets another answer than alone.
 
     The first has no tolerance: what a row does not see cannot change a bit of its numbers.  Only experts, which take
@@ -123,17 +128,7 @@ def _try(trainee: Trainee, flat: Flat, rows: FeatureSet, pad_token_id: int, devi
     """
 
     def said(features: FeatureSet, *indices: int) -> list[torch.Tensor]:
-        """The logits of each of these rows."""
-        found: list[torch.Tensor] = []
-        owners: list[torch.Tensor] = []
-
-        def judge(parts: Iterator[Scores]) -> None:
-            for scores in parts:
-                found.append(scores.logits.float())
-                owners.append(scores.rows)
-
-        trainee(collate(features, np.array(indices), pad_token_id).to(device), judge)
-        return [torch.cat(found)[torch.cat(owners) == index] for index in indices]
+        return logits(trainee, features, indices, pad_token_id)
 
     def difference(one: torch.Tensor, other: torch.Tensor) -> float:
         return ((one - other).abs().max() / other.abs().max().clamp(min=1e-12)).item()
@@ -154,6 +149,21 @@ def _try(trainee: Trainee, flat: Flat, rows: FeatureSet, pad_token_id: int, devi
     off = max(map(difference, together, apart))
     if not off <= limit:
         raise Unsupported(f"rows get other answers than alone (by {off:.1g} of the largest logit, more than {limit:g})")
+
+
+def logits(trainee: Trainee, features: FeatureSet, indices: Sequence[int], pad_token_id: int) -> list[torch.Tensor]:
+    """Those of each of these rows, computed in one batch: float32 [items, classes]."""
+    found: list[torch.Tensor] = []
+    owners: list[torch.Tensor] = []
+
+    def judge(parts: Iterator[Scores]) -> None:
+        for scores in parts:
+            found.append(scores.logits.float())
+            owners.append(scores.rows)
+
+    device = next(trainee.parameters()).device
+    trainee(collate(features, np.array(indices), pad_token_id).to(device), judge)
+    return [torch.cat(found)[torch.cat(owners) == index] for index in indices]
 
 
 def two_rows(features: FeatureSet) -> FeatureSet:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from ftkit.errors import DataError, FtkitError, MissingDependency, RecipeError
+from ftkit.errors import DataError, FtkitError, MissingDependency
 from ftkit.recipe.spec import TrainedTokenizer
 
 if TYPE_CHECKING:
@@ -29,7 +28,10 @@ def check(resolved: Resolved, report: Reporter) -> list[FtkitError]:
     Reads the data and the model's config and tokenizer, and applies the method to a model without weights.
     What depends on something that is missing is not looked at.  Writes nothing.
     """
+    import numpy as np
+
     from ftkit import device, layout, model, optim, prepare, rundir, session, trackers
+    from ftkit.data.batches import Sampler
     from ftkit.data.rows import load_rows
     from ftkit.data.types import Limits
 
@@ -68,10 +70,10 @@ def check(resolved: Resolved, report: Reporter) -> list[FtkitError]:
     if planned is not None and attempt(recipe.method.apply, planned) is not None and recipe.train.gradient_checkpointing:
         attempt(session.check_checkpointing, planned)
     if planned is not None and recipe.train.layout == "flat" and (reason := layout.foreseen(recipe, planned.model)[1]):
-        problems.append(RecipeError(f"train.layout: flat is impossible here ({type(planned.model).__name__}: {reason}); use layout: bucketed"))
+        problems.append(layout.impossible(planned.model, reason))
     num_steps = recipe.train.steps
     if num_steps is None and recipe.train.batch_size:  # else rows would have to be tokenised first
-        num_steps = math.ceil((recipe.train.epochs or 0) * math.ceil(len(rows.train) / recipe.train.batch_size))
+        num_steps = Sampler(np.ones(len(rows.train)), recipe.train.batch_size, None, "flat", 0).steps(recipe.train.epochs or 0)
     if num_steps is not None:
         attempt(optim.schedule, recipe.train, num_steps)
     return problems

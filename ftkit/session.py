@@ -20,7 +20,7 @@ from ftkit.loop import Trainee
 if TYPE_CHECKING:
     from ftkit.attention import Flat
     from ftkit.data.features import FeatureSet
-    from ftkit.data.types import Batch, Row
+    from ftkit.data.types import Row
     from ftkit.frozen import Frozen
     from ftkit.model import Base
     from ftkit.prepare import Prepared
@@ -67,25 +67,13 @@ class Session:
         if not self.recipe.method.reuse or self.accelerator.num_processes > 1 or self.num_steps <= self.sampler.steps(1):
             return
         trainee: Any = self.wrapped  # on one process accelerate wraps it in nothing
-        chosen = frozen.choose(trainee, self.base.model, self.prepared.train, self.pad_token_id, report.note)
-        if chosen is None:
-            return
-        self.frozen, first = chosen
         sets = [self.prepared.train, *(features for _, features in self.splits.values())]
-        needed = sum(int(features.offsets[-1]) for features in sets) * first[0].nbytes
-        place = frozen.where(needed, directory, len(self.frozen.layers), report.note)
-        if place is None:
-            self.frozen.remove()
-            self.frozen = trainee.frozen = None
+        self.frozen = frozen.choose(trainee, self.base.model, sets, directory, self.pad_token_id, report.note)
+        if self.frozen is None:
             return
         trainee.eval()
         with report.stage("computing the frozen layers", sum(map(len, sets))) as stage, torch.no_grad():
-
-            def compute(batch: Batch) -> None:
-                trainee(batch.to(self.accelerator.device), lambda parts: None)
-
-            mapped = None if isinstance(place, str) else place
-            for done in self.frozen.record(sets, first, mapped, compute, self.recipe.eval.batch_size, self.pad_token_id):
+            for done in self.frozen.record(sets, frozen.passing(trainee), self.recipe.eval.batch_size, self.pad_token_id):
                 stage.advance(done)
                 poll()
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, DataCollatorWithFlattening, set_seed
 
 from benchmarks.measure import Watch
@@ -46,12 +46,12 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     if args.method == "lora":
-        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear"))
+        model = get_peft_model(model, plain.adapter())
     train = dataset(args.train, tokenizer, args.max_length)
     watch = Watch()
     plain.train(
         args,
-        {"lr_scheduler_type": "cosine", "warmup_steps": 0.03, "weight_decay": 0.0},
+        plain.CHAT,
         watch,
         model=model,
         train_dataset=train,

@@ -7,10 +7,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from peft import LoraConfig
 from transformers import Trainer, TrainingArguments
 
 from benchmarks.measure import Watch
 from reference.clock import Clock
+
+CHAT = {"lr_scheduler_type": "cosine", "warmup_steps": 0.03, "weight_decay": 0.0}  # settings of every script for chats
 
 
 def parser(description: str | None, batch_size: int, learning_rate: float, epochs: float) -> argparse.ArgumentParser:
@@ -29,11 +32,23 @@ def parser(description: str | None, batch_size: int, learning_rate: float, epoch
     return found
 
 
-def train(args: argparse.Namespace, settings: dict[str, Any], watch: Watch, **parts: Any) -> Trainer:
+def adapter() -> LoraConfig:
+    """LoRA on every linear layer of a language model, with the settings of ftkit's method of that name."""
+    return LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear")
+
+
+def train(
+    args: argparse.Namespace,
+    settings: dict[str, Any],
+    watch: Watch,
+    trainer_class: type[Trainer] = Trainer,
+    arguments_class: type[TrainingArguments] = TrainingArguments,
+    **parts: Any,
+) -> Trainer:
     """Train with `parts` (model, rows, collator, ...) and `settings` beside those of the options; save if asked."""
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = Trainer(
-            args=TrainingArguments(
+        trainer = trainer_class(
+            args=arguments_class(
                 output_dir=scratch,
                 num_train_epochs=args.epochs,
                 per_device_train_batch_size=args.batch_size,
