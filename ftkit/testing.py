@@ -71,8 +71,8 @@ def check_method(
     rows: Sequence[Row],
     directory: Path,
     learns: Callable[[str], bool] | None = None,
-    steps: int = 20,
-    learning_rate: float = 1e-2,
+    steps: int = 40,
+    learning_rate: float = 5e-3,
 ) -> None:
     """Whether `method` keeps the contract of `ftkit.methods.Method`.
 

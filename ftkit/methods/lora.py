@@ -34,7 +34,7 @@ class LoRA(Spec):
     dora: bool = option(False, "learn the magnitude of each weight row apart from its direction (arXiv 2402.09353)")
     rslora: bool = option(False, "scale by alpha / sqrt(r), stable at high rank (arXiv 2312.03732)")
     reuse: bool = option(True, "compute layers below the first one with updates once for each row, not in every epoch again; the result is the same")
-    recompute_dropout: bool = option(True, "draw dropout again in the backward pass instead of keeping its masks and results; the gradient is the same")
+    recompute_dropout: bool = option(True, "apply dropout again in the backward pass instead of keeping dropped-out copies; false: PEFT's own modules")
     init: Literal["default", "pissa"] = option(
         "default", "default: updates start at zero; pissa: from the principal components of the weights (arXiv 2404.02948)"
     )
@@ -57,7 +57,7 @@ class LoRA(Spec):
         from peft import LoraConfig, get_peft_model
         from transformers.pytorch_utils import Conv1D
 
-        from ftkit.dropped import keep_inputs_only
+        from ftkit.updates import begin_with_entries
 
         chosen = choose_targets(base, self.targets)
         pissa = self.init == "pissa" and base.model.device.type != "meta"  # which has no weights to decompose
@@ -76,7 +76,7 @@ class LoRA(Spec):
         )
         model = get_peft_model(base.model, config)
         if self.recompute_dropout:
-            keep_inputs_only(model)
+            begin_with_entries(model)
         if pissa:
             base.initial = {name: p.detach().clone() for name, p in model.named_parameters() if ".lora_" in name}
         return model

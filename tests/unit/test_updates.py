@@ -1,0 +1,140 @@
+"""Dropout that is applied again in the backward pass: the gradients of the masks it drew, without dropped-out copies."""
+
+import pytest
+import torch
+import transformers
+from torch.nn import functional
+
+from ftkit import updates
+from ftkit.methods.lora import LoRA
+from ftkit.model import Base, Source
+from ftkit.tasks.causal_lm import CausalLM
+
+LLAMA = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+MODELS = {
+    "llama": transformers.LlamaConfig(**LLAMA),
+    "gpt2": transformers.GPT2Config(vocab_size=100, n_embd=64, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+}
+IDS = torch.arange(3 * 40).view(3, 40) % 97
+
+
+def adapted(name: str, **fields) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(MODELS[name])
+    adapter = LoRA(**fields).apply(Base(model, None, Source("somewhere"), CausalLM(), [], set()))
+    for key, parameter in adapter.named_parameters():
+        if "lora_B" in key:  # they start at zero, and no gradient would reach what is before them
+            torch.nn.init.normal_(parameter)
+    return adapter.train()
+
+
+def stepped(model: torch.nn.Module, seed: int = 1) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
+    """Loss, gradients, and the bytes of activations that were kept for them."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    model.zero_grad()
+    torch.manual_seed(seed)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
+    loss.backward()
+    gradients = {key: parameter.grad for key, parameter in model.named_parameters() if parameter.requires_grad}
+    return loss.detach(), gradients, sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def off(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """The largest difference, relative to the largest gradient."""
+    scale = max(gradient.abs().max() for gradient in expected.values())
+    return max((found[key] - gradient).abs().max().item() for key, gradient in expected.items()) / scale.item()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_without_dropout_the_gradients_are_those_of_peft(name):
+    ours, theirs = adapted(name, dropout=0.0), adapted(name, dropout=0.0, recompute_dropout=False)
+    assert [key for key, _ in ours.named_parameters()] == [key for key, _ in theirs.named_parameters()]
+    (loss, gradients, _), (expected_loss, expected, _) = stepped(ours), stepped(theirs)
+    assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-6)
+    assert off(gradients, expected) < 1e-6
+
+
+class Masked(torch.nn.Linear):
+    """An `Entry` by autograd alone, with the mask that it draws."""
+
+    def forward(self, x):
+        lost = round(self.p * updates.LEVELS)
+        return functional.linear(x * ~updates._drawn(x, lost) * (updates.LEVELS / (updates.LEVELS - lost)), self.weight)
+
+
+@pytest.mark.parametrize("chunk", [1 << 18, 1000])
+@pytest.mark.parametrize("name", MODELS)
+def test_with_dropout_the_gradients_are_those_of_the_masks_it_drew_and_less_is_kept(name, chunk, monkeypatch):
+    monkeypatch.setattr(updates, "CHUNK", chunk)
+    ours, by_autograd, theirs = (adapted(name, dropout=0.3, recompute_dropout=recompute).double() for recompute in (True, True, False))
+    entries = [module for module in by_autograd.modules() if isinstance(module, updates.Entry)]
+    for module in entries:
+        module.__class__ = Masked
+    (loss, gradients, kept), (expected_loss, expected, _), (*_, kept_there) = stepped(ours), stepped(by_autograd), stepped(theirs)
+    assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-12)
+    assert off(gradients, expected) < 1e-10
+    assert off(gradients, stepped(ours, seed=2)[1]) > 0.01
+    inputs = sum(module.in_features for module in entries)
+    # a mask of eight bytes an element and a copy became one of one byte and the input itself, which some of them share
+    assert kept_there - kept >= inputs * IDS.numel() * (8 + 8 - 1 - 8)
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5])
+def test_as_much_is_dropped_out_as_was_asked_for(p):
+    entry = updates.Entry(torch.nn.Linear(1000, 1000, bias=False), p).train()
+    torch.nn.init.eye_(entry.weight)
+    torch.manual_seed(0)
+    once, again = (entry(torch.ones(600, 1000)).detach() for _ in range(2))
+    lost = (once == 0).float()
+    assert lost.mean().item() == pytest.approx(p, abs=5 * (p * (1 - p) / 600_000) ** 0.5)
+    assert lost.mean(0).std().item() == pytest.approx((p * (1 - p) / 600) ** 0.5, rel=0.2)  # in each column alike
+    assert lost.mean(1).std().item() == pytest.approx((p * (1 - p) / 1000) ** 0.5, rel=0.2)
+    assert ((once == 0) & (again == 0)).float().mean().item() == pytest.approx(p * p, rel=0.05)
+    assert once.max().item() == pytest.approx(1 / (1 - p), rel=1e-4)
+    assert torch.equal(entry.eval()(torch.ones(2, 1000)), torch.ones(2, 1000))
+
+
+@pytest.mark.parametrize("arithmetic", ["autocast", "base in bfloat16"])
+def test_inputs_in_few_bits_are_not_copied(arithmetic):
+    """PEFT casts them to float32 for each update and keeps that."""
+    models = [adapted("llama", dropout=0.3, recompute_dropout=recompute) for recompute in (True, False)]
+    found = []
+    for model in models:
+        for key, parameter in model.named_parameters():
+            if "lora_" not in key:
+                parameter.data = parameter.data.bfloat16()
+        with torch.autocast("cpu", torch.bfloat16, enabled=arithmetic == "autocast"):
+            found.append(stepped(model))
+    assert found[0][0].item() == pytest.approx(found[1][0].item(), rel=0.1)
+    inputs = sum(module.in_features for module in models[0].modules() if isinstance(module, updates.Entry))
+    assert found[1][2] - found[0][2] >= inputs * IDS.numel() * (4 + 2 - 2 - 1)  # mask and copy, input and mask
+
+
+def test_gradient_checkpointing_draws_the_same():
+    plain, checkpointed = adapted("llama", dropout=0.3), adapted("llama", dropout=0.3)
+    checkpointed.enable_input_require_grads()
+    checkpointed.base_model.model.model.gradient_checkpointing_enable({"use_reentrant": False})
+    (loss, gradients, _), (expected_loss, expected, _) = stepped(checkpointed), stepped(plain)
+    assert loss == expected_loss
+    assert off(gradients, expected) < 1e-6
+
+
+def test_what_dora_takes_from_the_dropped_out_input_stays():
+    (loss, gradients, _), (expected_loss, expected, _) = (stepped(adapted("llama", dora=True, recompute_dropout=recompute)) for recompute in (True, False))
+    assert torch.equal(loss, expected_loss)
+    assert off(gradients, expected) == 0
+
+
+def test_a_lora_of_all_layers_keeps_less_than_full_fine_tuning():
+    torch.manual_seed(0)
+    *_, kept_in_full = stepped(transformers.AutoModelForCausalLM.from_config(MODELS["llama"]).train())
+    *_, kept = stepped(adapted("llama"))
+    assert kept < kept_in_full
