@@ -170,12 +170,30 @@ def attend(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias, sliding_window=sliding_window, **other
         )
+    return _apart(module, query, key, value, dropout, scaling, is_causal, position_bias, sliding_window, segments, other), None
+
+
+@torch.compiler.disable  # lengths differ in each batch: it would be compiled for each
+def _apart(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    dropout: float,
+    scaling: float | None,
+    is_causal: bool | None,
+    position_bias: torch.Tensor | None,
+    sliding_window: int | None,
+    segments: Segments,
+    other: dict[str, Any],
+) -> torch.Tensor:
+    """`attend`, of segments."""
     if unknown := sorted(name for name, setting in other.items() if setting is not None and name not in HARMLESS):
         raise Unsupported(f"its attention wants {', '.join(unknown)}")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     window = _window(module, sliding_window)
     if query.is_cuda and query.dtype != torch.float32 and not dropout and position_bias is None:
-        return _varlen(query, key, value, segments, scaling, causal, window), None
+        return _varlen(query, key, value, segments, scaling, causal, window)
     # Neighbours of one length are computed together: batches come sorted by length.
     groups = [(length, len(list(same))) for length, same in groupby(segments.lengths)]
     parts = zip(*(states.split([length * count for length, count in groups], 2) for states in (query, key, value)), strict=True)
@@ -185,7 +203,7 @@ def attend(
         mask = _band(length, window, causal, query.device) if window is not None and length > window else None
         bias = None if position_bias is None else position_bias[:, :, :length, :length]  # of distances, so the same anywhere
         outputs.append(sdpa_attention_forward(module, rows_q, rows_k, rows_v, mask, dropout, scaling, causal, bias)[0].flatten(0, 1))
-    return torch.cat(outputs).unsqueeze(0), None
+    return torch.cat(outputs).unsqueeze(0)
 
 
 def _varlen(

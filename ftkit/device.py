@@ -30,12 +30,33 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def precision(asked: str, device: torch.device) -> str:
-    """fp32, bf16 or fp16.  `auto` is bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU."""
+    """fp32, tf32, bf16 or fp16.  `auto` is bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU."""
     if asked == "auto":
         return "bf16" if has_bf16(device) else "fp16" if device.type == "cuda" else "fp32"
     if asked == "fp16" and device.type == "cpu":
         raise MissingDependency("train.precision: fp16 needs a GPU; a CPU computes in fp32 or bf16")
+    if asked == "tf32" and not has_tf32(device):
+        raise MissingDependency("train.precision: tf32 needs an Nvidia GPU of compute capability 8.0 (Ampere) or newer")
     return asked
+
+
+def has_tf32(device: torch.device) -> bool:
+    """Whether products of float32 matrices can be taken with fractions of 10 bits."""
+    import torch
+
+    return device.type == "cuda" and torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def use_tf32(wanted: bool) -> None:
+    """Take products of float32 matrices in TF32 in this process, or no longer."""
+    import torch
+
+    torch.set_float32_matmul_precision("high" if wanted else "highest")
+
+
+def autocast_to(precision: str) -> str:
+    """What accelerate calls the type that products are computed in where weights stay float32: bf16, fp16 or no."""
+    return precision if precision in ("bf16", "fp16") else "no"
 
 
 def use_all_cores(processes_here: int = 1) -> int:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ftkit import checkpoint, device, plots, rundir, verify
+from ftkit import checkpoint, compiled, device, plots, rundir, verify
 from ftkit.card import model_card
 from ftkit.evaluate import measure, predictions
 from ftkit.model import Source
+from ftkit.quantities import duration
 from ftkit.report import peak_memory
 from ftkit.session import load_base
 
@@ -38,6 +39,8 @@ def finish(session: Session, output: Path, report: Reporter, stop: StopRequest, 
     for name, result in measured.items():
         report.evaluation(position.step, name, result.values)
         _write_records(session, output, name, result)
+    if session.recipe.train.compile:
+        report.note(f"compiling layers took {duration(compiled.seconds())}")
     main = session.accelerator.is_main_process
     session.release()  # what is saved is compared as it will be used
     with report.stage("saving"):

@@ -59,6 +59,7 @@ class Frozen:
         self._recording = False
         self._tuples = False  # whether layers give their states in a tuple
         for layer in layers:
+            layer._compiled_call_impl = None  # once is not worth it
             layer.forward = self._passing(layer.forward, last=layer is layers[-1])
 
     def states_of(self, batch: Batch, compute: Callable[[Batch], Any]) -> torch.Tensor:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # Largest difference between flat and separate rows, relative to the largest logit: sums in another order, over layers.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 EXPECTED = (Unsupported, RuntimeError, ValueError, TypeError, AttributeError, IndexError)  # of code that is made for rows side by side
 TRIED_TOKENS = (12, 7)  # in the rows of the trial, at most
 
@@ -81,7 +81,7 @@ def tried(asked: str, otherwise: str, trainee: Trainee, features: FeatureSet, pa
     device = next(trainee.parameters()).device
     # float32 wherever the weights are: in it, a row that sees a little of another one shows most clearly
     mixed = device.type == "cuda" or any(parameter.dtype not in (torch.float32, torch.uint8) for parameter in trainee.parameters())
-    autocast = torch.autocast(device.type, DTYPES[precision], enabled=mixed and precision != "fp32")
+    autocast = torch.autocast(device.type, DTYPES[precision], enabled=mixed and DTYPES[precision] is not torch.float32)
     try:
         with autocast:
             _try(trainee, trainee.flat, two_rows(features), pad_token_id, tolerance(trainee, DTYPES[precision] if autocast._enabled else torch.float32))

@@ -359,12 +359,6 @@ def steady_4bit(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def checkpoint_activations(model: transformers.PreTrainedModel) -> None:
-    """Recompute activations in the backward pass, layer by layer; transformers 5.17 knows it as gradient checkpointing only."""
-    word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    getattr(model, f"{word}_checkpointing_enable")(**{f"{word}_checkpointing_kwargs": {"use_reentrant": False}})
-
-
 def parameters_by_group(model: nn.Module, head: list[str]) -> dict[str, dict[str, int]]:
     """Trainable and total parameters of embeddings, layers, head and what a method added, counted once each.
 

@@ -62,7 +62,8 @@ def _measure_run(target: str, data: str | None, split: str | None, report: Repor
         run = open_run(target, here)
     recipe, precision = run.recipe, _precision(run, here, report)
     rows = _rows(recipe, data, split, report, run.manifest["data"]["sha256"])
-    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=here.type == "cpu")
+    device.use_tf32(precision == "tf32")
+    accelerator = Accelerator(mixed_precision=device.autocast_to(precision), cpu=here.type == "cpu")
     base = run.model.get_base_model() if hasattr(run.model, "get_base_model") else run.model
     trainee = Trainee(run.model, getattr(base, base.base_model_prefix), recipe.task, recipe.objective)
     wrapped = accelerator.prepare_model(trainee, evaluation_mode=True)

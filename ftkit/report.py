@@ -77,8 +77,10 @@ class Reporter:
         before = self._quiet, self._warns
         if by_another:
             self._quiet, self._warns = True, False
-        yield
-        self._quiet, self._warns = before
+        try:
+            yield
+        finally:
+            self._quiet, self._warns = before
 
     @contextmanager
     def stage(self, title: str, total: int | None = None) -> Iterator[Stage]:

@@ -12,8 +12,8 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 
-from ftkit import device, frozen, launch, layout, model, optim
-from ftkit.data.batches import Sampler
+from ftkit import compiled, device, frozen, launch, layout, model, optim, recompute
+from ftkit.data.batches import Sampler, collate, largest_micro_batch
 from ftkit.errors import MissingDependency, RecipeError
 from ftkit.loop import Trainee
 
@@ -82,6 +82,9 @@ class Session:
         for part in (self.flat, self.frozen):
             if part is not None:
                 part.remove()
+        if self.recipe.train.compile:
+            compiled.undo(self.base.model)
+        device.use_tf32(False)
         self.flat = self.frozen = None
         trainee: Any = self.accelerator.unwrap_model(self.wrapped)
         trainee.flat = trainee.frozen = None
@@ -105,9 +108,12 @@ def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any]
     for parameter in learner.parameters():
         if parameter.requires_grad:  # fp32 master weights: bf16 cannot hold updates much smaller than the weight
             parameter.data = parameter.data.float()
+    if train.compile:
+        compiled.check(base.model, here)
     if train.gradient_checkpointing:
-        check_checkpointing(base)
-        model.checkpoint_activations(base.model)
+        check_checkpointing(base, train)
+    if train.gradient_checkpointing is True:
+        recompute.everywhere(base.model)
     accelerator = _accelerator(train, precision, here, base)
     asked, otherwise = train.layout, "bucketed"
     if asked == "auto" and "layout" in before:
@@ -118,11 +124,20 @@ def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any]
     laid_out = layout.tried(asked, otherwise, trainee, prepared.train, prepared.tokenizer.pad_token_id, precision, report)
     sampler = Sampler(prepared.train.lengths, train.batch_size, train.batch_tokens, laid_out, train.seed)
     num_steps = train.steps or sampler.steps(train.epochs or 0)
+    accumulate = max(1, -(-train.accumulate // world.size))
+    device.use_tf32(precision == "tf32")  # after the trial, which is sharper without
+    if isinstance(train.gradient_checkpointing, str):
+        largest = largest_micro_batch(sampler, accumulate, world.size)
+        batch = collate(prepared.train, largest, prepared.tokenizer.pad_token_id).to(here)
+        with torch.autocast(here.type, enabled=device.autocast_to(precision) != "no", dtype=layout.DTYPES[precision]):
+            report.note(recompute.within(base.model, train.gradient_checkpointing, lambda: trainee.train()(batch, lambda parts: None)))
+    if train.compile:
+        compiled.compile_layers(base.model)
+        report.note("layers are compiled in the first steps, which takes a minute or more")
     schedule = optim.schedule(train, num_steps)
     optimizer = optim.build(learner, train, here)
     wrapped, prepared_optimizer = accelerator.prepare(trainee, optimizer)
     _assert_wrapped(wrapped, train, world.size)
-    accumulate = max(1, -(-train.accumulate // world.size))
     report.note(f"{here}, {threads} threads, {precision}, {laid_out} batches of {_amount(train)}" + _shares(train, accumulate, world.size))
     if train.optimizer.startswith("paged") and here.type == "cpu":
         report.note(f"train.optimizer: {train.optimizer} works as {train.optimizer.removeprefix('paged_')} here, since a CPU has nothing to page to")
@@ -164,12 +179,14 @@ def _check_parallel(train: Train, here: torch.device, size: int) -> None:
         raise RecipeError("train.parallel: fsdp shares a model among processes, and this is one alone; set train.processes, or leave parallel out")
 
 
-def check_checkpointing(base: Base) -> None:
+def check_checkpointing(base: Base, train: Train) -> None:
     """Refuse gradient checkpointing where the architecture has none, or nothing would be recomputed; after `Method.apply`."""
     if not base.model.supports_gradient_checkpointing:
         raise RecipeError(f"train.gradient_checkpointing: {type(base.model).__name__} does not support it")
     if not any(parameter.requires_grad for parameter in base.inner().parameters()):
         raise RecipeError("train.gradient_checkpointing has no effect here: no gradient goes through the layers below the head; leave it out")
+    if train.parallel == "fsdp" and isinstance(train.gradient_checkpointing, str):
+        raise RecipeError("train.gradient_checkpointing: what layers keep is measured on one device, not with parallel: fsdp; give true")
 
 
 def _accelerator(train: Train, precision: str, here: torch.device, base: Base) -> Accelerator:
@@ -186,7 +203,7 @@ def _accelerator(train: Train, precision: str, here: torch.device, base: Base) -
         )
     return Accelerator(
         gradient_accumulation_steps=1,
-        mixed_precision="no" if precision == "fp32" else precision,
+        mixed_precision=device.autocast_to(precision),
         cpu=here.type == "cpu",
         fsdp_plugin=plugin,
         step_scheduler_with_optimizer=False,

@@ -86,6 +86,17 @@ def split(batch: np.ndarray, lengths: np.ndarray, accumulate: int, world: int, r
     return [part[rank::world] for part in parts]
 
 
+def largest_micro_batch(sampler: Sampler, accumulate: int, world: int) -> np.ndarray:
+    """The features of the micro-batch with the most positions, padding counted where there is any, of all processes in the first epoch."""
+
+    def positions(part: np.ndarray) -> int:
+        lengths = sampler.lengths[part]
+        return 0 if not len(part) else int(lengths.sum()) if sampler.layout == "flat" else len(part) * int(lengths.max())
+
+    parts = (part for batch in sampler.epoch(0) for rank in range(world) for part in split(batch, sampler.lengths, accumulate, world, rank))
+    return max(parts, key=positions)
+
+
 def by_length(lengths: np.ndarray, batch_size: int, world: int = 1, rank: int = 0) -> Iterator[np.ndarray]:
     """Batches for evaluation, longest first (so that a lack of memory shows at once), this process's share.
 

@@ -36,7 +36,7 @@ class QLoRA(LoRA):
         skip = [*head, "pooler"]
         if self.bits == 8:
             return {"quantization_config": {"load_in_8bit": True, "llm_int8_skip_modules": skip}}
-        compute = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[device.precision(precision, device.pick())]
+        compute = {"bf16": "bfloat16", "fp16": "float16", "tf32": "float32", "fp32": "float32"}[device.precision(precision, device.pick())]
         return {
             "quantization_config": {
                 "load_in_4bit": True,

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 
 class Spec(BaseModel):
@@ -46,6 +47,25 @@ def _named(name: str) -> str:
 
 SetName = Annotated[str, AfterValidator(_named), Field(json_schema_extra={"pattern": SET_NAME})]
 Sets = Annotated[dict[SetName, Name], Field(min_length=1, json_schema_extra={"additionalProperties": False})]
+
+
+UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
+SIZE = rf"^\d+(\.\d+)? ?({'|'.join(UNITS)})$"
+
+
+def _measured(size: str) -> str:
+    if not re.fullmatch(SIZE, size):
+        raise PydanticCustomError("size_type", "not a size")
+    return size
+
+
+Size = Annotated[str, AfterValidator(_measured), Field(json_schema_extra={"pattern": SIZE})]
+
+
+def num_bytes(size: str) -> int:
+    """`1.5 GB` -> 1500000000."""
+    number, unit = size.rstrip("".join(UNITS)), size.lstrip("0123456789. ")
+    return int(float(number) * UNITS[unit])
 
 
 class TrainedTokenizer(Spec):
@@ -121,11 +141,18 @@ class Train(Spec):
     weight_decay: float = option(0.01, "decoupled weight decay, not on biases and norms", "BERT (arXiv 1810.04805 A.2)", ge=0)
     max_grad_norm: float | None = option(1.0, "clip the global gradient norm; null: never", "BERT's optimization.py", gt=0)
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "lion_8bit", "sgd"] = option("adamw", "adamw is PyTorch's fused AdamW", "arXiv 1711.05101")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "arithmetic of the forward pass; auto: bf16 where the hardware has it")
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = option(
+        "auto", "arithmetic of the forward pass; auto: bf16 where the hardware has it; tf32: float32 with products of 10-bit fractions, on newer GPUs"
+    )
     layout: Literal["auto", "padded", "bucketed", "flat"] = option(
         "auto", "how rows become batches; flat: real tokens only, no padding; auto: flat where the model can, else bucketed by length"
     )
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, about a third slower", "arXiv 1604.06174")
+    gradient_checkpointing: bool | Size = option(
+        False,
+        "recompute activations in the backward pass: less memory, about a third slower; 2GB: of as few layers as keeps what they hold below that",
+        "arXiv 1604.06174",
+    )
+    compile: bool = option(False, "compile layers with torch.compile: faster steps on GPUs, for a minute or more before the first ones")
     processes: Literal["auto"] | Annotated[int, Field(ge=1)] = option("auto", "processes to start here; auto: one a GPU, one on a CPU")
     parallel: Literal["ddp", "fsdp"] = option("ddp", "how several processes share the work; fsdp is experimental and needs GPUs")
     eval_every: int | None = option(None, "steps between evaluations; every epoch if empty", ge=1)

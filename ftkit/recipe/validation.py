@@ -26,6 +26,7 @@ _WANTED = {
     "float_type": "a number",
     "finite_number": "a finite number",
     "bool_type": "true or false",
+    "size_type": "a size such as 2GB",
     "list_type": "a list",
     "tuple_type": "a list",
     "dict_type": "a map",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from ftkit import loop, model
+from ftkit import loop, model, recompute
 from ftkit.data.batches import collate, split
 from ftkit.data.features import FeatureSet
 from ftkit.data.types import Limits, Row
@@ -16,7 +16,7 @@ from ftkit.loop import Trainee
 from ftkit.methods.full import Full
 from ftkit.methods.lora import LoRA
 from ftkit.objectives.supervised import Supervised
-from ftkit.recipe.spec import Model
+from ftkit.recipe.spec import Model, Train
 from ftkit.session import check_checkpointing
 from ftkit.tasks.causal_lm import CausalLM
 from ftkit.tasks.text_classification import TextClassification
@@ -88,8 +88,8 @@ def test_unequal_parts_count_by_what_is_supervised_in_them(case):
 def test_recomputed_activations_give_the_same_gradients(case):
     batch = np.arange(8)
     kept = step(case, [batch])
-    check_checkpointing(case.base)
-    model.checkpoint_activations(case.base.model)
+    check_checkpointing(case.base, Train())
+    recompute.everywhere(case.base.model)
     assert [module for module in case.base.model.modules() if getattr(module, "gradient_checkpointing", False)]
     assert_same(kept, step(case, [batch]))
 

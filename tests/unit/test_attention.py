@@ -28,9 +28,9 @@ from transformers import (
     T5Config,
 )
 
+from ftkit import recompute
 from ftkit.attention import NAME, Flat, Unsupported
 from ftkit.data.batches import segments
-from ftkit.model import checkpoint_activations
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 100, "max_position_embeddings": 64}
 GROUPED = {**SMALL, "num_key_value_heads": 2, "pad_token_id": 0}
@@ -143,7 +143,7 @@ def test_gradient_checkpointing_recomputes_the_same(name, batch):
     found, layers = [], Flat(model)
     for checkpointing in (False, True):
         if checkpointing:
-            checkpoint_activations(model)
+            recompute.everywhere(model)
         model.zero_grad()
         with layers.rows(segments(mask.numpy())):
             logits = model(input_ids=ids, attention_mask=mask).logits
