@@ -11,7 +11,7 @@ from ftkit.errors import MissingDependency, RecipeError
 from ftkit.methods.full import Full
 from ftkit.methods.head import Head
 from ftkit.methods.lora import LoRA
-from ftkit.recipe.spec import Model
+from ftkit.recipe.spec import Model, Train
 from ftkit.session import check_checkpointing
 from ftkit.tasks.causal_lm import CausalLM
 from ftkit.tasks.text_classification import TextClassification
@@ -113,11 +113,11 @@ def test_checkpointing_that_would_recompute_nothing_is_refused(checkpoint, token
     base = load(Model(name=checkpoint("bert")), TextClassification(labels=("a", "b")), Head(), tokenizers["wordpiece"])
     Head().apply(base)
     with pytest.raises(RecipeError, match="no effect"):
-        check_checkpointing(base)
+        check_checkpointing(base, Train())
 
 
 def test_checkpointing_that_an_architecture_lacks_is_refused():
     config = transformers.AlbertConfig(hidden_size=32, embedding_size=16, num_attention_heads=2, intermediate_size=32)
     base = model.Base(model.skeleton(config, TextClassification(labels=("a", "b"))), None, None, TextClassification(labels=("a", "b")), ["classifier"])
     with pytest.raises(RecipeError, match="AlbertForSequenceClassification does not support it"):
-        check_checkpointing(base)
+        check_checkpointing(base, Train())
