@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import groupby
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,8 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from ftkit.dropout import dropped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -194,16 +196,59 @@ def _apart(
     window = _window(module, sliding_window)
     if query.is_cuda and query.dtype != torch.float32 and not dropout and position_bias is None:
         return _varlen(query, key, value, segments, scaling, causal, window)
-    # Neighbours of one length are computed together: batches come sorted by length.
-    groups = [(length, len(list(same))) for length, same in groupby(segments.lengths)]
-    parts = zip(*(states.split([length * count for length, count in groups], 2) for states in (query, key, value)), strict=True)
-    outputs = []
-    for (length, count), states in zip(groups, parts, strict=True):
-        rows_q, rows_k, rows_v = (state.squeeze(0).unflatten(1, (count, length)).transpose(0, 1) for state in states)  # [count, heads, length, head_dim]
-        mask = _band(length, window, causal, query.device) if window is not None and length > window else None
+    states = [state.squeeze(0) for state in (query, key, value)]  # [heads, N, head_dim]
+    if segments.places is not None:
+        size = sum(count * length for count, length in segments.groups)
+        states = [state.new_zeros(len(state), size, state.shape[2]).index_copy(1, segments.places, state) for state in states]
+    outputs, lengths = [], iter(segments.lengths)
+    parts = zip(*(state.split([count * length for count, length in segments.groups], 1) for state in states), strict=True)
+    for (count, length), part in zip(segments.groups, parts, strict=True):
+        query, key, value = (state.unflatten(1, (count, length)).transpose(0, 1) for state in part)  # [count, heads, length, head_dim]
+        mask = _mask(list(islice(lengths, count)), length, window, causal, query.device)
         bias = None if position_bias is None else position_bias[:, :, :length, :length]  # of distances, so the same anywhere
-        outputs.append(sdpa_attention_forward(module, rows_q, rows_k, rows_v, mask, dropout, scaling, causal, bias)[0].flatten(0, 1))
-    return torch.cat(outputs).unsqueeze(0)
+        if dropout and not query.is_cuda:
+            output = _by_hand(query, key, value, mask, dropout, scaling, causal, bias)
+        else:
+            output = sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, causal, bias)[0]
+        outputs.append(output.flatten(0, 1))
+    output = torch.cat(outputs)
+    return (output if segments.places is None else output.index_select(0, segments.places)).unsqueeze(0)
+
+
+def _mask(lengths: list[int], longest: int, window: int | None, causal: bool, device: torch.device) -> torch.Tensor | None:
+    """bool, [rows, 1, 1, longest] or as it broadcasts: what positions look at in rows padded to the longest; None: all, or all before them."""
+    band = None if window is None or longest <= window else _band(longest, window, causal, device)
+    if causal or min(lengths) == longest:  # what looks back only does not see padding, which comes last
+        return band
+    real = (torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None])[:, None, None]
+    if band is None:
+        return real
+    # padding sees itself where its window has nothing else: a softmax of nothing is NaN
+    return real & band | torch.eye(longest, dtype=torch.bool, device=device)
+
+
+def _by_hand(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    causal: bool,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """[rows, heads, length, head_dim] -> [rows, length, heads, head_dim], for dropout on a CPU, where torch has no kernel either and draws slowly."""
+    query, key, value = (states.transpose(0, 1) for states in (query, key, value))  # heads first, as they lie in memory
+    if len(key) < len(query):
+        key, value = (states.repeat_interleave(len(query) // len(key), 0) for states in (key, value))
+    scores = (query * (query.shape[-1] ** -0.5 if scaling is None else scaling)) @ key.transpose(-1, -2)
+    if bias is not None:
+        scores = scores + bias.transpose(0, 1)
+    if causal and mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~(mask if mask.dim() == 2 else mask.transpose(0, 1)), float("-inf"))
+    return (dropped(scores.softmax(-1), dropout) @ value).permute(1, 2, 0, 3)
 
 
 def _varlen(

@@ -7,6 +7,7 @@ what the others kept is free again.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -133,8 +134,10 @@ def _detached(value: Any) -> Any:
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
-    """All tensors in nested tuples, lists and maps."""
+    """All tensors in nested tuples, lists, maps and dataclasses."""
     if isinstance(value, torch.Tensor):
         return [value]
+    if is_dataclass(value):
+        value = [getattr(value, field.name) for field in fields(value)]
     children = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
     return [tensor for child in children for tensor in _tensors(child)]

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 
-from ftkit import compiled, device, frozen, launch, layout, model, optim, recompute
+from ftkit import compiled, device, dropout, frozen, launch, layout, model, optim, recompute
 from ftkit.data.batches import Sampler, collate, largest_micro_batch
 from ftkit.errors import MissingDependency, RecipeError
 from ftkit.loop import Trainee
@@ -224,6 +224,7 @@ def load_base(prepared: Prepared, precision: str, here: torch.device) -> Base:
         spec, prepared.source, prepared.config, prepared.tokenizer, recipe.task, recipe.method, dtype, recipe.train.seed, here, recipe.train.precision
     )
     model.steady_4bit(base.model)
+    dropout.quicken(base.model)
     return base
 
 

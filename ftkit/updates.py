@@ -14,8 +14,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-CHUNK = 1 << 18  # elements that are dropped out at a time on a CPU: they stay in its cache
-LEVELS = 1 << 16  # of the random numbers: the share that is dropped out is rounded to 1 / LEVELS
+from ftkit.dropout import LEVELS, drawn, num_lost, rows_of_a_chunk
 
 
 class Entry(nn.Linear):
@@ -30,7 +29,7 @@ class Entry(nn.Linear):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weight.dtype
         if self.training and torch.is_grad_enabled():
-            found: torch.Tensor = _Entry.apply(x, self.weight, min(round(self.p * LEVELS), LEVELS - 1), dtype)
+            found: torch.Tensor = _Entry.apply(x, self.weight, num_lost(self.p), dtype)
             return found
         return functional.linear(functional.dropout(x.to(dtype), self.p, self.training), self.weight.to(dtype))
 
@@ -39,7 +38,7 @@ class _Entry(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, lost: int, dtype: torch.dtype) -> torch.Tensor:
         """x: [..., in], weight: [out, in] -> [..., out] in `dtype`; `lost` of LEVELS elements of x count as zero, the others for more."""
-        mask = _drawn(x, lost) if lost else None
+        mask = drawn(x, lost) if lost else None
         ctx.save_for_backward(x, weight, mask)
         ctx.scale, ctx.dtype = LEVELS / (LEVELS - lost), dtype
         weight = weight.to(dtype)
@@ -54,7 +53,7 @@ class _Entry(torch.autograd.Function):
         grad_weight = grad_x = None
         if ctx.needs_input_grad[1]:
             grad_weight = torch.zeros_like(weight)
-            for above, part in zip(grad.split(_rows(x)), _dropped(x, mask, ctx.dtype), strict=True):
+            for above, part in zip(grad.split(rows_of_a_chunk(x)), _dropped(x, mask, ctx.dtype), strict=True):
                 grad_weight += above.T @ part
         if ctx.needs_input_grad[0]:
             grad_x = (grad @ weight.to(ctx.dtype)).view_as(x)
@@ -62,27 +61,13 @@ class _Entry(torch.autograd.Function):
         return grad_x, grad_weight, None, None
 
 
-def _drawn(x: torch.Tensor, lost: int) -> torch.Tensor:
-    """bool, like x: what is dropped out, by 16 random bits an element; torch's own bernoulli_ takes three times as long on a CPU, and more."""
-    mask = torch.empty(x.shape, dtype=torch.bool, device=x.device)
-    for part in mask.flatten(0, -2).split(_rows(x)):
-        bits = torch.empty(-(-part.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
-        torch.lt(bits.view(torch.int16)[: part.numel()].view_as(part), lost - LEVELS // 2, out=part)
-    return mask
-
-
 def _dropped(x: torch.Tensor, mask: torch.Tensor | None, dtype: torch.dtype) -> Iterator[torch.Tensor]:
     """The rows of x in `dtype`, with zeros where the mask is, a chunk at a time: no copy of x is made."""
-    parts = x.flatten(0, -2).split(_rows(x))
+    parts = x.flatten(0, -2).split(rows_of_a_chunk(x))
     if mask is None:
         yield from (part.to(dtype) for part in parts)
     else:
-        yield from (torch.where(gone, 0, part).to(dtype) for part, gone in zip(parts, mask.flatten(0, -2).split(_rows(x)), strict=True))
-
-
-def _rows(x: torch.Tensor) -> int:
-    """How many rows of x make a chunk; on other devices than a CPU they are one."""
-    return max(1, (CHUNK if x.device.type == "cpu" else x.numel()) // x.shape[-1])
+        yield from (torch.where(gone, 0, part).to(dtype) for part, gone in zip(parts, mask.flatten(0, -2).split(rows_of_a_chunk(x)), strict=True))
 
 
 def begin_with_entries(model: nn.Module) -> None:

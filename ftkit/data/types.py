@@ -74,12 +74,17 @@ class Segments:
     lengths: list[int]  # real tokens of each row, with which it begins
     index: torch.Tensor  # int64 [N]: their places among the B * L positions
     bounds: torch.Tensor  # int32 [B + 1]: 0, and where each row ends among the N tokens
+    groups: list[tuple[int, int]]  # (count, length): how many rows in succession attend in one call, padded to which length
+    places: torch.Tensor | None  # int64 [N]: those of the real tokens among the positions of all groups; None: the groups have no padding
 
     def to(self, device: Any, non_blocking: bool = False) -> Segments:
-        return replace(self, index=self.index.to(device, non_blocking=non_blocking), bounds=self.bounds.to(device, non_blocking=non_blocking))
+        return self._with(lambda part: part.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Segments:
-        return replace(self, index=self.index.pin_memory(), bounds=self.bounds.pin_memory())
+        return self._with(lambda part: part.pin_memory())
+
+    def _with(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Segments:
+        return replace(self, index=change(self.index), bounds=change(self.bounds), places=None if self.places is None else change(self.places))
 
     def gather(self, padded: torch.Tensor) -> torch.Tensor:
         """[B, L, ...] -> [1, N, ...]."""

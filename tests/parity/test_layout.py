@@ -73,7 +73,7 @@ def test_where_it_is_impossible_rows_are_bucketed_and_the_run_says_why(name, rec
 
 
 def test_rows_that_see_each_other_are_not_laid_flat(recipe, monkeypatch):
-    """The trial before the first step: here the lengths of the rows reach attention in the wrong order."""
+    """The trial before the first step: here attention takes all rows for one."""
     from ftkit import attention
 
     gather = attention.Flat._gather
@@ -81,7 +81,8 @@ def test_rows_that_see_each_other_are_not_laid_flat(recipe, monkeypatch):
     def confused(self, stack, args, kwargs):
         changed = gather(self, stack, args, kwargs)
         if changed is not None:
-            changed[1]["segments"] = replace(changed[1]["segments"], lengths=changed[1]["segments"].lengths[::-1])
+            whole = sum(changed[1]["segments"].lengths)
+            changed[1]["segments"] = replace(changed[1]["segments"], lengths=[whole], groups=[(1, whole)], places=None)
         return changed
 
     monkeypatch.setattr(attention.Flat, "_gather", confused)

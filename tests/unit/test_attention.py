@@ -28,8 +28,9 @@ from transformers import (
     T5Config,
 )
 
-from ftkit import recompute
+from ftkit import attention, recompute
 from ftkit.attention import NAME, Flat, Unsupported
+from ftkit.data import batches
 from ftkit.data.batches import segments
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 100, "max_position_embeddings": 64}
@@ -102,34 +103,65 @@ def difference(found, expected):
     return max((a - b).abs().max() for a, b in zip(found, expected, strict=True)) / scale
 
 
+def assert_alike(model, *ways):
+    """Two ways to compute the logits of the same items, [n, C], give the same, and the same gradients."""
+    logits, gradients = [], []
+    for compute in ways:
+        model.zero_grad()
+        logits.append(compute())
+        logits[-1].log_softmax(-1)[:, 0].sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+    assert difference(*logits[::-1]) < 1e-5
+    assert difference(*gradients[::-1]) < 1e-5
+
+
+@pytest.fixture(params=[0, 50, 2000], ids=["of-one-length", "a-few-padded", "one-group"])
+def call(request, monkeypatch):
+    """What a call of attention is said to cost: rows attend in three, two and one groups."""
+    monkeypatch.setattr(batches, "CALL", request.param)
+    return request.param
+
+
 @pytest.mark.parametrize("name", [*ENCODERS, *DECODERS])
-def test_classes_are_those_of_each_row_alone(name, batch):
+def test_classes_are_those_of_each_row_alone(name, call, batch):
     config = (ENCODERS | DECODERS)[name]
     if type(config) not in transformers.AutoModelForSequenceClassification._model_mapping:
         pytest.skip("has no such head")
     model = built(transformers.AutoModelForSequenceClassification, config)
-    with torch.no_grad():
-        assert difference(flat(model, *batch), alone(model, batch[0])) < 1e-5
+    assert_alike(model, lambda: torch.stack(alone(model, batch[0])), lambda: torch.stack(flat(model, *batch)))
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_next_tokens_and_gradients_are_those_of_each_row_alone(name, batch):
+def test_next_tokens_are_those_of_each_row_alone(name, call, batch):
     model = built(transformers.AutoModelForCausalLM, DECODERS[name])
-    gradients = []
-    outputs = []
-    for layout in (lambda: alone(model, batch[0], use_cache=False), lambda: flat(model, *batch, use_cache=False)):
-        model.zero_grad()
-        outputs.append(layout())
-        torch.cat(outputs[-1]).log_softmax(-1)[:, 5].sum().backward()
-        gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
-    assert difference(outputs[1], outputs[0]) < 1e-5
-    assert difference(gradients[1], gradients[0]) < 1e-5
+    assert_alike(model, lambda: torch.cat(alone(model, batch[0], use_cache=False)), lambda: torch.cat(flat(model, *batch, use_cache=False)))
 
 
-def test_the_encoder_of_t5_with_its_position_bias(batch):
+def test_the_encoder_of_t5_with_its_position_bias(call, batch):
     model = built(transformers.T5EncoderModel, T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=100))
     with torch.no_grad():
         assert difference(flat(model, *batch), alone(model, batch[0])) < 1e-5
+
+
+DROPPING = {
+    "bert": BertConfig(**SMALL, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.5),
+    "modernbert": ModernBertConfig(**SMALL, attention_dropout=0.5, local_attention=6, global_attn_every_n_layers=2, pad_token_id=0),
+    "mistral": MistralConfig(**GROUPED, attention_dropout=0.5, sliding_window=4),
+    "gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=100, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.5, pad_token_id=0),
+}
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_attention_with_dropout_is_the_same_but_for_what_is_dropped(name, call, batch, monkeypatch):
+    """Its own code, with a dropout that drops nothing, beside the model's without."""
+    shares = []
+    monkeypatch.setattr(attention, "dropped", lambda scores, share: shares.append(share) or scores)
+    model = built(transformers.AutoModelForSequenceClassification, DROPPING[name])
+    for name, module in model.named_modules():
+        if name.endswith("out_drop"):  # ModernBERT drops with the same share after attention, too
+            module.p = 0.0
+    assert_alike(model, lambda: torch.stack(alone(model, batch[0])), lambda: torch.stack(flat(model.train(), *batch)))
+    assert set(shares) == {0.5}
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
@@ -196,6 +228,14 @@ def test_removed_it_leaves_the_model_as_it_was(batch):
         assert torch.equal(model(input_ids=ids, attention_mask=mask)[0], expected)
     assert (padded - expected).abs().max() < 1e-5
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_rows_attend_in_one_call_where_padding_costs_less_than_another(monkeypatch):
+    monkeypatch.setattr(batches, "CALL", 50)
+    assert batches.grouped([5, 5, 6, 9, 20, 20]) == [(3, 6), (1, 9), (2, 20)]  # 2 * (36 - 25) = 22 more pairs; 3 * (81 - 36) = 135
+    assert batches.grouped([20, 20, 9, 6, 5, 5]) == [(2, 20), (2, 9), (2, 5)]
+    monkeypatch.setattr(batches, "CALL", 0)
+    assert batches.grouped([3, 3, 4]) == [(2, 3), (1, 4)]
 
 
 def test_segments_say_where_the_real_tokens_are():

@@ -102,7 +102,7 @@ def start(tmp_path):
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
-                preexec_fn=listen_to_interrupts,
+                preexec_fn=listen_to_signals,
             )
         )
         return started[-1]
@@ -115,9 +115,10 @@ def start(tmp_path):
             process.wait()
 
 
-def listen_to_interrupts():
-    """A shell starts what it puts into the background with SIGINT ignored, and so are the tests where that is how they run."""
+def listen_to_signals():
+    """A shell starts what it puts into the background with SIGINT ignored, and nohup with SIGHUP: the tests may have been started so."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def both_train(process):
