@@ -40,12 +40,15 @@ class StopRequest:
 
     def agreed(self, accelerator: Accelerator) -> bool:
         """Whether a stop was requested of any process of the run, which all of them know afterwards.  Collective."""
-        if accelerator.num_processes > 1:
-            import torch
+        if accelerator.num_processes == 1:
+            return self.requested
+        import torch
 
-            everyone: Any = accelerator.gather(torch.tensor([self.signum], device=accelerator.device))
-            self.signum = int(everyone.max())
-        return self.requested
+        everyone: Any = accelerator.gather(torch.tensor([self.signum], device=accelerator.device))
+        agreed = int(everyone.max())
+        if agreed:  # if not, a signal that came meanwhile must stay for the next time
+            self.signum = agreed
+        return agreed != 0
 
     def error(self) -> Preempted | Interrupted:
         """What to raise, once everything worth keeping is saved."""

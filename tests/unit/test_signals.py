@@ -79,3 +79,16 @@ def test_all_processes_stop_for_a_signal_to_one(here, elsewhere, agreed):
     two = SimpleNamespace(num_processes=2, device="cpu", gather=lambda signum: torch.cat([signum, torch.tensor([elsewhere])]))
     assert stop.agreed(two) == bool(agreed)
     assert stop.signum == agreed
+
+
+def test_a_signal_that_comes_while_the_processes_agree_counts_the_next_time():
+    stop = StopRequest()
+
+    def gather(own):
+        stop.signum = signal.SIGTERM  # this process waits for the other one
+        return torch.cat([own, torch.tensor([0])])
+
+    two = SimpleNamespace(num_processes=2, device="cpu", gather=gather)
+    assert not stop.agreed(two)  # the other process goes on: so must this one
+    assert stop.agreed(two)
+    assert stop.signum == signal.SIGTERM
