@@ -168,18 +168,13 @@ def _draw(session: Session, output: Path, measured: dict[str, Measured]) -> None
 
 def _baselines(session: Session, report: Reporter) -> dict[str, float]:
     """What needs no model at all would score on the first validation set, if the task knows such a thing; of the rows that were used."""
-    import numpy as np
-
     prepared, names = session.prepared, session.prepared.validation
     baselines = getattr(session.recipe.task, "baselines", None)
     if baselines is None or not names:
         return {}
     measured, features = prepared.splits[names[0]]
     with report.stage("baselines"):
-        return baselines(
-            [prepared.rows.train[row] for row in np.unique(prepared.train.row)],
-            [measured[row] for row in np.unique(features.row)],
-        )
+        return baselines((prepared.rows.train[row] for row in prepared.train.rows()), (measured[row] for row in features.rows()))
 
 
 def _release(session: Session) -> None:

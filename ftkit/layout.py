@@ -168,10 +168,11 @@ def logits(trainee: Trainee, features: FeatureSet, indices: Sequence[int], pad_t
 
 def two_rows(features: FeatureSet) -> FeatureSet:
     """The beginnings of the two longest rows, cut to different lengths, with everything in them supervised."""
-    order = np.argsort(-features.lengths, kind="stable")
+    longest = int(features.lengths.argmax())
+    others = [start + int(part.argmax()) for start, part in ((0, features.lengths[:longest]), (longest + 1, features.lengths[longest + 1 :])) if len(part)]
     chosen, limit = [], TRIED_TOKENS[0]
-    for index in (order[0], order[min(1, len(order) - 1)]):
-        row = features.get(int(index))
+    for index in (longest, max(others, key=features.lengths.__getitem__, default=longest)):
+        row = features.get(index)
         tokens = slice(min(limit, len(row["input_ids"])))
         targets = row["targets"] if features.per_row else row["targets"][tokens]
         types = None if row["token_type_ids"] is None else row["token_type_ids"][tokens].tolist()
@@ -182,7 +183,7 @@ def two_rows(features: FeatureSet) -> FeatureSet:
 
 def _with_other_tokens(rows: FeatureSet, index: int) -> FeatureSet:
     """The same rows, with the tokens of one of them in the reverse order and its first one from the other row: other tokens, none unknown to the model."""
-    ids = rows.input_ids.copy()
+    ids = rows.input_ids[:].copy()
     own = slice(rows.offsets[index], rows.offsets[index + 1])
     ids[own] = ids[own][::-1]
     ids[own.start] = ids[rows.offsets[1 - index + 1] - 1]

@@ -17,6 +17,7 @@ from ftkit.recipe.spec import TrainedTokenizer
 
 if TYPE_CHECKING:
     from ftkit.data.features import Encoded, FeatureSet
+    from ftkit.data.types import RowList
     from ftkit.model import Source
     from ftkit.recipe import Resolved
     from ftkit.recipe.spec import Recipe
@@ -78,7 +79,7 @@ def prepare(resolved: Resolved, report: Reporter, poll: Callable[[], None] = lam
 
     audits: dict[str, dict[str, Any]] = {}
 
-    def encode(name: str, split: list[Row]) -> FeatureSet:
+    def encode(name: str, split: RowList) -> FeatureSet:
         done = tokenise(name, split, task, tokenizer, limits, recipe.data.on_bad_rows, report, poll)
         audits[name] = done.audit.to_dict()
         return done.features
@@ -91,7 +92,7 @@ def prepare(resolved: Resolved, report: Reporter, poll: Callable[[], None] = lam
 
 
 def tokenise(
-    name: str, rows: list[Row], task: Task, tokenizer: Any, limits: Limits, on_bad_rows: str, report: Reporter, poll: Callable[[], None] = lambda: None
+    name: str, rows: RowList, task: Task, tokenizer: Any, limits: Limits, on_bad_rows: str, report: Reporter, poll: Callable[[], None] = lambda: None
 ) -> Encoded:
     """The rows of a split as features, with progress and an account of what was cut and left out."""
     from ftkit.data import features

@@ -315,7 +315,7 @@ def _check_metrics(task: Task, model: Any, features: FeatureSet, pad: int) -> No
     _require(task.main_metric in values, f"{name}.compute lacks the main metric {task.main_metric}")
     unknown = values.keys() - {*task.metric_names, "loss_count"}
     _require(not unknown, f"{name}.compute gives {', '.join(sorted(unknown))}, which metric_names does not list")
-    total = float(features.weights.sum())
+    total = float(features.weights[:].sum())
     _require(values["loss_count"] == total, f"{name}: loss_count is {values['loss_count']}, the weights sum up to {total}")
 
 

@@ -6,10 +6,10 @@ Every choice is a function of (seed, epoch): a run that resumes at step n needs 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -42,15 +42,16 @@ class Sampler:
     layout: str
     seed: int
 
-    def epoch(self, number: int) -> list[np.ndarray]:
+    def epoch(self, number: int) -> Sequence[np.ndarray]:
         """The batches of an epoch, from 0, in order: arrays of feature indices."""
         rng = np.random.default_rng((self.seed, number))
-        order = rng.permutation(len(self.lengths))
+        order = np.arange(len(self.lengths), dtype=np.int32)  # four bytes a feature are what an epoch takes
+        rng.shuffle(order)
         if self.layout != "bucketed":
             return self._cut(order)
         size = self.batch_size or max(1, round((self.batch_tokens or 1) / self.lengths.mean()))
         pool = size * max(1, min(POOL, len(order) // (size * POOL_SHARE)))
-        batches = []
+        batches: list[np.ndarray] = []
         for start in range(0, len(order), pool):
             part = order[start : start + pool]
             batches += self._cut(part[np.argsort(self.lengths[part], kind="stable")])
@@ -64,9 +65,9 @@ class Sampler:
         rest = math.ceil((epochs - whole) * len(self.epoch(whole))) if epochs > whole else 0
         return sum(len(self.epoch(number)) for number in range(whole)) + rest
 
-    def _cut(self, order: np.ndarray) -> list[np.ndarray]:
+    def _cut(self, order: np.ndarray) -> Sequence[np.ndarray]:
         if self.batch_size:
-            return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+            return _Cut(order, self.batch_size)
         assert self.batch_tokens is not None
         ends, batches, start = np.cumsum(self.lengths[order]), [], 0
         while start < len(order):
@@ -75,6 +76,21 @@ class Sampler:
             batches.append(order[start:stop])
             start = stop
         return batches
+
+
+class _Cut(Sequence[np.ndarray]):
+    """An array in parts of `size`, the last one perhaps smaller."""
+
+    def __init__(self, whole: np.ndarray, size: int) -> None:
+        self.whole, self.size = whole, size
+
+    def __len__(self) -> int:
+        return -(-len(self.whole) // self.size)
+
+    def __getitem__(self, place: Any) -> Any:
+        if not 0 <= place < len(self):
+            raise IndexError(place)
+        return self.whole[place * self.size : (place + 1) * self.size]
 
 
 def split(batch: np.ndarray, lengths: np.ndarray, accumulate: int, world: int, rank: int) -> list[np.ndarray]:

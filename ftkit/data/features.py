@@ -7,16 +7,19 @@ import inspect
 import json
 import tempfile
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 import ftkit
-from ftkit.data import cache
+from ftkit.data import cache, ondisk
+from ftkit.data.ondisk import BUFFER, Growing, Spool, Stored
 from ftkit.data.parallel import outcomes
 from ftkit.data.rows import report_bad
 from ftkit.data.types import Features, Limits, Row
@@ -33,6 +36,7 @@ CALL_STATE = {
 }
 NOT_TEXT = frozenset({"label", "score", "tags", "answers"})
 PROGRESS_ROWS = 64  # between two reports of progress
+Numbers: TypeAlias = "np.ndarray | Stored"
 
 
 @dataclass(frozen=True)
@@ -42,12 +46,12 @@ class FeatureSet:
     Targets and weights have an entry a token, or an entry a feature (`per_row`).
     """
 
-    input_ids: np.ndarray  # int32 [T]
-    offsets: np.ndarray  # int64 [n + 1]: feature i has the tokens from offsets[i] to offsets[i + 1]
-    targets: np.ndarray  # int32 or float32, [T] or [n]
-    weights: np.ndarray  # float32, as targets
-    row: np.ndarray  # int64 [n]: index of the row that a feature came from
-    token_type_ids: np.ndarray | None = None  # int8 [T]
+    input_ids: Numbers  # int32 [T]
+    offsets: Numbers  # int64 [n + 1]: feature i has the tokens from offsets[i] to offsets[i + 1]
+    targets: Numbers  # int32 or float32, [T] or [n]
+    weights: Numbers  # float32, as targets
+    row: Numbers  # int64 [n], ascending: index of the row that a feature came from
+    token_type_ids: Numbers | None = None  # int8 [T]
 
     @classmethod
     def of(cls, rows: Iterable[list[Features]]) -> FeatureSet:
@@ -62,8 +66,24 @@ class FeatureSet:
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """int64 [n]: tokens of each feature."""
-        return np.diff(self.offsets)
+        """int32 [n]: tokens of each feature."""
+        if not isinstance(self.offsets, Stored):
+            return np.diff(self.offsets).astype(np.int32)
+        found, place = np.empty(len(self), np.int32), 0
+        for start in range(0, len(self), BUFFER):
+            bounds = self.offsets[start : start + BUFFER + 1]
+            found[place : place + len(bounds) - 1] = np.diff(bounds)
+            place += len(bounds) - 1
+        return found
+
+    def rows(self) -> Iterator[int]:
+        """The rows that have features, in order."""
+        last = -1
+        for block in self.row.blocks() if isinstance(self.row, Stored) else [self.row]:
+            for row in block.tolist():
+                if row != last:
+                    yield row
+                last = row
 
     @cached_property
     def per_row(self) -> bool:
@@ -75,7 +95,7 @@ class FeatureSet:
 
     def get(self, index: int) -> dict[str, Any]:
         """Views of one feature's input_ids, targets, weights and token_type_ids."""
-        tokens = slice(self.offsets[index], self.offsets[index + 1])
+        tokens = slice(*self.offsets[index : index + 2].tolist())
         supervised = slice(index, index + 1) if self.per_row else tokens
         return {
             "input_ids": self.input_ids[tokens],
@@ -89,29 +109,37 @@ class FeatureSet:
         from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
-        arrays = {name: value for name, value in vars(self).items() if name in self.__dataclass_fields__ and value is not None}
+        arrays: dict[str, Any] = {name: value for name, value in vars(self).items() if name in self.__dataclass_fields__ and value is not None}
         try:
-            save_file(arrays, path, metadata={"ftkit": json.dumps(metadata)})
+            if isinstance(self.row, Stored):
+                ondisk.save(arrays, path, {"ftkit": json.dumps(metadata)})
+            else:
+                save_file(arrays, path, metadata={"ftkit": json.dumps(metadata)})
         except SafetensorError as error:
             raise DiskError(f"{path}: cannot be written: {error}") from error
 
     @classmethod
-    def load(cls, path: Path) -> tuple[FeatureSet, dict[str, Any]]:
-        """A set and its metadata; the arrays are mapped, so that pages are read when they are needed."""
+    def load(cls, path: Path, on_disk: bool = False) -> tuple[FeatureSet, dict[str, Any]]:
+        """A set and its metadata; the arrays are mapped, so that pages are read when they are needed, or left `on_disk`."""
         from safetensors import safe_open
 
+        if on_disk:
+            arrays, metadata = ondisk.load(path)
+            return cls(**arrays), json.loads(metadata["ftkit"])
         with safe_open(path, framework="pt") as file:  # the numpy framework would copy the file into memory
-            arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118 - not a dict
-            return cls(**arrays), json.loads(file.metadata()["ftkit"])
+            return cls(**{name: file.get_tensor(name).numpy() for name in file.keys()}), json.loads(file.metadata()["ftkit"])  # noqa: SIM118 - not a dict
 
 
 class _Builder:
-    """Feature sets grow in compact arrays: a list of Python numbers takes ten times the memory."""
+    """Feature sets grow in compact arrays, in memory or on disk: a list of Python numbers takes ten times the memory."""
 
-    def __init__(self) -> None:
-        self.input_ids, self.offsets, self.row = array("i"), array("q", [0]), array("q")
-        self.targets, self.weights, self.token_type_ids = array("d"), array("f"), array("b")
+    def __init__(self, on_disk: bool = False) -> None:
+        new: Callable[[str], Any] = Growing if on_disk else array
+        self.input_ids, self.offsets, self.row = new("i"), new("q"), new("q")
+        self.targets, self.weights, self.token_type_ids = new("d"), new("f"), new("b")
+        self.offsets.append(0)
         self.real_targets = False
+        self.on_disk = on_disk
 
     def add(self, row: int, features: list[Features]) -> None:
         for each in features:
@@ -129,13 +157,17 @@ class _Builder:
         num_tokens, n = len(self.input_ids), len(self.row)
         assert len(self.targets) in (num_tokens, n), "a target for each token, or one for each feature"
         assert len(self.token_type_ids) in (0, num_tokens), "token types for all features, or for none"
+
+        def done(grown: Any, dtype: Any) -> Any:
+            return grown.stored(dtype) if self.on_disk else np.array(grown, dtype)
+
         return FeatureSet(
-            input_ids=np.array(self.input_ids, np.int32),
-            offsets=np.array(self.offsets, np.int64),
-            targets=np.array(self.targets, np.float32 if self.real_targets else np.int32),
-            weights=np.array(self.weights, np.float32),
-            row=np.array(self.row, np.int64),
-            token_type_ids=np.array(self.token_type_ids, np.int8) if len(self.token_type_ids) else None,
+            input_ids=done(self.input_ids, np.int32),
+            offsets=done(self.offsets, np.int64),
+            targets=done(self.targets, np.float32 if self.real_targets else np.int32),
+            weights=done(self.weights, np.float32),
+            row=done(self.row, np.int64),
+            token_type_ids=done(self.token_type_ids, np.int8) if len(self.token_type_ids) else None,
         )
 
 
@@ -197,7 +229,7 @@ def encode(
     training = split == "train"
 
     def load(path: Path) -> Encoded:
-        features, audit = FeatureSet.load(path)
+        features, audit = FeatureSet.load(path, isinstance(rows, Spool))
         return Encoded(features, Audit(**audit | {"bad": [(row, reason) for row, reason in audit["bad"]]}))
 
     def save(encoded: Encoded, path: Path) -> None:
@@ -239,9 +271,9 @@ def describe(split: str, audit: Audit) -> list[str]:
 def _tokenise(
     rows: Sequence[Row], task: Task, tokenizer: Any, limits: Limits, training: bool, progress: Callable[[int, int], None], poll: Callable[[], None]
 ) -> Encoded:
-    builder, audit = _Builder(), Audit(rows=len(rows))
-    measured: list[int] = []  # rows whose tokens are all there
-    for index, features in enumerate(outcomes(rows, task, tokenizer, limits, poll)):
+    builder, audit = _Builder(isinstance(rows, Spool)), Audit(rows=len(rows))
+    counts = _Counts(tokenizer)
+    for index, (row, features) in enumerate(zip(rows, outcomes(rows, task, tokenizer, limits, poll), strict=True)):
         if index % PROGRESS_ROWS == 0:
             progress(index, len(rows))
         if isinstance(features, str):
@@ -257,36 +289,57 @@ def _tokenise(
                 cut = f" ({lost} tokens of it are cut off: data.max_length is {limits.max_length})" if lost else ""
                 audit.bad.append((index, f"nothing in this row is learned{cut}"))
                 continue
-        if features and not lost:
-            measured.append(index)
         audit.untrained_answers += sum(each.untrained_answers for each in features)
+        counts.add(row, features, whole=not lost)
         builder.add(index, features)
-    result = builder.build()
-    _measure(result, [rows[index] for index in measured], np.isin(result.row, measured), tokenizer, audit)
-    return Encoded(result, audit)
+    counts.tell(audit)
+    return Encoded(builder.build(), audit)
 
 
-def _measure(features: FeatureSet, whole: list[Row], is_whole: np.ndarray, tokenizer: Any, audit: Audit) -> None:
-    """Fill in what the finished arrays tell; `whole` are the rows, `is_whole` [n] the features, that lost no token."""
-    audit.features, audit.tokens = len(features), len(features.input_ids)
-    audit.supervised = int(np.count_nonzero(features.weights))
-    if not len(features):
-        return
-    audit.lengths = {f"p{q}": int(np.percentile(features.lengths, q, method="nearest")) for q in (50, 95, 99)} | {"max": int(features.lengths.max())}
-    special = set(tokenizer.all_special_ids)
-    unknown = tokenizer.unk_token_id
-    structural = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.cls_token_id}
-    if unknown in structural:  # byte-level vocabularies name some token as unknown and never need it
-        unknown = None
-    is_text = ~np.isin(features.input_ids, list(special - {unknown}))
-    audit.text_tokens = int(is_text.sum())
-    if unknown is not None:
-        audit.unknown_tokens = int((features.input_ids == unknown).sum())
-    texts = [text for row in whole for name, value in row.values.items() if name not in NOT_TEXT for text in _texts(value)]
-    words, characters = sum(len(text.split()) for text in texts), sum(map(len, texts))
-    tokens = int(is_text[np.repeat(is_whole, features.lengths)].sum())
-    if words and tokens:
-        audit.tokens_per_word, audit.characters_per_token = tokens / words, characters / tokens
+class _Counts:
+    """What is counted while features are made."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.unknown = tokenizer.unk_token_id
+        if self.unknown in {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.cls_token_id}:
+            self.unknown = None  # byte-level vocabularies name some token as unknown and never need it
+        self.special = set(tokenizer.all_special_ids) - {self.unknown}
+        self.lengths: Counter[int] = Counter()
+        self.supervised = self.text = self.unknowns = 0
+        self.whole = self.words = self.characters = 0  # of rows that lost no token: text tokens, words, characters
+
+    def add(self, row: Row, features: list[Features], whole: bool) -> None:
+        text = 0
+        for each in features:
+            self.lengths[len(each.input_ids)] += 1
+            self.supervised += len(each.weights) - each.weights.count(0)
+            self.unknowns += each.input_ids.count(self.unknown)
+            text += sum(token not in self.special for token in each.input_ids)
+        self.text += text
+        if features and whole:
+            texts = [text for name, value in row.values.items() if name not in NOT_TEXT for text in _texts(value)]
+            self.whole += text
+            self.words += sum(len(text.split()) for text in texts)
+            self.characters += sum(map(len, texts))
+
+    def tell(self, audit: Audit) -> None:
+        audit.features, audit.supervised = self.lengths.total(), self.supervised
+        audit.tokens = sum(length * count for length, count in self.lengths.items())
+        if not audit.features:
+            return
+        audit.lengths = {f"p{q}": _percentile(self.lengths, q) for q in (50, 95, 99)} | {"max": max(self.lengths)}
+        audit.text_tokens = self.text
+        if self.unknown is not None:
+            audit.unknown_tokens = self.unknowns
+        if self.words and self.whole:
+            audit.tokens_per_word, audit.characters_per_token = self.whole / self.words, self.characters / self.whole
+
+
+def _percentile(counts: Counter[int], q: int) -> int:
+    """The number nearest to the place of the percentile, as numpy's `nearest`."""
+    place = round((counts.total() - 1) * q / 100)
+    ends = accumulate(count for _, count in sorted(counts.items()))
+    return next(number for number, end in zip(sorted(counts), ends, strict=True) if place < end)
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -15,12 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-from ftkit.errors import DataError, DiskError
+from ftkit.errors import DataError, DiskError, RecipeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     import pyarrow as pa
+
+    from ftkit.data.ondisk import Spool
 
     Note = Callable[[str], None]
     Poll = Callable[[], None]
@@ -36,6 +38,7 @@ FORMATS = {
     ".txt": "txt",
 }
 SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation", "test": "test"}
+WHOLE = {"json": "write it as jsonl, an object a line", "txt": "with data.format: lines, each line of a txt file is a row"}
 PART_BYTES = 2**20  # of a text that is read in parts
 _SPLIT_NAME = re.compile(rf"({'|'.join(SPLITS)})(?:[-_.].*)?", re.IGNORECASE)
 
@@ -46,9 +49,16 @@ class Table:
 
     source: str
     columns: list[str] = field(default_factory=list)
-    records: list[tuple[int, dict[str, Any]]] = field(default_factory=list)  # Row.number and the record
+    records: list[tuple[int, dict[str, Any]]] | Spool[tuple[int, dict[str, Any]]] = field(default_factory=list)  # Row.number and the record
     bad: list[tuple[int, str]] = field(default_factory=list)  # Row.number and the reason why it cannot be used
     sha256: str = ""
+
+    @classmethod
+    def on_disk(cls, source: str) -> Table:
+        """One whose records are not kept in memory."""
+        from ftkit.data.ondisk import Spool
+
+        return cls(source, records=Spool(list, lambda pair: (pair[0], pair[1])))
 
     def reject(self, number: int, reason: str) -> None:
         self.bad.append((number, reason))
@@ -141,11 +151,13 @@ def _missing(path: Path) -> str:
     return f"no such file or directory{hint}{hub}"
 
 
-def read(path: Path, format: str | None, txt_row: str, note: Note, poll: Poll = lambda: None, choose: Choose = list) -> Table:
+def read(
+    path: Path, format: str | None, txt_row: str, note: Note, poll: Poll = lambda: None, choose: Choose = list, new: Callable[[str], Table] = Table
+) -> Table:
     """The records of one file; of a Parquet file only the chosen columns.  `poll` is called between lines and may raise to stop.
 
     Rows that cannot be parsed go to `bad`.  Raises DataError if the file as a whole is not of its
-    format, or has no rows; DiskError if the disk does not give it.
+    format, or has no rows; DiskError if the disk does not give it.  `new` makes the table.
     """
     format = format or format_of(path)
     if format is None:
@@ -155,7 +167,9 @@ def read(path: Path, format: str | None, txt_row: str, note: Note, poll: Poll = 
         )
     if format == "txt" and txt_row == "line":
         format = "lines"
-    table = Table(str(path))
+    table = new(str(path))
+    if not isinstance(table.records, list) and format in WHOLE:
+        raise RecipeError(f"data.streaming: {path} would be read into memory as a whole; {WHOLE[format]}")
     with _clear_errors(path):
         with path.open("rb") as file:
             table.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -304,7 +318,7 @@ def _read_tsv(file: BinaryIO, table: Table, note: Note, poll: Poll) -> None:
     folded = _delimited(file, table, poll, delimiter="\t", strict=True)
     if table.bad or (folded and len(table.columns) > 1):
         file.seek(0)
-        literal = Table(table.source, sha256=table.sha256)
+        literal = Table(table.source, records=[] if isinstance(table.records, list) else table.records.empty(), sha256=table.sha256)
         _delimited(file, literal, poll, delimiter="\t", quoting=csv.QUOTE_NONE)
         if literal.columns == table.columns and (not literal.bad or len(literal.bad) < len(table.bad)):  # a quoted header means quoted fields
             note(f"{table.source}: quotes do not delimit its fields and are kept as characters")
@@ -382,8 +396,10 @@ def _read_parquet(path: Path, table: Table, poll: Poll, choose: Choose) -> None:
         raise DataError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
 
 
-def add_batches(table: Table, batches: Iterable[pa.RecordBatch], poll: Poll = lambda: None) -> None:
-    """Fill the table with the rows of Arrow record batches, numbered from 1."""
+def add_batches(
+    table: Table, batches: Iterable[pa.RecordBatch], poll: Poll = lambda: None, change: Callable[[dict[str, Any]], dict[str, Any]] = lambda record: record
+) -> None:
+    """Fill the table with the rows of Arrow record batches, numbered from 1, each as `change` makes it."""
     number = 0
     for batch in batches:
         poll()
@@ -396,7 +412,7 @@ def add_batches(table: Table, batches: Iterable[pa.RecordBatch], poll: Poll = la
             if isinstance(record, str):
                 table.reject(number, record)
             else:
-                table.records.append((number, record))
+                table.records.append((number, change(record)))
 
 
 def _one_record(batch: pa.RecordBatch, index: int) -> dict[str, Any] | str:

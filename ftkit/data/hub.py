@@ -56,19 +56,21 @@ def load(source: str, note: Callable[[str], None]) -> HubData:
     return HubData(splits, commit)
 
 
-def table(source: str, split: str, data: HubData, poll: Poll = lambda: None, choose: Choose = list) -> Table:
+def table(source: str, split: str, data: HubData, poll: Poll = lambda: None, choose: Choose = list, new: Callable[[str], Table] = Table) -> Table:
     """The chosen columns of a split as records; integer classes become their names, an unlabelled -1 becomes null.
 
-    `poll` is called between batches and may raise to stop.
+    `poll` is called between batches and may raise to stop.  `new` makes the table.
     """
     dataset = data.splits[split]
     chosen = dataset.select_columns(choose(dataset.column_names))
-    result = Table(f"{source}[{split}]", columns=list(dataset.column_names), sha256=f"{data.revision}-{dataset._fingerprint}")
-    add_batches(result, chosen.with_format("arrow").iter(batch_size=1000), poll)
+    result = new(f"{source}[{split}]")
+    result.columns, result.sha256 = list(dataset.column_names), f"{data.revision}-{dataset._fingerprint}"
     names = {column: classes for column, feature in chosen.features.items() if (classes := _classes(feature))}
-    for _, record in result.records:
-        for column, classes in names.items():
-            record[column] = _named(record[column], classes)
+
+    def named(record: dict[str, Any]) -> dict[str, Any]:
+        return record | {column: _named(record[column], classes) for column, classes in names.items()}
+
+    add_batches(result, chosen.with_format("arrow").iter(batch_size=1000), poll, named)
     if not result.records and not result.bad:
         raise DataError(f"{result.source}: the split has no rows")
     return result

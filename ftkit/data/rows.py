@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import heapq
 import json
 import random
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from ftkit.data import files, formats, hub
+from ftkit.data.files import Table
+from ftkit.data.ondisk import Spool
 from ftkit.data.types import Row, RowError, Rows
 from ftkit.errors import DataError, RecipeError
 from ftkit.tasks import Shape
@@ -19,7 +22,8 @@ from ftkit.tasks import Shape
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ftkit.data.files import Choose, Note, Poll, Table
+    from ftkit.data.files import Choose, Note, Poll
+    from ftkit.data.types import RowList
     from ftkit.recipe.spec import Data
     from ftkit.tasks import Task
 
@@ -72,15 +76,19 @@ def load_rows(data: Data, task: Task, seed: int, note: Note, poll: Poll = lambda
     def source(name: str, split: str) -> _Source:
         return _Source(name, split, data.format, task.txt_row, note, poll, choose)
 
+    new = Table.on_disk if data.streaming else Table
+
     names = [data.train] if isinstance(data.train, str) else data.train
     sources = [source(name, "train") for name in names]
-    tables = [table for each in sources for table in each.tables("train")]
+    tables = [table for each in sources for table in each.tables("train", new)]
     if not any(table.records for table in tables):
         raise DataError(_listed([line for table in tables for line in table.flaws()], f"{', '.join(names)}: no row can be read"))
     columns = _column_map(tables, data.columns, task)
     note(f"columns: {_described(columns, tables)}")
     reader = _Reader(columns, poll)
-    train = pool = reader.rows(tables)
+    train = pool = cast("RowList", Spool(_dumped, _loaded) if data.streaming else [])
+    reader.add(tables, train)
+    del tables  # on disk they would be there twice
 
     own = sources[0] if len(sources) == 1 else None  # whose further splits belong to this training split
     validation: dict[str, list[Row]] = {}
@@ -105,7 +113,7 @@ def load_rows(data: Data, task: Task, seed: int, note: Note, poll: Poll = lambda
         note("no validation data: nothing is measured beside the training loss (data.validation: a file, or a fraction such as 0.1)")
     if data.limit and data.limit < len(train):
         note(f"data.limit: a random sample of {data.limit} of {len(train)} training rows")
-        train = [train[i] for i in _sample(len(train), data.limit, f"limit {seed}")]
+        train, _ = _parted(train, _sample(len(train), data.limit, f"limit {seed}"))
     _report_leaks(train, {**validation, "test": test}, note)
     return Rows(train, validation, test, reader.sha256, {} if columns.conversion else columns.columns, reader.bad, pool)
 
@@ -155,7 +163,7 @@ class _Source:
 
     def __init__(self, name: str, split: str, format: str | None, txt_row: str, note: Note, poll: Poll = lambda: None, choose: Choose = list) -> None:
         self.name, self.on_hub = name, hub.is_hub_id(name)
-        self.splits: dict[str, Callable[[], list[Table]]]
+        self.splits: dict[str, Callable[[Callable[[str], Table]], list[Table]]]
         if self.on_hub:
             if format:
                 note(f"{name}: data.format is about files and does not change how the hub's data is read")
@@ -165,10 +173,11 @@ class _Source:
             found = files.find(name, split, format, note)
             self.splits = {key: partial(_file_tables, paths, format, txt_row, note, poll, choose) for key, paths in found.items()}
 
-    def tables(self, split: str) -> list[Table]:
+    def tables(self, split: str, new: Callable[[str], Table] = Table) -> list[Table]:
+        """Those of a split, each begun by `new`."""
         if split not in self.splits:
             raise DataError(f"{self.name}: has no split {split!r}; there are: {', '.join(self.splits)}")
-        return self.splits[split]()
+        return self.splits[split](new)
 
     def validation_splits(self, required: bool) -> list[str]:
         """`validation`, or all of its kind (`validation_matched`, ...)."""
@@ -177,33 +186,51 @@ class _Source:
         return [name for name in self.splits if name.startswith("validation")]
 
 
-def _hub_tables(name: str, split: str, data: hub.HubData, poll: Poll, choose: Choose) -> list[Table]:
-    return [hub.table(name, split, data, poll, choose)]
+def _hub_tables(name: str, split: str, data: hub.HubData, poll: Poll, choose: Choose, new: Callable[[str], Table]) -> list[Table]:
+    return [hub.table(name, split, data, poll, choose, new)]
 
 
-def _file_tables(paths: list[Path], format: str | None, txt_row: str, note: Note, poll: Poll, choose: Choose) -> list[Table]:
-    return [files.read(path, format, txt_row, note, poll, choose) for path in paths]
+def _file_tables(paths: list[Path], format: str | None, txt_row: str, note: Note, poll: Poll, choose: Choose, new: Callable[[str], Table]) -> list[Table]:
+    return [files.read(path, format, txt_row, note, poll, choose, new) for path in paths]
 
 
-def _split(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+def _split(rows: RowList, fraction: float, seed: int) -> tuple[RowList, list[Row]]:
     if len(rows) < 2:
         raise DataError(f"data.validation: {fraction} of {len(rows)} rows leaves nothing to train on")
     size = min(max(1, round(len(rows) * fraction)), len(rows) - 1)
-    chosen = set(_sample(len(rows), size, f"validation {seed}"))
-    return [row for i, row in enumerate(rows) if i not in chosen], [rows[i] for i in sorted(chosen)]
+    chosen, rest = _parted(rows, _sample(len(rows), size, f"validation {seed}"))
+    return rest, list(chosen)
+
+
+def _parted(rows: RowList, chosen: list[int]) -> tuple[RowList, RowList]:
+    """Those at these places, and the others; on disk if they were."""
+    places = set(chosen)
+    taken, rest = ([], []) if isinstance(rows, list) else (rows.empty(), rows.empty())
+    for i, row in enumerate(rows):
+        (taken if i in places else rest).append(row)
+    return taken, rest
 
 
 def _sample(n: int, size: int, seed: str) -> list[int]:
     """`size` of the numbers below n, ascending; only `random()` gives the same sequence in every Python."""
     generator = random.Random(seed)
-    draws = [generator.random() for _ in range(n)]
-    return sorted(sorted(range(n), key=draws.__getitem__)[:size])
+    return sorted(i for _, i in heapq.nsmallest(size, ((generator.random(), i) for i in range(n))))
 
 
-def _report_leaks(train: list[Row], others: dict[str, list[Row]], note: Note) -> None:
-    seen = {_inputs_digest(row) for row in train}
+def _dumped(row: Row) -> list[Any]:
+    return [row.values, row.file, row.number]
+
+
+def _loaded(values: list[Any]) -> Row:
+    return Row(*values)
+
+
+def _report_leaks(train: RowList, others: dict[str, list[Row]], note: Note) -> None:
+    digests = {split: [_inputs_digest(row) for row in rows] for split, rows in others.items()}
+    wanted = {digest for each in digests.values() for digest in each}
+    seen = {digest for row in train if (digest := _inputs_digest(row)) in wanted} if wanted else set()
     for split, rows in others.items():
-        if leaked := sum(_inputs_digest(row) in seen for row in rows):
+        if leaked := sum(digest in seen for digest in digests[split]):
             note(f"{split}: {leaked:,} of {_plural(len(rows), 'row')} with the same inputs as a training row")
 
 
@@ -226,6 +253,11 @@ class _Reader:
 
     def rows(self, tables: list[Table]) -> list[Row]:
         rows: list[Row] = []
+        self.add(tables, rows)
+        return rows
+
+    def add(self, tables: list[Table], rows: RowList) -> None:
+        """Add those of the tables to others."""
         for table in tables:
             absent = [name for name in self.columns.needed if name not in table.columns]
             if absent and table.records:
@@ -241,7 +273,6 @@ class _Reader:
                 except RowError as error:
                     table.reject(number, str(error))
             self.bad += table.flaws()
-        return rows
 
 
 def _choice(task: Task, given: dict[str, str]) -> Choose:

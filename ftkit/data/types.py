@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
     from ftkit.data.features import FeatureSet
+    from ftkit.data.ondisk import Spool
 
 
 @dataclass(slots=True, frozen=True)
@@ -26,17 +27,20 @@ class Row:
         return f"{self.file}:{self.number}"
 
 
+RowList: TypeAlias = "list[Row] | Spool[Row]"  # in memory or on disk
+
+
 @dataclass(slots=True)
 class Rows:
     """The rows of a run by split; `validation` maps names to rows (one, called `validation`, as a rule)."""
 
-    train: list[Row]
+    train: RowList
     validation: dict[str, list[Row]]
     test: list[Row]
     sha256: dict[str, str]  # file or hub id -> content hash, for the manifest and the cache key
     columns: dict[str, str]  # what the task calls a column -> what the file calls it
     bad: list[str]  # "file:row: reason" of each row left out under on_bad_rows: skip
-    pool: list[Row]  # what `train`, and a fraction for validation, were drawn from: what tasks know all labels from
+    pool: RowList  # what `train`, and a fraction for validation, were drawn from: what tasks know all labels from
 
 
 class RowError(ValueError):

@@ -115,6 +115,7 @@ class Data(Spec):
     truncation: Literal["right", "left", "drop", "error"] = option("right", "what happens to a longer row; always counted and reported")
     limit: int | None = option(None, "use a random sample (by seed) of this many training rows", ge=1)
     on_bad_rows: Literal["error", "skip"] = option("error", "stop at rows that cannot be used, or leave them out and count them")
+    streaming: bool = option(False, "keep training rows and their tokens on disk, for sets larger than memory; the run is the same")
 
 
 class EarlyStopping(Spec):

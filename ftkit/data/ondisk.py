@@ -1,0 +1,213 @@
+"""Lists and arrays that grow on disk, for sets larger than memory (`data.streaming`).
+
+They lie in files without a name in the cache's directory, which are gone with the process, however it ends.  They
+are read by position, not mapped: pages of a mapped file count as resident memory, and stay.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import IO, TYPE_CHECKING, Any, Generic, TypeVar, overload
+
+from ftkit.data import cache
+from ftkit.errors import DiskError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
+
+T = TypeVar("T")
+BUFFER = 1 << 16  # values of an array that wait to be written
+TYPES = {"<i4": "I32", "<i8": "I64", "<f4": "F32", "|i1": "I8"}  # numpy's names of dtypes and those of safetensors
+BLOCK = 1000  # items that are read together
+
+
+@contextmanager
+def _disk() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DiskError(f"{cache.directory()}: {error.strerror}; rows and tokens of data.streaming lie there, FTKIT_CACHE names another place") from error
+
+
+def _file() -> IO[bytes]:
+    with _disk():
+        cache.directory().mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryFile(dir=cache.directory())
+
+
+def _read(file: IO[bytes], start: int, size: int) -> bytes:
+    """`size` bytes from `start`, wherever the file was written last."""
+    parts = []
+    with _disk():
+        while size:
+            parts.append(os.pread(file.fileno(), size, start))
+            assert parts[-1], "within the file"
+            start, size = start + len(parts[-1]), size - len(parts[-1])
+    return b"".join(parts)
+
+
+class Stored:
+    """A numpy array of one dimension in a file; one value or a slice of it is read at a time."""
+
+    def __init__(self, file: IO[bytes], dtype: Any, size: int, start: int = 0) -> None:
+        import numpy as np
+
+        self.dtype: np.dtype[Any] = np.dtype(dtype)
+        self._file, self._size, self._start = file, size, start
+
+    def __len__(self) -> int:
+        return self._size
+
+    @overload
+    def __getitem__(self, place: slice) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, place: int | np.integer[Any]) -> Any: ...
+    def __getitem__(self, place: Any) -> Any:
+        import numpy as np
+
+        if not isinstance(place, slice):
+            index = int(place) + (self._size if place < 0 else 0)
+            return self[index : index + 1][0]
+        start, stop, step = place.indices(self._size)
+        assert step == 1, "neighbours only"
+        width = self.dtype.itemsize
+        return np.frombuffer(_read(self._file, self._start + start * width, max(0, stop - start) * width), self.dtype)
+
+    def blocks(self, size: int = BUFFER) -> Iterator[np.ndarray]:
+        """All of it, a part at a time."""
+        return (self[start : start + size] for start in range(0, self._size, size))
+
+
+def save(arrays: Mapping[str, Stored], path: Path, metadata: dict[str, str]) -> None:
+    """A safetensors file of arrays that no memory has to hold; the library's own function takes them in memory alone.
+
+    Its format: 8 bytes with the length of a JSON header, the header, the bytes (https://huggingface.co/docs/safetensors).
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, stored in arrays.items():
+        begin, end = end, end + len(stored) * stored.dtype.itemsize
+        header[name] = {"dtype": TYPES[stored.dtype.str], "shape": [len(stored)], "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for stored in arrays.values():
+            for block in stored.blocks():
+                file.write(block.tobytes())
+
+
+def load(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """The arrays and the metadata of such a file, which may be removed meanwhile."""
+    file = path.open("rb")
+    length = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(length))
+    metadata = header.pop("__metadata__")
+    types = {name: dtype for dtype, name in TYPES.items()}
+    arrays = {name: Stored(file, types[each["dtype"]], each["shape"][0], 8 + length + each["data_offsets"][0]) for name, each in header.items()}
+    return arrays, metadata
+
+
+class Growing:
+    """An array that is written while it grows: as array.array, and with a `Stored` in the end."""
+
+    def __init__(self, typecode: str) -> None:
+        self._file, self._waiting, self._size = _file(), array(typecode), 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def append(self, value: float) -> None:
+        self.extend((value,))
+
+    def extend(self, values: Iterable[Any]) -> None:
+        before = len(self._waiting)
+        self._waiting.extend(values)
+        self._size += len(self._waiting) - before
+        if len(self._waiting) > BUFFER:
+            self.flush()
+
+    def flush(self) -> None:
+        with _disk():
+            self._file.write(self._waiting.tobytes())
+            self._file.flush()
+        del self._waiting[:]
+
+    def stored(self, dtype: Any) -> Stored:
+        """What is there, as numbers of `dtype`."""
+        import numpy as np
+
+        self.flush()
+        whole = Stored(self._file, self._waiting.typecode, self._size)
+        if whole.dtype == np.dtype(dtype):
+            return whole
+        other = _file()
+        with _disk():
+            for block in whole.blocks():
+                other.write(block.astype(dtype).tobytes())
+            other.flush()
+        return Stored(other, dtype, self._size)
+
+
+class Spool(Sequence[T], Generic[T]):
+    """A list on disk, of what `dump` makes JSON values of and `load` makes again; items are added at its end and never change."""
+
+    def __init__(self, dump: Callable[[T], Any], load: Callable[[Any], T]) -> None:
+        self._dump, self._load = dump, load
+        self._file, self._written, self._bounds = _file(), 0, Growing("q")
+        self._bounds.append(0)
+        self._flushed = True
+
+    def empty(self) -> Spool[T]:
+        """Another one for such items."""
+        return Spool(self._dump, self._load)
+
+    def append(self, item: T) -> None:
+        # what JSON does not know (a date, an image) becomes what no column may hold, as it is in memory
+        data = json.dumps(self._dump(item), default=lambda value: {type(value).__name__: None}).encode()
+        with _disk():
+            self._file.write(data)
+        self._written += len(data)
+        self._bounds.append(self._written)
+        self._flushed = False
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    @overload
+    def __getitem__(self, place: int) -> T: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[T]: ...
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            start, stop, step = place.indices(len(self))
+            assert step == 1, "neighbours only"
+            return self._between(start, stop)
+        index = int(place) + (len(self) if place < 0 else 0)
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self._between(index, index + 1)[0]
+
+    def _between(self, start: int, stop: int) -> list[T]:
+        if stop <= start:
+            return []
+        if not self._flushed:
+            with _disk():
+                self._file.flush()
+            self._bounds.flush()
+            self._flushed = True
+        bounds = Stored(self._bounds._file, "q", len(self._bounds))[start : stop + 1].tolist()
+        data = _read(self._file, bounds[0], bounds[-1] - bounds[0])
+        return [self._load(json.loads(data[one - bounds[0] : other - bounds[0]])) for one, other in pairwise(bounds)]
+
+    def __iter__(self) -> Iterator[T]:
+        for start in range(0, len(self), BLOCK):
+            yield from self._between(start, min(start + BLOCK, len(self)))
