@@ -115,6 +115,9 @@ def check_objective(objective: Objective, scores: Scores | None = None) -> None:
     `scores`: 8 items or more with different positive weights; random logits of 7 classes if none are given.
     """
     _check_spec(objective)
+    _require(
+        isinstance(getattr(objective, "in_chunks", None), bool), f"{_name(objective)} does not say whether it is computed in_chunks: a field, true or false"
+    )
     scores = scores or _random_scores()
     whole = objective.loss(scores)
     _require(whole.shape == (), f"{_name(objective)}.loss gives a tensor of shape {tuple(whole.shape)}: it must be one number, the sum")

@@ -14,6 +14,7 @@ class Objective(Protocol):
     """A loss over supervised items."""
 
     kind: str
+    in_chunks: bool  # output head and loss see some of the supervised items at a time
 
     def loss(self, scores: Scores) -> torch.Tensor:
         """The weighted SUM of the losses of the items, float32; the loop divides by the sum of the weights."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from ftkit.recipe.spec import Spec
+from ftkit.recipe.spec import Spec, option
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +16,7 @@ class Supervised(Spec):
     """Cross-entropy against the data's own targets."""
 
     kind: Literal["supervised"] = "supervised"
+    in_chunks: bool = option(True, "output head and loss for some of the supervised items at a time; false: all their logits at once")
 
     def loss(self, scores: Scores) -> torch.Tensor:
         """Weighted sum of cross-entropies over the n supervised items, in float32."""

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from ftkit import plugins
 from ftkit.data.types import Scores
-from ftkit.recipe.spec import Spec
+from ftkit.recipe.spec import Spec, option
 from ftkit.testing import check_objective
 
 
@@ -21,6 +21,7 @@ class Broken(Spec):
     """Cross-entropy with the mistakes below."""
 
     kind: Literal["broken"] = "broken"
+    in_chunks: bool = option(True, "as the built-in objective")
 
 
 class Mean(Broken):
@@ -35,6 +36,12 @@ class Unweighted(Broken):
 
     def loss(self, scores: Scores) -> torch.Tensor:
         return F.cross_entropy(scores.logits.float(), scores.targets, reduction="sum")
+
+
+class Silent(Spec):
+    """Does not say whether its items may be computed apart."""
+
+    kind: Literal["silent"] = "silent"
 
 
 class Cut(Broken):
@@ -56,11 +63,12 @@ class Half(Broken):
     ("objective", "told"),
     [
         (Mean(), "return the sum, not the mean"),
+        (Silent(), "does not say whether it is computed in_chunks"),
         (Unweighted(), "multiply each item by its weight"),
         (Cut(), "of no item has no gradient"),
         (Half(), "compute it in float32"),
     ],
-    ids=["mean", "unweighted", "cut", "half"],
+    ids=["mean", "silent", "unweighted", "cut", "half"],
 )
 def test_a_broken_objective_is_told_what_to_change(objective, told):
     with pytest.raises(AssertionError, match=told):
