@@ -201,10 +201,12 @@ def _apart(
         size = sum(count * length for count, length in segments.groups)
         states = [state.new_zeros(len(state), size, state.shape[2]).index_copy(1, segments.places, state) for state in states]
     outputs, lengths = [], iter(segments.lengths)
+    ends = segments.bounds.diff().split([count for count, _ in segments.groups])  # those lengths, on the device
     parts = zip(*(state.split([count * length for count, length in segments.groups], 1) for state in states), strict=True)
-    for (count, length), part in zip(segments.groups, parts, strict=True):
+    for (count, length), own, part in zip(segments.groups, ends, parts, strict=True):
         query, key, value = (state.unflatten(1, (count, length)).transpose(0, 1) for state in part)  # [count, heads, length, head_dim]
-        mask = _mask(list(islice(lengths, count)), length, window, causal, query.device)
+        padded = min(islice(lengths, count)) < length
+        mask = _mask(own if padded else None, length, window, causal, query.device)
         bias = None if position_bias is None else position_bias[:, :, :length, :length]  # of distances, so the same anywhere
         if dropout and not query.is_cuda:
             output = _by_hand(query, key, value, mask, dropout, scaling, causal, bias)
@@ -215,12 +217,15 @@ def _apart(
     return (output if segments.places is None else output.index_select(0, segments.places)).unsqueeze(0)
 
 
-def _mask(lengths: list[int], longest: int, window: int | None, causal: bool, device: torch.device) -> torch.Tensor | None:
-    """bool, [rows, 1, 1, longest] or as it broadcasts: what positions look at in rows padded to the longest; None: all, or all before them."""
+def _mask(lengths: torch.Tensor | None, longest: int, window: int | None, causal: bool, device: torch.device) -> torch.Tensor | None:
+    """bool, [rows, 1, 1, longest] or as it broadcasts: what positions look at in rows of these lengths, padded; None: all, or all before them.
+
+    lengths: int32 [rows]; None where there is no padding.
+    """
     band = None if window is None or longest <= window else _band(longest, window, causal, device)
-    if causal or min(lengths) == longest:  # what looks back only does not see padding, which comes last
+    if causal or lengths is None:  # what looks back only does not see padding, which comes last
         return band
-    real = (torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None])[:, None, None]
+    real = (torch.arange(longest, device=device) < lengths[:, None])[:, None, None]
     if band is None:
         return real
     # padding sees itself where its window has nothing else: a softmax of nothing is NaN
@@ -248,7 +253,8 @@ def _by_hand(
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~(mask if mask.dim() == 2 else mask.transpose(0, 1)), float("-inf"))
-    return (dropped(scores.softmax(-1), dropout) @ value).permute(1, 2, 0, 3)
+    shares = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
+    return (dropped(shares, dropout) @ value).permute(1, 2, 0, 3)
 
 
 def _varlen(

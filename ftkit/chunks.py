@@ -34,9 +34,9 @@ def scores(items: Items) -> Iterator[Scores]:
 
 def loss(items: Items, objective: Objective, parameters: list[nn.Parameter]) -> torch.Tensor:
     """The objective's sum over the items, float32, with its gradient for their states and for those of `parameters` that the head uses."""
-    size = chunk_size(items)
     if not objective.in_chunks:
         return objective.loss(items.scores())
+    size = chunk_size(items)
     if len(items) <= size or not torch.is_grad_enabled():
         return sum((objective.loss(each) for each in scores(items)), start=torch.zeros((), device=items.states.device))
     if torch.is_autocast_enabled(items.states.device.type) and torch.get_autocast_dtype(items.states.device.type) is torch.float16:

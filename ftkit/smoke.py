@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from bisect import insort
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, zip_longest
@@ -154,11 +155,20 @@ def _examples(task: Task, columns: Iterable[str]) -> list[Row]:
 
 def _few(rows: Sequence[Row], count: int) -> list[Row]:
     """Short rows, with as many different answers as there are."""
-    by_answer: dict[str, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: len(str(row.values))):
+    shortest: dict[str, list[tuple[int, int, Row]]] = {}  # of each answer: length, place, row
+
+    def first() -> list[list[tuple[int, int, Row]]]:
+        return sorted(shortest.values(), key=lambda own: own[0][:2])[:count]
+
+    for place, row in enumerate(rows):
         answer = str([row.values.get(name) for name in sorted(formats.OUTPUTS)])
-        by_answer.setdefault(answer, []).append(row)
-    return [row for row in chain.from_iterable(zip_longest(*by_answer.values())) if row is not None][:count]
+        own = shortest.setdefault(answer, [])
+        insort(own, (len(str(row.values)), place, row))
+        del own[count:]
+        if len(shortest) > 100 * count:  # where every row has its own, few of them matter
+            kept = {id(own) for own in first()}
+            shortest = {answer: own for answer, own in shortest.items() if id(own) in kept}
+    return [each[2] for each in chain.from_iterable(zip_longest(*first())) if each is not None][:count]
 
 
 def _data(data: Data, rows: Rows, directory: Path, max_length: int) -> Data:

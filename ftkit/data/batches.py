@@ -30,7 +30,7 @@ CALL = 2000  # what a call of attention costs, in pairs of positions: seen for e
 class Sampler:
     """Which features an optimizer step sees: every one of them once an epoch, in an order of its own in each.
 
-    `lengths`: int64 [n], tokens of each feature.  A batch has `batch_size` features, or as many as `batch_tokens`
+    `lengths`: int32 [n], tokens of each feature.  A batch has `batch_size` features, or as many as `batch_tokens`
     tokens hold and one at least; the last of an epoch may be smaller.  Layouts `padded` and `flat` draw features at
     random; `bucketed` sorts pools of 50 random batches by length (of a quarter, where all are fewer than 200), so
     that a batch has features of about one length, and shuffles the batches.

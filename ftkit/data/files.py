@@ -12,6 +12,8 @@ import sys
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import date, time, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
@@ -39,6 +41,7 @@ FORMATS = {
 }
 SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation", "test": "test"}
 WHOLE = {"json": "write it as jsonl, an object a line", "txt": "with data.format: lines, each line of a txt file is a row"}
+TEXTUAL = ("decimal", "date", "time", "duration")  # in the names of Arrow's types
 PART_BYTES = 2**20  # of a text that is read in parts
 _SPLIT_NAME = re.compile(rf"({'|'.join(SPLITS)})(?:[-_.].*)?", re.IGNORECASE)
 
@@ -52,13 +55,6 @@ class Table:
     records: list[tuple[int, dict[str, Any]]] | Spool[tuple[int, dict[str, Any]]] = field(default_factory=list)  # Row.number and the record
     bad: list[tuple[int, str]] = field(default_factory=list)  # Row.number and the reason why it cannot be used
     sha256: str = ""
-
-    @classmethod
-    def on_disk(cls, source: str) -> Table:
-        """One whose records are not kept in memory."""
-        from ftkit.data.ondisk import Spool
-
-        return cls(source, records=Spool(list, lambda pair: (pair[0], pair[1])))
 
     def reject(self, number: int, reason: str) -> None:
         self.bad.append((number, reason))
@@ -318,7 +314,7 @@ def _read_tsv(file: BinaryIO, table: Table, note: Note, poll: Poll) -> None:
     folded = _delimited(file, table, poll, delimiter="\t", strict=True)
     if table.bad or (folded and len(table.columns) > 1):
         file.seek(0)
-        literal = Table(table.source, records=[] if isinstance(table.records, list) else table.records.empty(), sha256=table.sha256)
+        literal = Table(table.source, records=[] if isinstance(table.records, list) else table.records.behind(), sha256=table.sha256)
         _delimited(file, literal, poll, delimiter="\t", quoting=csv.QUOTE_NONE)
         if literal.columns == table.columns and (not literal.bad or len(literal.bad) < len(table.bad)):  # a quoted header means quoted fields
             note(f"{table.source}: quotes do not delimit its fields and are kept as characters")
@@ -403,6 +399,7 @@ def add_batches(
     number = 0
     for batch in batches:
         poll()
+        textual = any(word in str(kind) for kind in batch.schema.types for word in TEXTUAL)
         try:
             records = batch.to_pylist()
         except UnicodeDecodeError:  # Arrow does not check strings: find the rows that are not UTF-8
@@ -412,7 +409,16 @@ def add_batches(
             if isinstance(record, str):
                 table.reject(number, record)
             else:
-                table.records.append((number, change(record)))
+                table.records.append((number, change(_as_text(record) if textual else record)))
+
+
+def _as_text(value: Any) -> Any:
+    """The value with numbers that JSON does not know, and times, as text."""
+    if isinstance(value, dict):
+        return {key: _as_text(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_as_text(inner) for inner in value]
+    return str(value) if isinstance(value, Decimal | date | time | timedelta) else value
 
 
 def _one_record(batch: pa.RecordBatch, index: int) -> dict[str, Any] | str:

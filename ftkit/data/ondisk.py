@@ -10,6 +10,7 @@ import json
 import os
 import tempfile
 from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 BUFFER = 1 << 16  # values of an array that wait to be written
 TYPES = {"<i4": "I32", "<i8": "I64", "<f4": "F32", "|i1": "I8"}  # numpy's names of dtypes and those of safetensors
-BLOCK = 1000  # items that are read together
+BLOCK, BLOCK_BYTES = 1000, 1 << 22  # items that are read together, and their bytes, at most
 
 
 @contextmanager
@@ -93,6 +94,7 @@ def save(arrays: Mapping[str, Stored], path: Path, metadata: dict[str, str]) -> 
     """
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
+    arrays = dict(sorted(arrays.items(), key=lambda item: -item[1].dtype.itemsize))  # so that each begins where its type may
     for name, stored in arrays.items():
         begin, end = end, end + len(stored) * stored.dtype.itemsize
         header[name] = {"dtype": TYPES[stored.dtype.str], "shape": [len(stored)], "data_offsets": [begin, end]}
@@ -120,7 +122,7 @@ class Growing:
     """An array that is written while it grows: as array.array, and with a `Stored` in the end."""
 
     def __init__(self, typecode: str) -> None:
-        self._file, self._waiting, self._size = _file(), array(typecode), 0
+        self.file, self._waiting, self._size = _file(), array(typecode), 0
 
     def __len__(self) -> int:
         return self._size
@@ -137,8 +139,8 @@ class Growing:
 
     def flush(self) -> None:
         with _disk():
-            self._file.write(self._waiting.tobytes())
-            self._file.flush()
+            self.file.write(self._waiting.tobytes())
+            self.file.flush()
         del self._waiting[:]
 
     def stored(self, dtype: Any) -> Stored:
@@ -146,7 +148,7 @@ class Growing:
         import numpy as np
 
         self.flush()
-        whole = Stored(self._file, self._waiting.typecode, self._size)
+        whole = Stored(self.file, self._waiting.typecode, self._size)
         if whole.dtype == np.dtype(dtype):
             return whole
         other = _file()
@@ -157,30 +159,64 @@ class Growing:
         return Stored(other, dtype, self._size)
 
 
+class _Shelf:
+    """Two files: items as JSON, end to end, and where each begins."""
+
+    def __init__(self) -> None:
+        self.items, self.bounds, self.size = _file(), Growing("q"), 0
+        self.bounds.append(0)
+        self._flushed = True
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    def add(self, data: bytes) -> None:
+        with _disk():
+            self.items.write(data)
+        self.size += len(data)
+        self.bounds.append(self.size)
+        self._flushed = False
+
+    def between(self, start: int, stop: int) -> Iterator[bytes]:
+        """The items from `start` to `stop`; of long ones few are read together."""
+        if not self._flushed:
+            with _disk():
+                self.items.flush()
+            self.bounds.flush()
+            self._flushed = True
+        stored = Stored(self.bounds.file, "q", len(self.bounds))
+        while start < stop:
+            bounds = stored[start : min(start + BLOCK, stop) + 1].tolist()
+            count = max(1, bisect_right(bounds, bounds[0] + BLOCK_BYTES) - 1)
+            data = _read(self.items, bounds[0], bounds[count] - bounds[0])
+            yield from (data[one - bounds[0] : other - bounds[0]] for one, other in pairwise(bounds[: count + 1]))
+            start += count
+
+
 class Spool(Sequence[T], Generic[T]):
     """A list on disk, of what `dump` makes JSON values of and `load` makes again; items are added at its end and never change."""
 
-    def __init__(self, dump: Callable[[T], Any], load: Callable[[Any], T]) -> None:
+    def __init__(self, dump: Callable[[T], Any], load: Callable[[Any], T], shelf: _Shelf | None = None) -> None:
         self._dump, self._load = dump, load
-        self._file, self._written, self._bounds = _file(), 0, Growing("q")
-        self._bounds.append(0)
-        self._flushed = True
+        self._shelf = _Shelf() if shelf is None else shelf
+        self._first, self._count = len(self._shelf), 0
 
     def empty(self) -> Spool[T]:
         """Another one for such items."""
         return Spool(self._dump, self._load)
 
+    def behind(self) -> Spool[T]:
+        """Another one, in the same files, of which a process may not open many; nothing may be added to this one any more."""
+        return Spool(self._dump, self._load, self._shelf)
+
     def append(self, item: T) -> None:
-        # what JSON does not know (a date, an image) becomes what no column may hold, as it is in memory
-        data = json.dumps(self._dump(item), default=lambda value: {type(value).__name__: None}).encode()
-        with _disk():
-            self._file.write(data)
-        self._written += len(data)
-        self._bounds.append(self._written)
-        self._flushed = False
+        assert self._first + self._count == len(self._shelf), "another one begins behind"
+        # what JSON does not know (an image's bytes) becomes an object, which no text is
+        self._shelf.add(json.dumps(self._dump(item), default=lambda value: {type(value).__name__: None}).encode())
+        self._count += 1
 
     def __len__(self) -> int:
-        return len(self._bounds) - 1
+        return self._count
 
     @overload
     def __getitem__(self, place: int) -> T: ...
@@ -190,24 +226,14 @@ class Spool(Sequence[T], Generic[T]):
         if isinstance(place, slice):
             start, stop, step = place.indices(len(self))
             assert step == 1, "neighbours only"
-            return self._between(start, stop)
+            return list(self._between(start, stop))
         index = int(place) + (len(self) if place < 0 else 0)
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return self._between(index, index + 1)[0]
-
-    def _between(self, start: int, stop: int) -> list[T]:
-        if stop <= start:
-            return []
-        if not self._flushed:
-            with _disk():
-                self._file.flush()
-            self._bounds.flush()
-            self._flushed = True
-        bounds = Stored(self._bounds._file, "q", len(self._bounds))[start : stop + 1].tolist()
-        data = _read(self._file, bounds[0], bounds[-1] - bounds[0])
-        return [self._load(json.loads(data[one - bounds[0] : other - bounds[0]])) for one, other in pairwise(bounds)]
+        return next(self._between(index, index + 1))
 
     def __iter__(self) -> Iterator[T]:
-        for start in range(0, len(self), BLOCK):
-            yield from self._between(start, min(start + BLOCK, len(self)))
+        return self._between(0, len(self))
+
+    def _between(self, start: int, stop: int) -> Iterator[T]:
+        return (self._load(json.loads(data)) for data in self._shelf.between(self._first + start, self._first + stop))

@@ -76,8 +76,7 @@ def load_rows(data: Data, task: Task, seed: int, note: Note, poll: Poll = lambda
     def source(name: str, split: str) -> _Source:
         return _Source(name, split, data.format, task.txt_row, note, poll, choose)
 
-    new = Table.on_disk if data.streaming else Table
-
+    new = _beginning(data.streaming)
     names = [data.train] if isinstance(data.train, str) else data.train
     sources = [source(name, "train") for name in names]
     tables = [table for each in sources for table in each.tables("train", new)]
@@ -88,7 +87,7 @@ def load_rows(data: Data, task: Task, seed: int, note: Note, poll: Poll = lambda
     reader = _Reader(columns, poll)
     train = pool = cast("RowList", Spool(_dumped, _loaded) if data.streaming else [])
     reader.add(tables, train)
-    del tables  # on disk they would be there twice
+    del tables, new  # the rows would be on disk twice
 
     own = sources[0] if len(sources) == 1 else None  # whose further splits belong to this training split
     validation: dict[str, list[Row]] = {}
@@ -113,7 +112,8 @@ def load_rows(data: Data, task: Task, seed: int, note: Note, poll: Poll = lambda
         note("no validation data: nothing is measured beside the training loss (data.validation: a file, or a fraction such as 0.1)")
     if data.limit and data.limit < len(train):
         note(f"data.limit: a random sample of {data.limit} of {len(train)} training rows")
-        train, _ = _parted(train, _sample(len(train), data.limit, f"limit {seed}"))
+        places = set(_sample(len(train), data.limit, f"limit {seed}"))
+        train = _those(train, places.__contains__)
     _report_leaks(train, {**validation, "test": test}, note)
     return Rows(train, validation, test, reader.sha256, {} if columns.conversion else columns.columns, reader.bad, pool)
 
@@ -186,6 +186,14 @@ class _Source:
         return [name for name in self.splits if name.startswith("validation")]
 
 
+def _beginning(streaming: bool) -> Callable[[str], Table]:
+    """What makes a table without records yet: in memory, or on disk, all in the same files, since there may be thousands of tables."""
+    if not streaming:
+        return Table
+    records: Spool[Any] = Spool(list, tuple)
+    return lambda source: Table(source, records=records.behind())
+
+
 def _hub_tables(name: str, split: str, data: hub.HubData, poll: Poll, choose: Choose, new: Callable[[str], Table]) -> list[Table]:
     return [hub.table(name, split, data, poll, choose, new)]
 
@@ -198,17 +206,18 @@ def _split(rows: RowList, fraction: float, seed: int) -> tuple[RowList, list[Row
     if len(rows) < 2:
         raise DataError(f"data.validation: {fraction} of {len(rows)} rows leaves nothing to train on")
     size = min(max(1, round(len(rows) * fraction)), len(rows) - 1)
-    chosen, rest = _parted(rows, _sample(len(rows), size, f"validation {seed}"))
-    return rest, list(chosen)
-
-
-def _parted(rows: RowList, chosen: list[int]) -> tuple[RowList, RowList]:
-    """Those at these places, and the others; on disk if they were."""
+    chosen = _sample(len(rows), size, f"validation {seed}")
     places = set(chosen)
-    taken, rest = ([], []) if isinstance(rows, list) else (rows.empty(), rows.empty())
+    return _those(rows, lambda place: place not in places), [rows[i] for i in chosen]
+
+
+def _those(rows: RowList, wanted: Callable[[int], bool]) -> RowList:
+    """The rows at the places that are wanted; on disk if they were."""
+    taken: RowList = [] if isinstance(rows, list) else rows.empty()
     for i, row in enumerate(rows):
-        (taken if i in places else rest).append(row)
-    return taken, rest
+        if wanted(i):
+            taken.append(row)
+    return taken
 
 
 def _sample(n: int, size: int, seed: str) -> list[int]:

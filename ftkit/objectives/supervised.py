@@ -16,7 +16,9 @@ class Supervised(Spec):
     """Cross-entropy against the data's own targets."""
 
     kind: Literal["supervised"] = "supervised"
-    in_chunks: bool = option(True, "output head and loss for some of the supervised items at a time; false: all their logits at once")
+    in_chunks: bool = option(
+        True, "in training, output head and loss for some of the supervised items at a time, where they have many classes; false: all their logits at once"
+    )
 
     def loss(self, scores: Scores) -> torch.Tensor:
         """Weighted sum of cross-entropies over the n supervised items, in float32."""

@@ -45,12 +45,13 @@ def test_a_run_from_disk_is_that_from_memory(name, pair, ftkit, verify_here, ass
         assert manifests[0][key] == manifests[1][key], key
 
 
-def test_it_goes_on_where_it_was_stopped(pair, ftkit, verify_here, assert_same_run, monkeypatch):
+@pytest.mark.parametrize("first", ["true", "false"])
+def test_it_goes_on_where_it_was_stopped_perhaps_in_memory(first, pair, ftkit, verify_here, assert_same_run, monkeypatch):
     (memory, one), (disk, two) = pair("classification-fraction-limit")
     assert ftkit("train", memory).code == 0
     with monkeypatch.context() as patch:
         send_at("ftkit.loop.train_step", 5, signal.SIGTERM, patch.setattr)
-        assert ftkit("train", disk).code == 75
+        assert ftkit("train", disk, f"data.streaming={first}").code == 75
     outcome = ftkit("train", disk, "--resume")
     assert outcome.code == 0, outcome.err
     assert_same_run(one, two)

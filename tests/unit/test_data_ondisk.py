@@ -4,9 +4,12 @@ import errno
 import gzip
 import json
 import os
-from datetime import date
+import resource
+from datetime import datetime
+from decimal import Decimal
 
 import numpy as np
+import psutil
 import pytest
 from safetensors.numpy import load_file
 
@@ -40,8 +43,24 @@ def test_a_spool_gives_back_what_was_put_in(monkeypatch):
     assert (spool[2:9], spool[-1], spool[8:100]) == (items[2:9], items[-1], items[8:])
     with pytest.raises(IndexError):
         spool[11]
-    spool.append({"a": date(2020, 1, 1)})
-    assert spool[11] == {"a": {"date": None}}
+    spool.append({"a": b"bytes"})
+    assert spool[11] == {"a": {"bytes": None}}
+
+
+def test_spools_behind_each_other_share_their_files_and_long_items_are_read_apart(monkeypatch):
+    monkeypatch.setattr(ondisk, "BLOCK_BYTES", 10)
+    opened = psutil.Process().num_fds()
+    spools = [Spool(str, str)]
+    for number in range(50):
+        spools.append(spools[-1].behind())
+        for text in ("a" * number, "b", "c" * 30):
+            spools[-1].append(text)
+    for number, spool in enumerate(spools[1:]):
+        assert list(spool) == ["a" * number, "b", "c" * 30]
+        assert (len(spool), spool[1], spool[1:]) == (3, "b", ["b", "c" * 30])
+    assert psutil.Process().num_fds() == opened + 2
+    with pytest.raises(AssertionError):
+        spools[1].append("d")
 
 
 @pytest.mark.parametrize("typecode", ["i", "q", "d", "f", "b"])
@@ -119,6 +138,34 @@ def test_rows_are_the_same_in_memory_and_on_disk(data, tmp_path):
     with gzip.open(tmp_path / "quotes.tsv.gz", "wt") as file:  # read twice, since its quotes mean nothing
         file.write('text\tlabel\n"one\tgarden\ntwo"\tkitchen\n')
     both({"train": str(tmp_path / "quotes.tsv.gz")}, TextClassification())
+
+
+def test_times_and_decimals_are_text_in_memory_and_on_disk(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    when = datetime(2020, 1, 2, 3, 4, 5)
+    chats = [[{"role": "user", "content": "one", "at": when}, {"role": "assistant", "content": "two", "at": when}]]
+    parquet.write_table(pa.table({"messages": chats}), tmp_path / "chats.parquet")
+    assert both({"train": str(tmp_path / "chats.parquet")}, CausalLM()).train[0].values["messages"][0]["at"] == str(when)
+    table = pa.table({"text": ["one", "two"], "label": [Decimal("1.50"), Decimal("2.00")]})
+    parquet.write_table(table, tmp_path / "labels.parquet")
+    assert [row.values["label"] for row in both({"train": str(tmp_path / "labels.parquet")}, TextClassification()).train] == ["1.50", "2.00"]
+
+
+def test_many_files_are_one_set(data, tmp_path):
+    directory = tmp_path / "shards"
+    directory.mkdir()
+    lines = (data.single / "train.csv").read_text().splitlines()
+    for number, line in enumerate(lines[1:]):
+        (directory / f"train-{number:05}.csv").write_text(f"{lines[0]}\n{line}\n")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (psutil.Process().num_fds() + 16, before[1]))
+    try:
+        rows = both({"train": str(directory)}, TextClassification())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert len(rows.train) == len(lines) - 1
 
 
 def test_values_that_no_text_can_be_are_bad_rows_on_disk_too(tmp_path):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import socket
+from itertools import chain, zip_longest
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,9 @@ import torch
 import transformers
 import yaml
 
+from ftkit.data.types import Row
 from ftkit.miniature import ARCHITECTURES, architecture, miniature
+from ftkit.smoke import _few
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("**/*.yaml"))
@@ -235,3 +239,15 @@ def test_names_tell_their_architecture():
     assert architecture("HuggingFaceTB/SmolLM2-135M-Instruct") == "llama"
     assert architecture("bert-fans/our-own-thing") is None
     assert all(kind in transformers.CONFIG_MAPPING for kind in ARCHITECTURES.values())
+
+
+@pytest.mark.parametrize("answers", [1, 3, 50, 5000])
+def test_the_few_rows_are_short_and_of_many_answers_without_holding_all(answers):
+    """Beside the plain way, which sorts all rows."""
+    rng = random.Random(answers)
+    rows = [Row({"prompt": "x" * rng.randint(1, 60), "completion": str(rng.randrange(answers))}, "file", number) for number in range(3000)]
+    by_answer: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: len(str(row.values))):
+        by_answer.setdefault(row.values["completion"], []).append(row)
+    expected = [row for row in chain.from_iterable(zip_longest(*by_answer.values())) if row is not None][:8]
+    assert _few(rows, 8) == expected
