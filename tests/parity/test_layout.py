@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from ftkit.errors import RecipeError
 from ftkit.loop import Position, fit
@@ -82,7 +83,8 @@ def test_rows_that_see_each_other_are_not_laid_flat(recipe, monkeypatch):
         changed = gather(self, stack, args, kwargs)
         if changed is not None:
             whole = sum(changed[1]["segments"].lengths)
-            changed[1]["segments"] = replace(changed[1]["segments"], lengths=[whole], groups=[(1, whole)], places=None)
+            bounds = torch.tensor([0, whole], dtype=torch.int32)
+            changed[1]["segments"] = replace(changed[1]["segments"], lengths=[whole], bounds=bounds, groups=[(1, whole)], places=None)
         return changed
 
     monkeypatch.setattr(attention.Flat, "_gather", confused)
