@@ -8,18 +8,19 @@ batches as ever.  In between, `attend` lets each row attend to itself alone.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from ftkit.dropout import dropped
+from ftkit import dropped_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,10 +48,11 @@ class Unsupported(Exception):
 class Flat:
     """A model whose layers run on the real tokens of a batch while `rows` says where these are; as ever otherwise.
 
-    Raises Unsupported where attention or layers are not built as transformers builds most of them.
+    `fast_dropout` is that of recipes.  Raises Unsupported where attention or layers are not built as transformers
+    builds most of them.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, fast_dropout: bool = True) -> None:
         if model.config.is_encoder_decoder:
             raise Unsupported("it has two stacks of layers")
         if not model._can_set_attn_implementation():
@@ -62,6 +64,7 @@ class Flat:
             raise Unsupported("its positions cannot be given")
         self._gives_positions = "position_ids" in names
         self._segments: Segments | None = None
+        self._fast_dropout = fast_dropout
         self.model, self._before = model, model.config._attn_implementation
         AttentionInterface.register(NAME, attend)
         AttentionMaskInterface.register(NAME, sdpa_mask)
@@ -109,7 +112,7 @@ class Flat:
         def gathered(value: Any) -> Any:
             return segments.gather(value) if isinstance(value, torch.Tensor) and value.shape[:2] == segments.shape else value
 
-        kwargs = {name: gathered(value) for name, value in kwargs.items()} | {"segments": segments}
+        kwargs = {name: gathered(value) for name, value in kwargs.items()} | {"segments": segments, "fast_dropout": self._fast_dropout}
         if self._gives_positions:
             kwargs["position_ids"] = (segments.index % segments.shape[1]).unsqueeze(0)
         return tuple(gathered(value) for value in args), kwargs
@@ -159,6 +162,7 @@ def attend(
     position_bias: torch.Tensor | None = None,
     sliding_window: int | None = None,
     segments: Segments | None = None,
+    fast_dropout: bool = True,
     **other: Any,
 ) -> tuple[torch.Tensor, None]:
     """Scaled dot-product attention as transformers' layers call it; of `segments`, each attends to itself alone.
@@ -172,7 +176,7 @@ def attend(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias, sliding_window=sliding_window, **other
         )
-    return _apart(module, query, key, value, dropout, scaling, is_causal, position_bias, sliding_window, segments, other), None
+    return _apart(module, query, key, value, dropout, scaling, is_causal, position_bias, sliding_window, segments, fast_dropout, other), None
 
 
 @torch.compiler.disable  # lengths differ in each batch: it would be compiled for each
@@ -187,6 +191,7 @@ def _apart(
     position_bias: torch.Tensor | None,
     sliding_window: int | None,
     segments: Segments,
+    fast_dropout: bool,
     other: dict[str, Any],
 ) -> torch.Tensor:
     """`attend`, of segments."""
@@ -196,25 +201,66 @@ def _apart(
     window = _window(module, sliding_window)
     if query.is_cuda and query.dtype != torch.float32 and not dropout and position_bias is None:
         return _varlen(query, key, value, segments, scaling, causal, window)
-    states = [state.squeeze(0) for state in (query, key, value)]  # [heads, N, head_dim]
-    if segments.places is not None:
-        size = sum(count * length for count, length in segments.groups)
-        states = [state.new_zeros(len(state), size, state.shape[2]).index_copy(1, segments.places, state) for state in states]
-    outputs, lengths = [], iter(segments.lengths)
+    query, key, value = (state.squeeze(0).transpose(0, 1) for state in (query, key, value))  # [N, heads, head_dim]
+    masks: Iterable[torch.Tensor | None] = _masks(segments, window, causal, query.device)
+    padding = segments.padding
+    if padding:
+        query, key, value = (_Padded.apply(state, *padding) for state in (query, key, value))
+    if dropout and fast_dropout and not query.is_cuda:
+        back = (_band(length, length, causal, query.device) if causal else None for _, length in segments.groups)
+        masks = [own if mask is None else mask for mask, own in zip(masks, back, strict=True)]
+        output = dropped_attention.attend(query, key, value, segments.groups, masks, position_bias, scaling, dropout)
+    else:
+        outputs = []
+        sizes = [count * length for count, length in segments.groups]
+        parts = zip(*(state.split(sizes) for state in (query, key, value)), strict=True)
+        for group, mask, part in zip(segments.groups, masks, parts, strict=True):
+            q, k, v = (state.unflatten(0, group).transpose(1, 2) for state in part)  # [count, heads, length, head_dim]
+            bias = None if position_bias is None else position_bias[:, :, : group[1], : group[1]]  # of distances, so the same anywhere
+            outputs.append(sdpa_attention_forward(module, q, k, v, mask, dropout, scaling, causal, bias)[0].flatten(0, 1))
+        output = torch.cat(outputs)
+    return (_Real.apply(output, *padding) if padding else output).unsqueeze(0)
+
+
+class _Padded(torch.autograd.Function):
+    """Tokens at their positions among padded ones, [N, ...] -> [S, ...]; at padding are any tokens, which must have no effect.
+
+    Gathered, forward and back: to scatter takes a CPU four times as long.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: torch.Tensor, places: torch.Tensor, sources: torch.Tensor, empty: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(places)
+        return states.index_select(0, sources)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return grad.index_select(0, *ctx.saved_tensors), None, None, None
+
+
+class _Real(torch.autograd.Function):
+    """The way back, [S, ...] -> [N, ...]: padding gets no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, states: torch.Tensor, places: torch.Tensor, sources: torch.Tensor, empty: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(sources, empty)
+        return states.index_select(0, places)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        sources, empty = ctx.saved_tensors
+        return grad.index_select(0, sources).index_fill_(0, empty, 0), None, None, None
+
+
+def _masks(segments: Segments, window: int | None, causal: bool, device: torch.device) -> Iterator[torch.Tensor | None]:
+    """What the positions of each group look at."""
+    lengths = iter(segments.lengths)
     ends = segments.bounds.diff().split([count for count, _ in segments.groups])  # those lengths, on the device
-    parts = zip(*(state.split([count * length for count, length in segments.groups], 1) for state in states), strict=True)
-    for (count, length), own, part in zip(segments.groups, ends, parts, strict=True):
-        query, key, value = (state.unflatten(1, (count, length)).transpose(0, 1) for state in part)  # [count, heads, length, head_dim]
+    for (count, length), own in zip(segments.groups, ends, strict=True):
         padded = min(islice(lengths, count)) < length
-        mask = _mask(own if padded else None, length, window, causal, query.device)
-        bias = None if position_bias is None else position_bias[:, :, :length, :length]  # of distances, so the same anywhere
-        if dropout and not query.is_cuda:
-            output = _by_hand(query, key, value, mask, dropout, scaling, causal, bias)
-        else:
-            output = sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, causal, bias)[0]
-        outputs.append(output.flatten(0, 1))
-    output = torch.cat(outputs)
-    return (output if segments.places is None else output.index_select(0, segments.places)).unsqueeze(0)
+        yield _mask(own if padded else None, length, window, causal, device)
 
 
 def _mask(lengths: torch.Tensor | None, longest: int, window: int | None, causal: bool, device: torch.device) -> torch.Tensor | None:
@@ -230,31 +276,6 @@ def _mask(lengths: torch.Tensor | None, longest: int, window: int | None, causal
         return real
     # padding sees itself where its window has nothing else: a softmax of nothing is NaN
     return real & band | torch.eye(longest, dtype=torch.bool, device=device)
-
-
-def _by_hand(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    dropout: float,
-    scaling: float | None,
-    causal: bool,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
-    """[rows, heads, length, head_dim] -> [rows, length, heads, head_dim], for dropout on a CPU, where torch has no kernel either and draws slowly."""
-    query, key, value = (states.transpose(0, 1) for states in (query, key, value))  # heads first, as they lie in memory
-    if len(key) < len(query):
-        key, value = (states.repeat_interleave(len(query) // len(key), 0) for states in (key, value))
-    scores = (query * (query.shape[-1] ** -0.5 if scaling is None else scaling)) @ key.transpose(-1, -2)
-    if bias is not None:
-        scores = scores + bias.transpose(0, 1)
-    if causal and mask is None:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if mask is not None:
-        scores = scores.masked_fill(~(mask if mask.dim() == 2 else mask.transpose(0, 1)), float("-inf"))
-    shares = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
-    return (dropped(shares, dropout) @ value).permute(1, 2, 0, 3)
 
 
 def _varlen(

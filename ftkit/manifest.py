@@ -65,10 +65,8 @@ def describe(session: Session) -> dict[str, Any]:
     """What the run is made of: versions, model, data, seed, hardware, parameters."""
     import torch
 
-    from ftkit.model import parameters_by_group
-
     prepared, recipe = session.prepared, session.recipe
-    groups = parameters_by_group(session.learner, session.base.head)
+    groups = session.parameters
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "schema": 1,

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 
-from ftkit import compiled, device, dropout, frozen, launch, layout, model, optim, recompute
+from ftkit import compiled, device, dropout, embeddings, frozen, launch, layout, model, optim, recompute
 from ftkit.data.batches import Sampler, collate, largest_micro_batch
 from ftkit.errors import MissingDependency, RecipeError
 from ftkit.loop import Trainee
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ftkit.attention import Flat
     from ftkit.data.features import FeatureSet
     from ftkit.data.types import Row
+    from ftkit.embeddings import Used
     from ftkit.frozen import Frozen
     from ftkit.model import Base
     from ftkit.prepare import Prepared
@@ -39,13 +40,15 @@ class Session:
     learner: nn.Module  # the base with the method applied
     wrapped: nn.Module  # the learner with task and objective (`Trainee`), as accelerate prepared it: what everything calls
     optimizer: Any
+    parameters: dict[str, dict[str, int]]  # trainable and total, by group
     precision: str
     num_steps: int  # of the whole run
     schedule: Callable[[int], float]  # step -> factor of the learning rate
     accumulate: int  # micro-batches of one process in a step
     sampler: Sampler
     flat: Flat | None  # the base's layers, where they run on real tokens only
-    frozen: Frozen | None = None  # those that are computed once
+    used: Used | None = None  # the token embeddings that occur in the training rows, where only these learn
+    frozen: Frozen | None = None  # layers that are computed once
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -84,8 +87,10 @@ class Session:
                 part.remove()
         if self.recipe.train.compile:
             compiled.undo(self.base.model)
+        if self.used is not None:
+            self.used.restore()
         device.use_tf32(False)
-        self.flat = self.frozen = None
+        self.flat = self.frozen = self.used = None
         trainee: Any = self.accelerator.unwrap_model(self.wrapped)
         trainee.flat = trainee.frozen = None
 
@@ -135,7 +140,11 @@ def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any]
         compiled.compile_layers(base.model)
         report.note("layers are compiled in the first steps, which takes a minute or more")
     schedule = optim.schedule(train, num_steps)
+    parameters = model.parameters_by_group(learner, base.head)
+    used = _used_embeddings(prepared, base, world.size, precision, report)
     optimizer = optim.build(learner, train, here)
+    if used:
+        used.follow(optimizer)
     wrapped, prepared_optimizer = accelerator.prepare(trainee, optimizer)
     _assert_wrapped(wrapped, train, world.size)
     report.note(f"{here}, {threads} threads, {precision}, {laid_out} batches of {_amount(train)}" + _shares(train, accumulate, world.size))
@@ -152,13 +161,28 @@ def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any]
         learner=learner,
         wrapped=wrapped,
         optimizer=prepared_optimizer,
+        parameters=parameters,
         precision=precision,
         num_steps=num_steps,
         schedule=schedule,
         accumulate=accumulate,
         sampler=sampler,
         flat=trainee.flat,
+        used=used,
     )
+
+
+def _used_embeddings(prepared: Prepared, base: Base, size: int, precision: str, report: Reporter) -> Used | None:
+    """The token embeddings that training uses, as a parameter of their own, where that spares much and the result is known to be the same."""
+    train = prepared.recipe.train
+    if not train.skip_unused_embeddings or train.optimizer != "adamw" or precision == "fp16" or (train.parallel == "fsdp" and size > 1):
+        return None  # other optimizers mix rows or remember decay; fp16 skips steps
+    tokens = embeddings.choose(base.model, prepared.train, (prepared.tokenizer.pad_token_id,))
+    if tokens is None:
+        return None
+    embedding: Any = base.model.get_input_embeddings()
+    report.note(f"of {embedding.num_embeddings:,} token embeddings {len(tokens):,} occur in the training rows: only these have gradients and optimizer state")
+    return embeddings.Used(embedding, tokens)
 
 
 def _amount(train: Train) -> str:
@@ -224,7 +248,8 @@ def load_base(prepared: Prepared, precision: str, here: torch.device) -> Base:
         spec, prepared.source, prepared.config, prepared.tokenizer, recipe.task, recipe.method, dtype, recipe.train.seed, here, recipe.train.precision
     )
     model.steady_4bit(base.model)
-    dropout.quicken(base.model)
+    if recipe.train.fast_dropout:
+        dropout.quicken(base.model)
     return base
 
 

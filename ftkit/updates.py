@@ -14,7 +14,9 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from ftkit.dropout import LEVELS, drawn, num_lost, rows_of_a_chunk
+from ftkit.dropout import LEVELS, drawn, kept, num_lost
+
+CHUNK = 1 << 18  # elements that are dropped out at a time on a CPU: they stay in its cache
 
 
 class Entry(nn.Linear):
@@ -38,7 +40,7 @@ class _Entry(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, lost: int, dtype: torch.dtype) -> torch.Tensor:
         """x: [..., in], weight: [out, in] -> [..., out] in `dtype`; `lost` of LEVELS elements of x count as zero, the others for more."""
-        mask = drawn(x, lost) if lost else None
+        mask = kept(drawn(x), lost, torch.bool) if lost else None
         ctx.save_for_backward(x, weight, mask)
         ctx.scale, ctx.dtype = LEVELS / (LEVELS - lost), dtype
         weight = weight.to(dtype)
@@ -53,21 +55,26 @@ class _Entry(torch.autograd.Function):
         grad_weight = grad_x = None
         if ctx.needs_input_grad[1]:
             grad_weight = torch.zeros_like(weight)
-            for above, part in zip(grad.split(rows_of_a_chunk(x)), _dropped(x, mask, ctx.dtype), strict=True):
+            for above, part in zip(grad.split(_rows_of_a_chunk(x)), _dropped(x, mask, ctx.dtype), strict=True):
                 grad_weight += above.T @ part
         if ctx.needs_input_grad[0]:
             grad_x = (grad @ weight.to(ctx.dtype)).view_as(x)
-            grad_x = (grad_x if mask is None else grad_x.masked_fill_(mask, 0)).to(x.dtype)
+            grad_x = (grad_x if mask is None else grad_x.mul_(mask.to(grad_x.dtype))).to(x.dtype)
         return grad_x, grad_weight, None, None
 
 
 def _dropped(x: torch.Tensor, mask: torch.Tensor | None, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """The rows of x in `dtype`, with zeros where the mask is, a chunk at a time: no copy of x is made."""
-    parts = x.flatten(0, -2).split(rows_of_a_chunk(x))
+    """The rows of x in `dtype`, with zeros where the mask is false, a chunk at a time: no copy of x is made."""
+    parts = x.flatten(0, -2).split(_rows_of_a_chunk(x))
     if mask is None:
         yield from (part.to(dtype) for part in parts)
     else:
-        yield from (torch.where(gone, 0, part).to(dtype) for part, gone in zip(parts, mask.flatten(0, -2).split(rows_of_a_chunk(x)), strict=True))
+        yield from ((part * own.to(x.dtype)).to(dtype) for part, own in zip(parts, mask.flatten(0, -2).split(_rows_of_a_chunk(x)), strict=True))
+
+
+def _rows_of_a_chunk(x: torch.Tensor) -> int:
+    """How many rows of x make a chunk; on other devices than a CPU they are one."""
+    return max(1, (CHUNK if x.device.type == "cpu" else x.numel()) // x.shape[-1])
 
 
 def begin_with_entries(model: nn.Module) -> None:

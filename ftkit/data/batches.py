@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 
-from ftkit.data.types import Batch, Segments
+from ftkit.data.types import Batch, Padding, Segments
 
 if TYPE_CHECKING:
     from ftkit.data.features import FeatureSet
@@ -178,16 +178,22 @@ def segments(attention_mask: np.ndarray) -> Segments:
     """Where the real tokens are; each row of the mask, int [B, L], begins with its own."""
     lengths = attention_mask.sum(1)
     groups = grouped(lengths.tolist())
-    widths = np.concatenate([np.full(count, length) for count, length in groups])  # of each row, padding counted
-    places = np.repeat(widths.cumsum() - widths, lengths) + np.flatnonzero(attention_mask) % attention_mask.shape[1]
     return Segments(
         shape=(attention_mask.shape[0], attention_mask.shape[1]),
         lengths=lengths.tolist(),
         index=torch.from_numpy(np.flatnonzero(attention_mask)),
         bounds=torch.from_numpy(np.concatenate(([0], lengths.cumsum())).astype(np.int32)),
         groups=groups,
-        places=torch.from_numpy(places) if widths.sum() > lengths.sum() else None,
+        padding=_padding(lengths, np.concatenate([np.full(count, length) for count, length in groups])),
     )
+
+
+def _padding(lengths: np.ndarray, widths: np.ndarray) -> Padding | None:
+    """That of rows of these lengths, each as wide as its group."""
+    real = (np.arange(widths.max()) < lengths[:, None])[np.arange(widths.max()) < widths[:, None]]  # [S]
+    if real.all():
+        return None
+    return Padding(*map(torch.from_numpy, (np.flatnonzero(real), (real.cumsum() - 1).clip(0), np.flatnonzero(~real))))
 
 
 def grouped(lengths: list[int]) -> list[tuple[int, int]]:

@@ -70,6 +70,14 @@ class Features:
     untrained_answers: int = 0  # of a chat: answers that its template shows differently once the chat goes on
 
 
+class Padding(NamedTuple):
+    """How N real tokens lie among the S positions of padded groups of rows."""
+
+    places: torch.Tensor  # int64 [N]: where the tokens are
+    sources: torch.Tensor  # int64 [S]: which token is there; any, for padding
+    empty: torch.Tensor  # int64 [S - N]: where padding is
+
+
 @dataclass(slots=True, frozen=True)
 class Segments:
     """Where the real tokens of a padded batch are: N of them in B rows of L positions."""
@@ -79,7 +87,7 @@ class Segments:
     index: torch.Tensor  # int64 [N]: their places among the B * L positions
     bounds: torch.Tensor  # int32 [B + 1]: 0, and where each row ends among the N tokens
     groups: list[tuple[int, int]]  # (count, length): how many rows in succession attend in one call, padded to which length
-    places: torch.Tensor | None  # int64 [N]: those of the real tokens among the positions of all groups; None: the groups have no padding
+    padding: Padding | None  # that of the groups, if they have any
 
     def to(self, device: Any, non_blocking: bool = False) -> Segments:
         return self._with(lambda part: part.to(device, non_blocking=non_blocking))
@@ -88,7 +96,8 @@ class Segments:
         return self._with(lambda part: part.pin_memory())
 
     def _with(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Segments:
-        return replace(self, index=change(self.index), bounds=change(self.bounds), places=None if self.places is None else change(self.places))
+        padding = self.padding and Padding(*map(change, self.padding))
+        return replace(self, index=change(self.index), bounds=change(self.bounds), padding=padding)
 
     def gather(self, padded: torch.Tensor) -> torch.Tensor:
         """[B, L, ...] -> [1, N, ...]."""

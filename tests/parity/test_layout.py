@@ -84,7 +84,7 @@ def test_rows_that_see_each_other_are_not_laid_flat(recipe, monkeypatch):
         if changed is not None:
             whole = sum(changed[1]["segments"].lengths)
             bounds = torch.tensor([0, whole], dtype=torch.int32)
-            changed[1]["segments"] = replace(changed[1]["segments"], lengths=[whole], bounds=bounds, groups=[(1, whole)], places=None)
+            changed[1]["segments"] = replace(changed[1]["segments"], lengths=[whole], bounds=bounds, groups=[(1, whole)], padding=None)
         return changed
 
     monkeypatch.setattr(attention.Flat, "_gather", confused)

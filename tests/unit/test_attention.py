@@ -1,5 +1,7 @@
 """Rows laid end to end give what they give alone, in every architecture that allows it, and others are found out."""
 
+from copy import deepcopy
+
 import numpy as np
 import pytest
 import torch
@@ -28,7 +30,7 @@ from transformers import (
     T5Config,
 )
 
-from ftkit import attention, recompute
+from ftkit import dropped_attention, recompute
 from ftkit.attention import NAME, Flat, Unsupported
 from ftkit.data import batches
 from ftkit.data.batches import segments
@@ -90,10 +92,10 @@ def alone(model, ids, **kwargs):
     return [model(input_ids=ids[row : row + 1, :length], **kwargs)[0][0] for row, length in enumerate(LENGTHS)]
 
 
-def flat(model, ids, mask, **kwargs):
+def flat(model, ids, mask, fast_dropout=True, **kwargs):
     """The same of the batch, without padding; the model stays flat, for the backward pass."""
     pad = getattr(model.config, "pad_token_id", 0) or 0
-    with Flat(model).rows(segments(mask.numpy())):
+    with Flat(model, fast_dropout).rows(segments(mask.numpy())):
         output = model(input_ids=torch.where(mask > 0, ids, pad), attention_mask=mask, **kwargs)[0]
     return [row[:length] if row.dim() == 2 else row for row, length in zip(output, LENGTHS, strict=True)]
 
@@ -155,13 +157,25 @@ DROPPING = {
 def test_attention_with_dropout_is_the_same_but_for_what_is_dropped(name, call, batch, monkeypatch):
     """Its own code, with a dropout that drops nothing, beside the model's without."""
     shares = []
-    monkeypatch.setattr(attention, "dropped", lambda scores, share: shares.append(share) or scores)
+    monkeypatch.setattr(dropped_attention, "num_lost", lambda share: shares.append(share) or 0)
     model = built(transformers.AutoModelForSequenceClassification, DROPPING[name])
     for name, module in model.named_modules():
         if name.endswith("out_drop"):  # ModernBERT drops with the same share after attention, too
             module.p = 0.0
     assert_alike(model, lambda: torch.stack(alone(model, batch[0])), lambda: torch.stack(flat(model.train(), *batch)))
     assert set(shares) == {0.5}
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_dropout_may_be_left_to_torch(name, call, batch, monkeypatch):
+    """A share so small that it drops nothing."""
+    monkeypatch.setattr(dropped_attention, "attend", None)
+    config = deepcopy(DROPPING[name])
+    for key, share in vars(config).items():
+        if share == 0.5:
+            setattr(config, key, 1e-12)
+    model = built(transformers.AutoModelForSequenceClassification, config)
+    assert_alike(model, lambda: torch.stack(alone(model, batch[0])), lambda: torch.stack(flat(model.train(), *batch, fast_dropout=False)))
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])

@@ -4,14 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from ftkit import dropout
 from ftkit.dropout import Dropout, dropped, quicken
+from ftkit.prepare import prepare
+from ftkit.recipe import read
+from ftkit.report import Reporter
+from ftkit.session import open_session
 
 
-@pytest.mark.parametrize("chunk", [1 << 18, 1000])
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_a_share_of_p_is_dropped_out_and_the_mean_stays(p, chunk, monkeypatch):
-    monkeypatch.setattr(dropout, "CHUNK", chunk)
+def test_a_share_of_p_is_dropped_out_and_the_mean_stays(p):
     torch.manual_seed(0)
     x = torch.ones(200, 3, 333)
     found = dropped(x, p)
@@ -57,3 +58,12 @@ def test_every_dropout_of_a_model_is_replaced_and_works_in_training_only():
     assert torch.equal(model[1][1](x), x)
     assert not torch.equal(model[0](x), x)
     assert Dropout(0.5)(torch.ones(0, 3)).shape == (0, 3)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_recipe_may_ask_for_torch_s_own(fast, recipe):
+    path = recipe("bert", "single", {"fast_dropout": fast})
+    with Reporter(None, quiet=True) as report:
+        session = open_session(prepare(read(path), report), report)
+    found = {type(module) for module in session.base.model.modules() if isinstance(module, nn.Dropout)}
+    assert found == {Dropout if fast else nn.Dropout}

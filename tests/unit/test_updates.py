@@ -5,7 +5,7 @@ import torch
 import transformers
 from torch.nn import functional
 
-from ftkit import dropout, updates
+from ftkit import updates
 from ftkit.methods.lora import LoRA
 from ftkit.model import Base, Source
 from ftkit.tasks.causal_lm import CausalLM
@@ -63,17 +63,17 @@ def test_without_dropout_the_gradients_are_those_of_peft(name):
 
 
 class Masked(torch.nn.Linear):
-    """An `Entry` by autograd alone, with the mask that it draws."""
+    """An `Entry` by autograd alone, with the bits that it draws."""
 
     def forward(self, x):
         lost = round(self.p * updates.LEVELS)
-        return functional.linear(x * ~updates.drawn(x, lost) * (updates.LEVELS / (updates.LEVELS - lost)), self.weight)
+        return functional.linear(x * updates.kept(updates.drawn(x), lost, x.dtype) * (updates.LEVELS / (updates.LEVELS - lost)), self.weight)
 
 
 @pytest.mark.parametrize("chunk", [1 << 18, 1000])
 @pytest.mark.parametrize("name", MODELS)
 def test_with_dropout_the_gradients_are_those_of_the_masks_it_drew_and_less_is_kept(name, chunk, monkeypatch):
-    monkeypatch.setattr(dropout, "CHUNK", chunk)
+    monkeypatch.setattr(updates, "CHUNK", chunk)
     ours, by_autograd, theirs = (adapted(name, dropout=0.3, recompute_dropout=recompute).double() for recompute in (True, True, False))
     entries = [module for module in by_autograd.modules() if isinstance(module, updates.Entry)]
     for module in entries:
