@@ -72,8 +72,7 @@ def test_after_twenty_steps_all_rows_are_as_if_all_had_learned(name, layout, pat
     key = _name(session)
     moved, apart = (theirs[key] - start[key]).abs(), (ours[key] - theirs[key]).abs()
     assert moved[unused].max() > 1e-3  # they decayed
-    assert apart[unused].max() < 1e-6
-    assert apart.max() < 0.02 * moved.max()  # Adam makes much of the last bits of small gradients
+    assert apart.max() < 1e-5 * moved.max()
 
 
 def _name(session):
