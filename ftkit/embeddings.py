@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from ftkit.errors import RecipeError
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -41,9 +43,14 @@ class Used:
         embedding.forward = self._forward  # type: ignore[assignment]
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let the rows out of use decay with this optimizer's steps, which must be AdamW's: theirs would be nothing but that."""
+        """Let the rows out of use decay with this optimizer's steps, which must be AdamW's: theirs would be nothing but that.
+
+        A step raises RecipeError if the model took its embeddings from elsewhere, so that none of them would learn.
+        """
 
         def decay(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            if self.rows.grad is None:
+                raise RecipeError("this architecture does not look its tokens up in its embedding; set train.skip_unused_embeddings: false")
             group = next(group for group in optimizer.param_groups if any(parameter is self.rows for parameter in group["params"]))
             self.decayed.mul_(1 - group["lr"] * group["weight_decay"])
 

@@ -5,6 +5,7 @@ import torch
 
 from ftkit import checkpoint as checkpoints
 from ftkit import embeddings
+from ftkit.errors import RecipeError
 from ftkit.evaluate import measure
 from ftkit.loop import Position, fit
 from ftkit.prepare import prepare
@@ -123,6 +124,15 @@ def test_nothing_is_changed_where_little_is_spared(path, monkeypatch):
     monkeypatch.setattr(embeddings, "LEAST", 1 << 20)
     with Reporter(None, quiet=True) as report:
         assert opened(path("bert"), report).used is None
+
+
+def test_a_model_that_takes_its_embeddings_from_elsewhere_is_refused():
+    embedding = torch.nn.Embedding(10, 4)
+    used = embeddings.Used(embedding, torch.tensor([1, 3]))
+    optimizer = torch.optim.AdamW(embedding.parameters())
+    used.follow(optimizer)
+    with pytest.raises(RecipeError, match="skip_unused_embeddings: false"):
+        optimizer.step()
 
 
 def test_a_token_that_was_not_foreseen_ends_the_run_instead_of_learning_nothing():
