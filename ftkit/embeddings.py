@@ -77,7 +77,10 @@ def choose(model: PreTrainedModel, features: FeatureSet, more: Iterable[int | No
 
     more: tokens that batches have beside those of the rows, such as padding.
     """
-    embedding = model.get_input_embeddings()
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:  # CANINE hashes characters
+        return None
     weight = getattr(embedding, "weight", None)
     uses = sum(parameter is weight for _, parameter in model.named_parameters(remove_duplicate=False))
     if type(embedding) is not nn.Embedding or not embedding.weight.requires_grad or uses > 1 or embedding.max_norm or embedding.scale_grad_by_freq:

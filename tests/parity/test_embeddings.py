@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+import transformers
 
 from ftkit import checkpoint as checkpoints
 from ftkit import embeddings
+from ftkit.data.features import FeatureSet
+from ftkit.data.types import Features
 from ftkit.errors import RecipeError
 from ftkit.evaluate import measure
 from ftkit.loop import Position, fit
@@ -118,6 +121,12 @@ def test_where_other_rows_would_do_more_than_decay_all_learn(model, overrides, t
     where = recipe({"name": checkpoint(model), "config": overrides}, rows, {**TRAIN, **train}, method={"kind": "full"})
     with Reporter(None, quiet=True) as report:
         assert opened(where, report).used is None
+
+
+def test_models_without_a_table_of_tokens_stay_as_they_are():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "downsampling_rate": 2}
+    model = transformers.CanineForSequenceClassification(transformers.CanineConfig(**sizes))
+    assert embeddings.choose(model, FeatureSet.of([[Features([1, 2], [0], [1.0])]]), (0,)) is None
 
 
 def test_nothing_is_changed_where_little_is_spared(path, monkeypatch):
