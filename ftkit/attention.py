@@ -207,8 +207,8 @@ def _apart(
     if padding:
         query, key, value = (_Padded.apply(state, *padding) for state in (query, key, value))
     if dropout and fast_dropout and not query.is_cuda:
-        back = (_band(length, length, causal, query.device) if causal else None for _, length in segments.groups)
-        masks = [own if mask is None else mask for mask, own in zip(masks, back, strict=True)]
+        lengths = (length for _, length in segments.groups)
+        masks = [_band(length, length, causal, query.device) if causal and mask is None else mask for mask, length in zip(masks, lengths, strict=True)]
         output = dropped_attention.attend(query, key, value, segments.groups, masks, position_bias, scaling, dropout)
     else:
         outputs = []
