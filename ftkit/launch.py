@@ -120,6 +120,7 @@ def launch(argv: Sequence[str], num_processes: int, module: str = "ftkit") -> No
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+        stop.poll()  # what a signal raises while modules are imported, some of them catch
         elastic = logging.getLogger("torch.distributed.elastic")
         elastic.addHandler(logging.NullHandler())
         elastic.propagate = False  # it would tell of every rank's end once more, in its own words

@@ -347,16 +347,26 @@ def _objects(extra: dict[str, Any]) -> dict[str, Any]:
     return extra | {"quantization_config": transformers.BitsAndBytesConfig(**extra["quantization_config"])}
 
 
-def steady_4bit(model: nn.Module) -> None:
-    """Keep 4-bit layers from rewriting their weights in an eval-mode forward on avx512_bf16 CPUs.
+def steady_quantised(model: nn.Module) -> None:
+    """Keep the layers of bitsandbytes <= 0.50 from rewriting themselves in a forward pass.
 
-    bitsandbytes <= 0.50 repacks weight.data and its quant_state in place there, which changes what a
-    later training step, save or dequantisation sees (bitsandbytes issue 2078).
+    What later steps, saves or dequantisation see would change: in eval mode, CPUs with avx512_bf16 repack 4-bit weights
+    in place (bitsandbytes issue 2078); and every layer rounds its bias, in place, to the type that it computes in.
     """
     module: Any
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+        of_bitsandbytes = hasattr(module, "compute_type_is_set") or hasattr(module, "init_8bit_state")
+        if of_bitsandbytes and module.bias is not None:
+            _keep_bias(module)
+
+
+def _keep_bias(module: Any) -> None:
+    """Give a layer its bias back after each forward pass."""
+    stored: list[torch.Tensor] = []
+    module.register_forward_pre_hook(lambda *_: stored.append(module.bias.data))
+    module.register_forward_hook(lambda *_: setattr(module.bias, "data", stored.pop()))
 
 
 def parameters_by_group(model: nn.Module, head: list[str]) -> dict[str, dict[str, int]]:

@@ -247,7 +247,7 @@ def load_base(prepared: Prepared, precision: str, here: torch.device) -> Base:
     base = model.load(
         spec, prepared.source, prepared.config, prepared.tokenizer, recipe.task, recipe.method, dtype, recipe.train.seed, here, recipe.train.precision
     )
-    model.steady_4bit(base.model)
+    model.steady_quantised(base.model)
     if recipe.train.fast_dropout:
         dropout.quicken(base.model)
     return base

@@ -10,6 +10,7 @@ import gc
 import json
 import random
 import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -136,6 +137,14 @@ def cache_directory(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FTKIT_CACHE", str(directory))
         yield directory
+
+
+@pytest.fixture(autouse=True)
+def own_accelerate_state():
+    """accelerate keeps its first settings for the whole process, and another test may have other ones."""
+    yield
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -61,7 +61,7 @@ def base_of(checkpoint: str, task):
 
     def load(method):
         base = model.load(spec, source, model.load_config(spec, source), tokenizer, task, method, torch.float32, 0, device.pick())
-        model.steady_4bit(base.model)
+        model.steady_quantised(base.model)
         return base
 
     return load

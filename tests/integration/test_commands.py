@@ -29,7 +29,7 @@ def make_run(tmp_path_factory, checkpoint, data):
     def make(name: str) -> Path:
         if name not in made:
             directory = tmp_path_factory.mktemp(name)
-            recipe = kinds[name] | {"train": {"steps": 3, "batch_size": 8, "learning_rate": 1e-3}, "output": str(directory / "run")}
+            recipe = kinds[name] | {"train": {"steps": 3, "batch_size": 8, "learning_rate": 1e-3, "precision": "fp32"}, "output": str(directory / "run")}
             recipe["eval"] = {"generation": {"max_new_tokens": 8}}
             (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe))
             AcceleratorState._reset_state(True)

@@ -215,6 +215,7 @@ def test_the_code_loads_a_whole_model(recipe, tiny, tmp_path):
 
 
 def test_the_code_loads_an_adapter_and_its_base(recipe, tiny, tmp_path):
+    import torch
     from peft import LoraConfig, get_peft_model
 
     model, tokenizer = tiny
@@ -227,4 +228,5 @@ def test_the_code_loads_an_adapter_and_its_base(recipe, tiny, tmp_path):
     loaded = run_code(model_card(recipe(), manifest, METRICS), tmp_path)
     inputs = loaded["tokenizer"](["good bad"], return_tensors="pt")
     assert loaded["model"].config.id2label == {0: "bad", 1: "good"}
-    assert loaded["model"].eval()(**inputs).logits.equal(adapter.eval()(**inputs).logits)
+    # weights that are mapped from a file may lie at other addresses, for which some kernels add in another order
+    torch.testing.assert_close(loaded["model"].eval()(**inputs).logits, adapter.eval()(**inputs).logits, rtol=1e-5, atol=1e-8)

@@ -30,7 +30,8 @@ def all_reduce():
 def main(what, stop):
     rank = world().rank
     if what == "sum":
-        print(f"rank {rank}: {all_reduce()} threads {os.environ['OMP_NUM_THREADS']}", flush=True)
+        line = f"rank {rank}: {all_reduce()} threads {os.environ['OMP_NUM_THREADS']}\\n"
+        os.write(1, line.encode())  # in one piece, whatever the other rank prints meanwhile
     elif what == "data-error":
         all_reduce()
         if rank == 1:
