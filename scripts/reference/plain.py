@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig
 from transformers import Trainer, TrainingArguments
 
@@ -55,6 +56,7 @@ def train(
                 learning_rate=args.learning_rate,
                 seed=args.seed,
                 bf16=args.precision == "bf16",
+                use_cpu=not torch.cuda.is_available(),  # without it bf16 is refused there
                 train_sampling_strategy="group_by_length" if args.grouped else "random",
                 logging_steps=10,
                 save_strategy="no",
