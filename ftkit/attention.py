@@ -48,11 +48,11 @@ class Unsupported(Exception):
 class Flat:
     """A model whose layers run on the real tokens of a batch while `rows` says where these are; as ever otherwise.
 
-    `fast_dropout` is that of recipes.  Raises Unsupported where attention or layers are not built as transformers
+    `fast_dropout` and `round_batches` are those of recipes.  Raises Unsupported where attention or layers are not built as transformers
     builds most of them.
     """
 
-    def __init__(self, model: PreTrainedModel, fast_dropout: bool = True) -> None:
+    def __init__(self, model: PreTrainedModel, fast_dropout: bool = True, round_batches: bool = True) -> None:
         if model.config.is_encoder_decoder:
             raise Unsupported("it has two stacks of layers")
         if not model._can_set_attn_implementation():
@@ -65,6 +65,7 @@ class Flat:
         self._gives_positions = "position_ids" in names
         self._segments: Segments | None = None
         self._fast_dropout = fast_dropout
+        self.round_batches = round_batches
         self.model, self._before = model, model.config._attn_implementation
         AttentionInterface.register(NAME, attend)
         AttentionMaskInterface.register(NAME, sdpa_mask)
@@ -201,6 +202,11 @@ def _apart(
     window = _window(module, sliding_window)
     if query.is_cuda and query.dtype != torch.float32 and not dropout and position_bias is None:
         return _varlen(query, key, value, segments, scaling, causal, window)
+    if query.device.type == "cpu" and (torch.is_autocast_enabled("cpu") or value.dtype != torch.float32):
+        # in half precision, torch's backward pass takes 2 to 5 times as long
+        with torch.autocast("cpu", enabled=False):
+            wide = (state.float() for state in (query, key, value))
+            return _apart(module, *wide, dropout, scaling, is_causal, position_bias, sliding_window, segments, fast_dropout, other).to(value.dtype)
     query, key, value = (state.squeeze(0).transpose(0, 1) for state in (query, key, value))  # [N, heads, head_dim]
     masks: Iterable[torch.Tensor | None] = _masks(segments, window, causal, query.device)
     padding = segments.padding

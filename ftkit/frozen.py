@@ -77,9 +77,10 @@ class Frozen:
         real = int(batch.attention_mask.sum())
         if states.shape[:2] == batch.input_ids.shape:
             return states.flatten(0, 1) if batch.segments is None else batch.segments.gather(states).squeeze(0)
-        if states.shape[:2] != (1, real):
+        filler = states.shape[1] - real  # `Trainee` may have rounded the number of tokens up
+        if states.shape[0] != 1 or not 0 <= filler <= real:
             raise Unsupported("its layers see other positions than those of the rows")
-        return states.squeeze(0)
+        return states[0, filler:]
 
     def record(self, sets: list[FeatureSet], compute: Callable[[Batch], Any], batch_size: int, pad_token_id: int) -> Iterator[int]:
         """Keep the states of all rows of the sets; yields the number of rows done each time.
@@ -109,8 +110,9 @@ class Frozen:
             given = kept.states[tokens(features, indices)].to(batch.input_ids.device, non_blocking=True).unsqueeze(0)
             if batch.segments is None:
                 given = given.view(*batch.input_ids.shape, -1)
-            elif not flat:
-                given = batch.segments.scatter(given)
+            else:
+                given = batch.segments.with_filler(given)
+                given = given if flat else batch.segments.scatter(given)
             self._given = given
         try:
             yield

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -184,8 +184,48 @@ def segments(attention_mask: np.ndarray) -> Segments:
         index=torch.from_numpy(np.flatnonzero(attention_mask)),
         bounds=torch.from_numpy(np.concatenate(([0], lengths.cumsum())).astype(np.int32)),
         groups=groups,
-        padding=_padding(lengths, np.concatenate([np.full(count, length) for count, length in groups])),
+        padding=_padding(lengths, _widths(groups)),
     )
+
+
+def rounded(batch: Batch, positions: bool) -> Batch:
+    """The same batch with a round number of tokens in its segments, by ones that have no effect; `positions`: and of supervised positions, by ones of weight 0.
+
+    For kernels that are made anew for each number: so there are few.
+    """
+    supervised = batch.supervised
+    if positions and batch.weights.dim() == 2 and len(silent := torch.nonzero(batch.weights.flatten() == 0)):
+        supervised = torch.cat((supervised, silent[0].expand(_missing(len(supervised)))))
+    return replace(batch, supervised=supervised, segments=batch.segments and _filled_up(batch.segments))
+
+
+def _missing(count: int) -> int:
+    """How many more make a multiple of 32, or of a power of 2 that is at most a thirty-second of them."""
+    return -count % max(32, 1 << max(0, count.bit_length() - 6))
+
+
+def _filled_up(segments: Segments) -> Segments:
+    """With a round number of tokens: copies of the first ones in front, as a row of their own."""
+    filler = _missing(len(segments.index))
+    if not 0 < filler <= len(segments.index):
+        return segments
+    lengths = [filler, *segments.lengths]
+    groups = grouped(lengths)
+    padding = _padding(np.array(lengths), _widths(groups))
+    return replace(
+        segments,
+        lengths=lengths,
+        index=torch.cat((segments.index[:filler], segments.index)),
+        bounds=torch.cat((segments.bounds[:1], segments.bounds + filler)),
+        groups=groups,
+        padding=padding,
+        filler=filler,
+    )
+
+
+def _widths(groups: list[tuple[int, int]]) -> np.ndarray:
+    """How wide each row is padded."""
+    return np.concatenate([np.full(count, length) for count, length in groups])
 
 
 def _padding(lengths: np.ndarray, widths: np.ndarray) -> Padding | None:

@@ -88,6 +88,7 @@ class Segments:
     bounds: torch.Tensor  # int32 [B + 1]: 0, and where each row ends among the N tokens
     groups: list[tuple[int, int]]  # (count, length): how many rows in succession attend in one call, padded to which length
     padding: Padding | None  # that of the groups, if they have any
+    filler: int = 0  # the first row is no row: so many tokens that are copies of those after it, to a round N
 
     def to(self, device: Any, non_blocking: bool = False) -> Segments:
         return self._with(lambda part: part.to(device, non_blocking=non_blocking))
@@ -106,7 +107,17 @@ class Segments:
     def scatter(self, flat: torch.Tensor) -> torch.Tensor:
         """[1, N, ...] -> [B, L, ...], with 0 for padding."""
         padded = flat.new_zeros(self.shape[0] * self.shape[1], *flat.shape[2:])
-        return padded.index_copy(0, self.index, flat.squeeze(0)).unflatten(0, self.shape)
+        return padded.index_copy(0, self.index[self.filler :], self.without_filler(flat).squeeze(0)).unflatten(0, self.shape)
+
+    def with_filler(self, flat: torch.Tensor) -> torch.Tensor:
+        """[1, N - filler, ...] -> [1, N, ...]."""
+        import torch
+
+        return torch.cat((flat[:, : self.filler], flat), 1) if self.filler else flat
+
+    def without_filler(self, flat: torch.Tensor) -> torch.Tensor:
+        """[1, N, ...] -> [1, N - filler, ...]."""
+        return flat[:, self.filler :]
 
 
 @dataclass(slots=True)

@@ -156,6 +156,9 @@ class Train(Spec):
     skip_unused_embeddings: bool = option(
         True, "gradients and optimizer state only for the token embeddings that occur in the training rows, where they are few; the result is the same"
     )
+    round_batches: bool = option(
+        True, "fill flat batches up to round numbers of tokens in bfloat16 on a CPU, whose kernels are made for each number; the result is the same"
+    )
     fast_dropout: bool = option(True, "draw dropout from 16 random bits an element on a CPU, its share rounded to 1/65536; false: by torch's own code")
     compile: bool = option(False, "compile layers with torch.compile: faster steps on GPUs, for a minute or more before the first ones")
     processes: Literal["auto"] | Annotated[int, Field(ge=1)] = option("auto", "processes to start here; auto: one a GPU, one on a CPU")

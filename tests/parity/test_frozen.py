@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 
-from ftkit import frozen
+from ftkit import frozen, loop
 from ftkit.attention import layers_of
 from ftkit.errors import DiskError
 from ftkit.finish import _release
@@ -48,10 +48,11 @@ def path(recipe, checkpoint):
     return write
 
 
-@pytest.mark.parametrize("layout", ["flat", "bucketed"])
+@pytest.mark.parametrize(("layout", "rounds"), [("flat", False), ("flat", True), ("bucketed", False)], ids=["flat", "rounded", "bucketed"])
 @pytest.mark.parametrize("name", RUNS)
-def test_three_epochs_give_the_weights_that_they_give_without(name, layout, path, tmp_path):
+def test_three_epochs_give_the_weights_that_they_give_without(name, layout, rounds, path, tmp_path, monkeypatch):
     """In padded batches dropout of the head draws other numbers than in flat ones, but not with frozen layers or without."""
+    monkeypatch.setattr(loop, "made_for_each_shape", lambda model: rounds)
     where = path(name, layout=layout)
     with Reporter(None, quiet=True) as report:
         without, once = session(where, report), session(where, report)

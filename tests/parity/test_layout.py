@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ftkit import attention, loop
 from ftkit.errors import RecipeError
 from ftkit.loop import Position, fit
 from ftkit.prepare import prepare
@@ -29,11 +30,15 @@ def session(path, layout, report):
     return open_session(prepare(read(path, [f"train.layout={layout}"]), report), report)
 
 
+@pytest.mark.parametrize("rounded", [False, True])
 @pytest.mark.parametrize("name", RUNS)
-def test_after_twenty_steps_the_weights_are_those_of_padded_batches(name, recipe, checkpoint):
+def test_after_twenty_steps_the_weights_are_those_of_padded_batches(name, rounded, recipe, checkpoint, monkeypatch):
+    """`rounded`: as in bfloat16 on a CPU, filled up to round numbers of tokens."""
     model, overrides, rows, method, changes = RUNS[name]
     train = {"steps": 20, "optimizer": "sgd", "learning_rate": 0.05, "max_grad_norm": None, **changes}
     path = recipe({"name": checkpoint(model), "config": overrides}, rows, train, method=method)
+    monkeypatch.setattr(loop, "made_for_each_shape", lambda model: rounded)
+    seen = numbers_of_tokens(monkeypatch)
     with Reporter(None, quiet=True) as report:
         padded, flat = (session(path, layout, report) for layout in ("padded", "flat"))
     start = {key: parameter.detach().clone() for key, parameter in padded.trainable.items()}
@@ -44,6 +49,30 @@ def test_after_twenty_steps_the_weights_are_those_of_padded_batches(name, recipe
     apart = max((parameter - flat.trainable[key]).abs().max() for key, parameter in padded.trainable.items())
     assert moved > 1e-2
     assert apart < 1e-4 * moved
+    assert all(number % 32 == 0 for number in seen if number > 32) == rounded
+
+
+def numbers_of_tokens(monkeypatch):
+    """A list that fills with the tokens of each flat batch."""
+    seen, gather = [], attention.Flat._gather
+
+    def noted(self, *args):
+        if self._segments is not None:
+            seen.append(len(self._segments.index))
+        return gather(self, *args)
+
+    monkeypatch.setattr(attention.Flat, "_gather", noted)
+    return seen
+
+
+@pytest.mark.parametrize(("settings", "rounds"), [({"precision": "bf16"}, True), ({"precision": "bf16", "round_batches": False}, False), ({}, False)])
+def test_batches_are_rounded_in_bfloat16_unless_switched_off(settings, rounds, recipe, monkeypatch):
+    seen = numbers_of_tokens(monkeypatch)
+    with Reporter(None, quiet=True) as report:
+        opened = session(recipe("llama", "chats", settings), "flat", report)
+    seen.clear()  # of the trial
+    next(fit(opened, Position()))
+    assert [number % 32 == 0 for number in seen] == [rounds]
 
 
 def test_it_is_the_default_where_it_is_possible(recipe):
@@ -75,8 +104,6 @@ def test_where_it_is_impossible_rows_are_bucketed_and_the_run_says_why(name, rec
 
 def test_rows_that_see_each_other_are_not_laid_flat(recipe, monkeypatch):
     """The trial before the first step: here attention takes all rows for one."""
-    from ftkit import attention
-
     gather = attention.Flat._gather
 
     def confused(self, stack, args, kwargs):
@@ -105,8 +132,6 @@ def test_a_leak_is_found_where_weights_are_small_and_coarse(recipe, checkpoint):
 
 
 def test_positions_that_are_wrong_are_found(recipe, monkeypatch):
-    from ftkit import attention
-
     gather = attention.Flat._gather
 
     def shifted(self, stack, args, kwargs):

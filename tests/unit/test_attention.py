@@ -261,3 +261,41 @@ def test_segments_say_where_the_real_tokens_are():
     values = torch.arange(9.0).view(3, 3)
     assert found.gather(values).tolist() == [[0, 1, 2, 3, 6, 7]]
     assert torch.equal(found.scatter(found.gather(values)), values * torch.from_numpy(mask))
+
+
+def test_filled_up_segments_give_back_what_was_gathered():
+    mask = np.arange(40) < np.array([40, 17, 33])[:, None]
+    given, lengths = segments(mask.astype(int)), [40, 17, 33]
+    found = batches._filled_up(given)
+    assert (found.filler, found.lengths, len(found.index)) == (6, [6, *lengths], 96)
+    assert found.bounds.tolist() == [0, 6, 46, 63, 96]
+    assert sum(count for count, _ in found.groups) == 4
+    values = torch.arange(120.0).view(3, 40)
+    flat = found.gather(values)
+    assert torch.equal(found.scatter(flat), values * torch.from_numpy(mask))
+    assert torch.equal(found.without_filler(flat), given.gather(values))
+    assert torch.equal(found.with_filler(given.gather(values)), flat)
+    assert batches._filled_up(segments(np.ones((2, 32), int))).filler == 0
+    assert batches._filled_up(segments(np.ones((1, 5), int))).filler == 0  # more than there are
+    assert {count + batches._missing(count) for count in (97, 128)} == {128}
+    assert 5000 + batches._missing(5000) == 5120
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_in_bfloat16_attention_is_computed_in_float32(name, batch):
+    """Its outputs and gradients are as near to those of float32 as those of torch's own kernels for bfloat16, or nearer."""
+    model = built(transformers.AutoModel, {**ENCODERS, **DECODERS}[name])
+
+    def gradients(compute):
+        model.zero_grad()
+        torch.stack(compute()).float().sum().backward()
+        return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+    def own():
+        model.set_attn_implementation("sdpa")
+        return [row.mean() for row in alone(model, batch[0])]
+
+    exact = gradients(own)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        theirs, ours = gradients(own), gradients(lambda: [row.mean() for row in flat(model, *batch)])
+    assert difference(ours, exact) < 1.5 * difference(theirs, exact) < 0.1
