@@ -30,7 +30,7 @@ def check(resolved: Resolved, report: Reporter) -> list[FtkitError]:
     """
     import numpy as np
 
-    from ftkit import compiled, device, layout, model, optim, prepare, rundir, session, trackers
+    from ftkit import compiled, device, kernels, layout, model, optim, prepare, rundir, session, trackers
     from ftkit.data.batches import Sampler
     from ftkit.data.rows import load_rows
     from ftkit.data.types import Limits
@@ -50,6 +50,7 @@ def check(resolved: Resolved, report: Reporter) -> list[FtkitError]:
     attempt(rundir.check, Path(recipe.output), False, True)
     attempt(device.precision, recipe.train.precision, device.pick())
     attempt(_check_devices, recipe.train)
+    attempt(kernels.check, recipe.train.liger, device.pick())
     attempt(trackers.check, recipe.train.trackers)
     rows = attempt(load_rows, recipe.data, recipe.task, recipe.train.seed, report.note)
     task = attempt(recipe.task.resolve, rows.pool) if rows else None

@@ -37,7 +37,15 @@ CONTENTS = (
 # What a resumed run may do otherwise than before: none of it changes a number, ...
 MAY_CHANGE = {"train.processes", "train.log_every", "train.keep", "train.save_every", "train.trackers", "data.streaming", "output"}
 # ... or only its last digits, since sums are taken in another order: what helps a run that ran out of memory.
-MAY_ROUND = {"train.accumulate", "train.gradient_checkpointing", "train.compile", "objective.in_chunks", "eval.batch_size"}
+MAY_ROUND = {
+    "train.accumulate",
+    "train.gradient_checkpointing",
+    "train.round_batches",
+    "train.liger",
+    "train.compile",
+    "objective.in_chunks",
+    "eval.batch_size",
+}
 
 
 def check(output: Path, resume: bool, overwrite: bool) -> None:

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 
-from ftkit import compiled, device, dropout, embeddings, frozen, launch, layout, model, optim, recompute
+from ftkit import compiled, device, dropout, embeddings, frozen, kernels, launch, layout, model, optim, recompute
 from ftkit.data.batches import Sampler, collate, largest_micro_batch
 from ftkit.errors import MissingDependency, RecipeError
 from ftkit.loop import Trainee
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ftkit.data.types import Row
     from ftkit.embeddings import Used
     from ftkit.frozen import Frozen
+    from ftkit.kernels import Liger
     from ftkit.model import Base
     from ftkit.prepare import Prepared
     from ftkit.recipe.spec import Recipe, Train
@@ -47,6 +48,7 @@ class Session:
     accumulate: int  # micro-batches of one process in a step
     sampler: Sampler
     flat: Flat | None  # the base's layers, where they run on real tokens only
+    liger: Liger | None  # the kernels that compute some of the base's modules
     used: Used | None = None  # the token embeddings that occur in the training rows, where only these learn
     frozen: Frozen | None = None  # layers that are computed once
 
@@ -82,7 +84,7 @@ class Session:
 
     def release(self) -> None:
         """Leave the model as its own code has it, for saving and comparing."""
-        for part in (self.flat, self.frozen):
+        for part in (self.flat, self.frozen, self.liger):
             if part is not None:
                 part.remove()
         if self.recipe.train.compile:
@@ -90,7 +92,7 @@ class Session:
         if self.used is not None:
             self.used.restore()
         device.use_tf32(False)
-        self.flat = self.frozen = self.used = None
+        self.flat = self.frozen = self.liger = self.used = None
         trainee: Any = self.accelerator.unwrap_model(self.wrapped)
         trainee.flat = trainee.frozen = None
 
@@ -113,6 +115,7 @@ def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any]
     for parameter in learner.parameters():
         if parameter.requires_grad:  # fp32 master weights: bf16 cannot hold updates much smaller than the weight
             parameter.data = parameter.data.float()
+    liger = kernels.choose(train.liger, base.model, here, report)
     if train.compile:
         compiled.check(base.model, here)
     if train.gradient_checkpointing:
@@ -168,6 +171,7 @@ def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any]
         accumulate=accumulate,
         sampler=sampler,
         flat=trainee.flat,
+        liger=liger,
         used=used,
     )
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from ftkit import device, model, prepare, rundir
+from ftkit import device, kernels, model, prepare, rundir
 from ftkit.data import formats, hub
 from ftkit.data.rows import load_rows
 from ftkit.data.types import Row, Rows
@@ -290,4 +290,9 @@ def _train(train: Train, report: Reporter) -> Train:
     except MissingDependency:
         report.note(f"train.precision: auto in place of {train.precision}, which this machine has not")
         update["precision"] = "auto"
+    try:
+        kernels.check(train.liger, device.pick())
+    except MissingDependency:
+        report.note("train.liger: auto in place of true, which this machine has not")
+        update["liger"] = "auto"
     return train.model_copy(update=update)

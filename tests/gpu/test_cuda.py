@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch.nn import functional as F
 
-from ftkit import chunks
+from ftkit import chunks, kernels
 from ftkit.attention import Flat
 from ftkit.data.batches import collate, segments
 from ftkit.data.features import FeatureSet
@@ -64,6 +64,27 @@ def test_flat_rows_give_what_they_give_alone(name, dtype, tolerance):
     assert max((a - b).abs().max() for a, b in zip(found, alone, strict=True)) <= tolerance * scale
     largest = max(gradient.abs().max() for gradient in expected)
     assert max((a - b).abs().max() for a, b in zip(gradients(*found), expected, strict=True)) <= 2 * tolerance * largest
+
+
+def test_ligers_kernels_compute_what_torch_computes():
+    pytest.importorskip("liger_kernel")
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS["llama"]).cuda().train()
+    ids, mask = rows()
+
+    def gradients():
+        model.zero_grad()
+        model(input_ids=ids.cuda(), attention_mask=mask.cuda(), use_cache=False).logits.log_softmax(-1)[:, :, 5].sum().backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    expected = gradients()
+    liger = kernels.Liger(model)
+    found = gradients()
+    liger.remove()
+    again = gradients()
+    largest = max(gradient.abs().max() for gradient in expected)
+    assert 0 < max((a - b).abs().max() for a, b in zip(found, expected, strict=True)) <= 1e-4 * largest
+    assert max((a - b).abs().max() for a, b in zip(again, expected, strict=True)) <= 1e-6 * largest
 
 
 def test_the_loss_in_chunks_is_the_loss_of_all_logits(monkeypatch):
