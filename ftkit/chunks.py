@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from ftkit.data.types import Items, Scores
     from ftkit.objectives import Objective
@@ -22,9 +22,20 @@ if TYPE_CHECKING:
 LOGITS = {"cpu": 2**24, "cuda": 2**26}  # in a chunk: 64 and 256 MiB in float32, and three times that with gradients
 
 
-def chunk_size(items: Items) -> int:
-    """How many items are computed together."""
-    return max(1, LOGITS.get(items.states.device.type, LOGITS["cuda"]) // items.num_classes)
+MOST = 4  # times LOGITS are in a chunk where the head learns
+
+
+def chunk_size(items: Items, learning: Sequence[nn.Parameter] = ()) -> int:
+    """How many items are computed together.
+
+    As many as there are weights of the head, if it is among the `learning` parameters: its gradient, which each chunk
+    adds to, is as large.
+    """
+    most = LOGITS.get(items.states.device.type, LOGITS["cuda"])
+    weights = items.num_classes * items.states.shape[-1]
+    if any(parameter.numel() == weights for parameter in learning):
+        most = min(max(most, weights), MOST * most)
+    return max(1, most // items.num_classes)
 
 
 def scores(items: Items) -> Iterator[Scores]:
@@ -36,12 +47,12 @@ def loss(items: Items, objective: Objective, parameters: list[nn.Parameter]) -> 
     """The objective's sum over the items, float32, with its gradient for their states and for those of `parameters` that the head uses."""
     if not objective.in_chunks:
         return objective.loss(items.scores())
-    size = chunk_size(items)
+    learning = [parameter for parameter in parameters if parameter.requires_grad]
+    size = chunk_size(items, learning)
     if len(items) <= size or not torch.is_grad_enabled():
-        return sum((objective.loss(each) for each in scores(items)), start=torch.zeros((), device=items.states.device))
+        return sum((objective.loss(items.scores(part)) for part in items.parts(size)), start=torch.zeros((), device=items.states.device))
     if torch.is_autocast_enabled(items.states.device.type) and torch.get_autocast_dtype(items.states.device.type) is torch.float16:
         return _recomputed(items, objective, size)
-    learning = [parameter for parameter in parameters if parameter.requires_grad]
     total = torch.zeros((), device=items.states.device)
     of_states = torch.empty_like(items.states)
     of_weights: dict[int, torch.Tensor] = {}

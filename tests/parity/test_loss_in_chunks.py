@@ -21,6 +21,7 @@ RUNS = {
 def test_after_twenty_steps_the_weights_are_those_of_all_logits_at_once(name, recipe, checkpoint, monkeypatch):
     model, overrides, rows, method = RUNS[name]
     monkeypatch.setitem(chunks.LOGITS, "cpu", 2000)  # some six positions
+    monkeypatch.setattr(chunks, "MOST", 1)
     heads = []
     train = {"steps": 20, "optimizer": "sgd", "learning_rate": 0.05, "max_grad_norm": None}
     path = recipe({"name": checkpoint(model), "config": overrides}, rows, train, method=method)

@@ -54,6 +54,7 @@ def batch():
 def sizes(monkeypatch):
     """Chunks of four positions; what the output head gave, call by call, goes into the list."""
     monkeypatch.setitem(chunks.LOGITS, "cpu", 4 * VOCABULARY)
+    monkeypatch.setattr(chunks, "MOST", 1)
     return []
 
 
@@ -97,6 +98,14 @@ def test_loss_and_gradients_are_those_of_all_logits(name, batch, sizes):
 def test_under_an_adapter(targets, batch, sizes):
     model = get_peft_model(built("llama"), LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False, lora_dropout=0.0))
     check_same(model, batch)
+
+
+def test_chunks_are_larger_where_the_gradient_of_the_head_is_large_anyway(batch, monkeypatch):
+    monkeypatch.setitem(chunks.LOGITS, "cpu", 4 * VOCABULARY)
+    model = built("llama")
+    items, hidden = TASK.items(model, batch), model.config.hidden_size
+    assert chunks.chunk_size(items) == chunks.chunk_size(items, [model.model.norm.weight]) == 4
+    assert chunks.chunk_size(items, [model.lm_head.weight]) == min(hidden, 4 * chunks.MOST)
 
 
 def test_scores_come_in_chunks_and_without_gradients(batch, sizes):
