@@ -69,7 +69,7 @@ def _dropped(x: torch.Tensor, mask: torch.Tensor | None, dtype: torch.dtype) -> 
     if mask is None:
         yield from (part.to(dtype) for part in parts)
     else:
-        yield from ((part * own.to(x.dtype)).to(dtype) for part, own in zip(parts, mask.flatten(0, -2).split(_rows_of_a_chunk(x)), strict=True))
+        yield from (part.to(dtype) * own.to(dtype) for part, own in zip(parts, mask.flatten(0, -2).split(_rows_of_a_chunk(x)), strict=True))
 
 
 def _rows_of_a_chunk(x: torch.Tensor) -> int:
