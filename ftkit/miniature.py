@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 HIDDEN, HEADS, POSITIONS, WINDOW = 32, 2, 128, 64
+NARROWEST = HIDDEN // HEADS  # width of a matrix: keys of one head
 WIDTH = re.compile(r"(^|_)(size|dim|inner|embd|model)$")  # names of widths, which shrink as the hidden one does
 NO_WIDTH = {"vocab_size", "type_vocab_size", "head_dim"}
 
@@ -69,7 +70,7 @@ def miniature(config: PreTrainedConfig, layers: int, tokenizer: Any) -> PreTrain
     hidden, depth = text.hidden_size, text.num_hidden_layers
     for name, value in settings.items():
         if isinstance(value, int) and value > 2 * HIDDEN and WIDTH.search(name) and name not in NO_WIDTH:
-            setattr(text, name, max(HIDDEN // HEADS, value * HIDDEN // hidden // 8 * 8))
+            setattr(text, name, max(NARROWEST, value * HIDDEN // hidden // 8 * 8))
         elif isinstance(value, list) and len(value) == depth:
             setattr(text, name, (list(dict.fromkeys(value)) * layers)[:layers])
         elif isinstance(value, dict):
@@ -80,7 +81,7 @@ def miniature(config: PreTrainedConfig, layers: int, tokenizer: Any) -> PreTrain
         "num_hidden_layers": layers,
         "num_attention_heads": HEADS,
         "num_key_value_heads": HEADS // 2 if grouped else HEADS,
-        "head_dim": HIDDEN // HEADS,
+        "head_dim": NARROWEST,
         "max_position_embeddings": POSITIONS,
         "sliding_window": WINDOW,
     }

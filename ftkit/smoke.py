@@ -20,7 +20,7 @@ from ftkit.data import formats, hub
 from ftkit.data.rows import load_rows
 from ftkit.data.types import Row, Rows
 from ftkit.errors import HubError, MissingDependency, RecipeError
-from ftkit.miniature import POSITIONS, architecture, miniature
+from ftkit.miniature import NARROWEST, POSITIONS, architecture, miniature
 from ftkit.recipe import Resolved, dump, read
 from ftkit.recipe.spec import Model, TrainedTokenizer
 from ftkit.report import Reporter
@@ -80,6 +80,7 @@ def shrink(resolved: Resolved, report: Reporter) -> Resolved:
         update={
             "model": spec.model_copy(update={"name": str(workshop / "base")}),
             "task": task,
+            "method": recipe.method.miniature(NARROWEST),
             "data": _data(recipe.data, rows, workshop, min(recipe.data.max_length or POSITIONS, model.max_positions(config, tokenizer) or POSITIONS)),
             "train": _train(recipe.train, report),
             "eval": recipe.eval.model_copy(update={"batch_size": min(recipe.eval.batch_size, BATCH)}),
@@ -199,7 +200,7 @@ def _data(data: Data, rows: Rows, directory: Path, max_length: int) -> Data:
 
 def _model(recipe: Recipe, task: Task, rows: Rows, report: Reporter) -> tuple[Model, Any, Any]:
     """What the recipe says of the model, without its name; the tiny config; the tokenizer."""
-    spec, method = recipe.model, recipe.method
+    spec, method = recipe.model, recipe.method.miniature(NARROWEST)
     source = model.locate(spec)
     try:
         config = model.load_config(spec, source)

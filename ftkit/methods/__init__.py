@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
+
+from ftkit.recipe.spec import Spec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,6 +39,27 @@ class Method(Protocol):
         """The model that trains: everything frozen but what this method and a new head train."""
         ...
 
+    def lr_factor(self, name: str) -> float:
+        """What train.learning_rate is multiplied by for a parameter of the model that `apply` returns."""
+        ...
+
+    def miniature(self, width: int) -> Method:
+        """The same for `--smoke`, whose model has no matrix narrower than `width`."""
+        ...
+
     def save(self, model: nn.Module, base: Base, directory: Path) -> Artifact:
         """Write weights that load without ftkit wherever that can be; safetensors and JSON only."""
         ...
+
+
+class MethodSpec(Spec):
+    """A method whose base is loaded as it is stored, and of which everything learns at one rate."""
+
+    def load_kwargs(self, head: list[str], precision: str) -> dict[str, Any]:
+        return {}
+
+    def lr_factor(self, name: str) -> float:
+        return 1.0
+
+    def miniature(self, width: int) -> Self:
+        return self

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from ftkit.methods import Artifact
-from ftkit.recipe.spec import Default, Spec
+from ftkit.methods import Artifact, MethodSpec
+from ftkit.recipe.spec import Default
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ftkit.model import Base
 
 
-class Full(Spec):
+class Full(MethodSpec):
     """Every weight learns."""
 
     kind: Literal["full"] = "full"
@@ -26,9 +26,6 @@ class Full(Spec):
     defaults: ClassVar[Mapping[str, Default]] = {
         "train.learning_rate": Default(2e-5, "BERT: 2e-5 to 5e-5 (arXiv 1810.04805 A.3)"),
     }
-
-    def load_kwargs(self, head: list[str], precision: str) -> dict[str, Any]:
-        return {}
 
     def apply(self, base: Base) -> nn.Module:
         return base.model.requires_grad_(True)

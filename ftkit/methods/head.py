@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ftkit.errors import RecipeError
-from ftkit.methods import Artifact
+from ftkit.methods import Artifact, MethodSpec
 from ftkit.methods.full import save_whole
-from ftkit.recipe.spec import Default, Spec, option
+from ftkit.recipe.spec import Default, option
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ftkit.model import Base
 
 
-class Head(Spec):
+class Head(MethodSpec):
     """Only the head learns; the model below it is frozen and runs without dropout."""
 
     kind: Literal["head"] = "head"
@@ -28,9 +28,6 @@ class Head(Spec):
     defaults: ClassVar[Mapping[str, Default]] = {
         "train.learning_rate": Default(1e-3, "a linear probe on frozen features: arXiv 1903.05987 (feature extraction needs larger rates than fine-tuning)"),
     }
-
-    def load_kwargs(self, head: list[str], precision: str) -> dict[str, Any]:
-        return {}
 
     def apply(self, base: Base) -> nn.Module:
         base.model.requires_grad_(False)

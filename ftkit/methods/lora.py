@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
-from ftkit.methods import Artifact
-from ftkit.methods.modules import choose_targets, shortest_endings
-from ftkit.recipe.spec import Default, Spec, option
+from ftkit.errors import RecipeError
+from ftkit.methods import Artifact, MethodSpec
+from ftkit.methods.modules import choose_targets, endings, matching, shortest_endings, size_of
+from ftkit.recipe.spec import Default, option
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from ftkit.model import Base
 
 
-class LoRA(Spec):
+class LoRA(MethodSpec):
     """Low-rank updates of linear modules learn, and every new head; the base is frozen."""
 
     kind: Literal["lora"] = "lora"
@@ -35,9 +36,15 @@ class LoRA(Spec):
     rslora: bool = option(False, "scale by alpha / sqrt(r), stable at high rank (arXiv 2312.03732)")
     reuse: bool = option(True, "compute layers below the first one with updates once for each row, not in every epoch again; the result is the same")
     recompute_dropout: bool = option(True, "apply dropout again in the backward pass instead of keeping dropped-out copies; false: PEFT's own modules")
-    init: Literal["default", "pissa"] = option(
-        "default", "default: updates start at zero; pissa: from the principal components of the weights (arXiv 2404.02948)"
+    init: Literal["default", "pissa", "olora"] = option(
+        "default",
+        "default: updates start at zero; pissa: from the principal components of the weights (arXiv 2404.02948); "
+        "olora: from their QR decomposition (arXiv 2406.01775)",
     )
+    layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = option(None, "layers with updates, counted from 0; all if empty")
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = option({}, "other ranks: a name ending or regular expression of modules, and their r")
+    alpha_pattern: dict[str, Annotated[int, Field(ge=1)]] = option({}, "other scales: a name ending or regular expression of modules, and their alpha")
+    lr_ratio: float = option(1.0, "learning rate of the updates' second matrix over that of their first; LoRA+ takes 16 (arXiv 2402.12354)", gt=0)
 
     frozen_base: ClassVar[bool] = True
     defaults: ClassVar[Mapping[str, Default]] = {
@@ -46,12 +53,16 @@ class LoRA(Spec):
 
     @model_validator(mode="after")
     def _compatible(self) -> LoRA:
-        if self.dora and self.init == "pissa":
-            raise ValueError("dora and init: pissa both change how the frozen weight counts; choose one")
+        if self.dora and self.init != "default":
+            raise ValueError(f"dora and init: {self.init} both change how the frozen weight counts; choose one")
         return self
 
-    def load_kwargs(self, head: list[str], precision: str) -> dict[str, Any]:
-        return {}
+    def lr_factor(self, name: str) -> float:
+        return self.lr_ratio if ".lora_B." in name else 1.0
+
+    def miniature(self, width: int) -> Self:
+        ranks = {pattern: min(r, width) for pattern, r in self.rank_pattern.items()}
+        return self.model_copy(update={"r": min(self.r, width), "rank_pattern": ranks})
 
     def apply(self, base: Base) -> nn.Module:
         from peft import LoraConfig, get_peft_model
@@ -59,17 +70,23 @@ class LoRA(Spec):
 
         from ftkit.updates import begin_with_entries
 
-        chosen = choose_targets(base, self.targets)
-        pissa = self.init == "pissa" and base.model.device.type != "meta"  # which has no weights to decompose
+        chosen = choose_targets(base, self.targets, self.layers)
+        transposed = isinstance(base.model.get_submodule(chosen[0]), Conv1D)  # GPT-2 keeps weights so
+        if self.init == "olora" and transposed:
+            raise RecipeError(f"method.init: olora takes linear modules as they are, and {type(base.model).__name__} keeps them transposed; use init: pissa")
+        self._check_ranks(base, chosen)
+        decomposed = self.init != "default" and base.model.device.type != "meta"  # which has no weights to decompose
         config = LoraConfig(
             r=self.r,
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
             target_modules=shortest_endings(chosen, base.model),
-            fan_in_fan_out=isinstance(base.model.get_submodule(chosen[0]), Conv1D),  # GPT-2 keeps weights transposed
+            rank_pattern=self.rank_pattern,
+            alpha_pattern=self.alpha_pattern,
+            fan_in_fan_out=transposed,
             use_dora=self.dora,
             use_rslora=self.rslora,
-            init_lora_weights="pissa" if pissa else True,
+            init_lora_weights=True if self.init == "default" or not decomposed else self.init,
             modules_to_save=base.new_modules or None,
             task_type=base.task.peft_type,
             revision=base.source.revision if base.source else None,
@@ -77,13 +94,25 @@ class LoRA(Spec):
         model = get_peft_model(base.model, config)
         if self.recompute_dropout:
             begin_with_entries(model)
-        if pissa:
+        if decomposed:
             base.initial = {name: p.detach().clone() for name, p in model.named_parameters() if ".lora_" in name}
         return model
 
+    def _check_ranks(self, base: Base, chosen: list[str]) -> None:
+        """Refuse patterns that match no module with updates, and ranks that a matrix cannot have."""
+        for field, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            for pattern in patterns:
+                if not matching(pattern, chosen, f"method.{field}"):
+                    raise RecipeError(f"method.{field}: {pattern!r} matches no module with updates; there are {endings(chosen)}")
+        for name in chosen:
+            size = size_of(base.model.get_submodule(name))
+            r = next((rank for pattern, rank in self.rank_pattern.items() if matching(pattern, [name], "method.rank_pattern")), self.r)
+            if r > min(size):
+                raise RecipeError(f"method: {name} is a matrix of {size[0]} x {size[1]}: a rank of {r} is more than it can have; lower method.r")
+
     def save(self, model: Any, base: Base, directory: Path) -> Artifact:
-        """PEFT's format; PiSSA is converted to a plain LoRA of twice the rank, which needs no SVD to load."""
-        if self.init == "pissa":
+        """PEFT's format; decomposed weights become a plain LoRA of twice the rank, which needs no decomposition to load."""
+        if self.init != "default":
             _save_converted(model, base, directory)
         else:
             model.save_pretrained(directory, save_embedding_layers=False)
@@ -105,6 +134,8 @@ def _save_converted(model: Any, base: Base, directory: Path) -> None:
     config = type(model.peft_config["default"])(**model.peft_config["default"].to_dict())
     growth = 2**0.5 if config.use_rslora else 2  # keeps the scale s at twice the rank
     config.r, config.lora_alpha, config.init_lora_weights, config.inference_mode = 2 * config.r, config.lora_alpha * growth, True, True
+    config.rank_pattern = {pattern: 2 * r for pattern, r in config.rank_pattern.items()}
+    config.alpha_pattern = {pattern: alpha * growth for pattern, alpha in config.alpha_pattern.items()}
     directory.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, directory / "adapter_model.safetensors", {"format": "pt"})
     config.save_pretrained(directory)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ftkit.errors import RecipeError
 
@@ -46,27 +46,32 @@ def linear_modules(base: Base) -> list[str]:
     return names
 
 
-def choose_targets(base: Base, targets: str | list[str]) -> list[str]:
-    """The linear modules that `targets` means: `all-linear`, `attention`, a regex, or a list of name endings.
+def choose_targets(base: Base, targets: str | list[str], only_layers: list[int] | None = None) -> list[str]:
+    """The linear modules that `targets` means: `all-linear`, `attention`, a regex, or a list of name endings; of some layers, or all.
 
     A target that matches nothing is refused with the names there are.
     """
     names = linear_modules(base)
+    if only_layers is not None:
+        known = layers(base)
+        if wrong := [number for number in only_layers if number >= len(known)]:
+            raise RecipeError(f"method.layers: {wrong[0]}, but the {len(known)} layers of {type(base.model).__name__} are counted from 0")
+        names = [name for name in names if any(name.startswith(f"{known[number]}.") for number in only_layers)]
     if targets == "all-linear":
         chosen = set(names)
     elif targets == "attention":
         chosen = {name for name in names if ATTENTION.search(name)}
     elif isinstance(targets, str):
-        chosen = {name for name in names if _pattern("targets", targets).search(name)}
+        chosen = {name for name in names if _pattern("method.targets", targets).search(name)}
     else:
         chosen = set()
         for target in targets:
             hits = {name for name in names if name == target or name.endswith(f".{target}")}
             if not hits:
-                raise RecipeError(f"method.targets: {target!r} matches no linear module of {type(base.model).__name__}; there are {_endings(names)}")
+                raise RecipeError(f"method.targets: {target!r} matches no linear module of {type(base.model).__name__}; there are {endings(names)}")
             chosen |= hits
     if not chosen:
-        raise RecipeError(f"method.targets: {targets!r} matches no linear module of {type(base.model).__name__}; there are {_endings(names)}")
+        raise RecipeError(f"method.targets: {targets!r} matches no linear module of {type(base.model).__name__}; there are {endings(names)}")
     return [name for name in names if name in chosen]
 
 
@@ -86,9 +91,23 @@ def shortest_endings(chosen: list[str], model: nn.Module) -> list[str]:
     return sorted(endings)
 
 
+def matching(pattern: str, names: list[str], field: str) -> list[str]:
+    """The names that a pattern of PEFT's means: it is a regular expression for their end, from a dot or the beginning."""
+    found = _pattern(field, rf"(.*\.)?({pattern})$")
+    return [name for name in names if found.match(name)]
+
+
+def size_of(module: nn.Module) -> tuple[int, int]:
+    """Inputs and outputs of a linear module, quantised or transposed as its weight may be."""
+    from transformers.pytorch_utils import Conv1D
+
+    layer: Any = module
+    return (layer.nx, layer.nf) if isinstance(module, Conv1D) else (layer.in_features, layer.out_features)
+
+
 def matching_parameters(model: nn.Module, pattern: str) -> list[str]:
     """Names of the parameters that the regex `pattern` finds; none is refused."""
-    found = [name for name, _ in model.named_parameters() if _pattern("pattern", pattern).search(name)]
+    found = [name for name, _ in model.named_parameters() if _pattern("method.pattern", pattern).search(name)]
     if not found:
         examples = ", ".join(name for name, _ in list(model.named_parameters())[:3])
         raise RecipeError(f"method.pattern: {pattern!r} matches no parameter of {type(model).__name__} (they are called {examples}, ...)")
@@ -99,8 +118,8 @@ def _pattern(field: str, pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise RecipeError(f"method.{field}: {pattern!r} is no regular expression: {error}") from error
+        raise RecipeError(f"{field}: {pattern!r} is no regular expression: {error}") from error
 
 
-def _endings(names: list[str]) -> str:
+def endings(names: list[str]) -> str:
     return ", ".join(sorted({name.rpartition(".")[2] for name in names})) or "none"

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import model_validator
 
 from ftkit.errors import RecipeError
-from ftkit.methods import Artifact
+from ftkit.methods import Artifact, MethodSpec
 from ftkit.methods.full import save_whole
 from ftkit.methods.modules import layers, matching_parameters
-from ftkit.recipe.spec import Default, Spec, option
+from ftkit.recipe.spec import Default, option
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ftkit.model import Base
 
 
-class Partial(Spec):
+class Partial(MethodSpec):
     """Some layers learn, and every new head; the rest is frozen."""
 
     kind: Literal["partial"] = "partial"
@@ -40,9 +40,6 @@ class Partial(Spec):
         if sum(value is not None for value in (self.last, self.first, self.pattern)) != 1:
             raise ValueError("say which part learns: exactly one of last, first and pattern")
         return self
-
-    def load_kwargs(self, head: list[str], precision: str) -> dict[str, Any]:
-        return {}
 
     def apply(self, base: Base) -> nn.Module:
         model = base.model.requires_grad_(False)

@@ -21,8 +21,8 @@ class QLoRA(LoRA):
 
     @model_validator(mode="after")
     def _float_weights(self) -> QLoRA:
-        if self.init == "pissa":
-            raise ValueError("init: pissa needs float weights; a quantised base takes init: default")
+        if self.init != "default":
+            raise ValueError(f"init: {self.init} needs float weights; a quantised base takes init: default")
         return self
 
     def load_kwargs(self, head: list[str], precision: str) -> dict[str, Any]:

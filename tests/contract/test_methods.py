@@ -36,6 +36,8 @@ VARIANTS = {
     "dora": LoRA(dora=True),
     "rslora": LoRA(rslora=True, r=4),
     "pissa": LoRA(init="pissa", dropout=0.0),
+    "pissa-patterns": LoRA(init="pissa", dropout=0.0, r=4, rank_pattern={"(query|c_attn|q_proj)": 2}, alpha_pattern={"(value|c_proj|v_proj)": 4}),
+    "lora+": LoRA(lr_ratio=4, layers=[1], rslora=True),
     "qlora-fp4": QLoRA(quant_type="fp4", double_quant=False),
     "qlora-8": QLoRA(bits=8),
 }
@@ -90,6 +92,8 @@ def intended(name: str, architecture: str, new_head: bool):
 
 
 IN_CLASSIFICATION = [(name, architecture) for architecture in LAYERS for name in (ALL if architecture in ("bert", "gpt2") else METHODS)]
+ALL["olora"] = LoRA(init="olora", dropout=0.0, r=4)  # not for the transposed weights of GPT-2
+IN_CLASSIFICATION.append(("olora", "bert"))
 IN_LANGUAGE_MODELLING = [*((name, "llama") for name in ALL), ("full", "gpt2"), ("partial-last", "gpt2"), ("lora", "gpt2"), ("qlora-4", "gpt2")]
 
 

@@ -188,6 +188,68 @@ def test_the_scale_of_updates(rslora, scale):
     assert scales == {scale}
 
 
+def updates(model) -> dict[str, tuple[int, float]]:
+    """Rank and scale of each module with updates."""
+    found = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    return {name.removeprefix("base_model.model."): (module.r["default"], module.scaling["default"]) for name, module in found.items()}
+
+
+def test_ranks_and_scales_by_pattern_and_layers_by_number():
+    base = base_of(small("bert"), CLASSIFY)
+    method = LoRA(r=4, alpha=8, targets="attention", layers=[1, 3], rank_pattern={r"layer\.3\..*": 16, "query": 2}, alpha_pattern={"query": 6})
+    found = updates(method.apply(base))
+    prefix = "bert.encoder.layer"
+    assert {name.split(".")[3] for name in found} == {"1", "3"}
+    assert found[f"{prefix}.1.attention.self.query"] == (2, 3.0)
+    assert found[f"{prefix}.1.attention.self.value"] == (4, 2.0)
+    assert found[f"{prefix}.3.attention.self.query"] == (16, 6 / 16)
+    assert found[f"{prefix}.3.attention.output.dense"] == (16, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"r": 33}, r"query is a matrix of 32 x 32: a rank of 33 is more than it can have"),
+        ({"rank_pattern": {"value": 40}}, r"value is a matrix of 32 x 32: a rank of 40"),
+        ({"rank_pattern": {"q_proj": 4}}, r"method.rank_pattern: 'q_proj' matches no module with updates; there are .*query"),
+        ({"alpha_pattern": {"(": 4}}, r"method.alpha_pattern: .* is no regular expression"),
+        ({"layers": [0, 4]}, r"method.layers: 4, but the 4 layers of BertForSequenceClassification are counted from 0"),
+    ],
+)
+def test_ranks_and_layers_that_cannot_be_are_refused(fields, message):
+    with pytest.raises(RecipeError, match=message):
+        LoRA(**fields).apply(base_of(small("bert"), CLASSIFY))
+
+
+def test_olora_is_refused_where_weights_are_transposed():
+    with pytest.raises(RecipeError, match="olora takes linear modules as they are, and GPT2ForSequenceClassification keeps them transposed"):
+        LoRA(init="olora").apply(base_of(small("gpt2"), CLASSIFY))
+
+
+def test_lora_plus_gives_the_second_matrix_a_rate_of_its_own():
+    """arXiv 2402.12354: the matrix that starts at zero learns faster; the new head as the first matrix."""
+    method = LoRA(lr_ratio=16)
+    model = method.apply(base_of(small("bert"), CLASSIFY))
+    factors = {name: method.lr_factor(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name.split(".")[-3] if "lora_" in name else "head" for name, factor in factors.items() if factor == 16} == {"lora_B"}
+    assert {factor for name, factor in factors.items() if "lora_B" not in name} == {1.0}
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_decomposed_weights_and_updates_are_the_weights_at_first(init, rslora):
+    """Their outputs are those of the base to 1e-4 (arXiv 2404.02948, 2406.01775)."""
+    torch.manual_seed(0)
+    config = small("bert")
+    model = transformers.BertForSequenceClassification(config).eval()
+    ids = torch.arange(3, 20)[None]
+    before = model(input_ids=ids).logits
+    base = Base(model, None, Source("somewhere"), CLASSIFY, head_of(model), {"classifier.weight", "classifier.bias"})
+    after = LoRA(init=init, rslora=rslora, r=4, rank_pattern={"key": 2}, dropout=0.0).apply(base).eval()(input_ids=ids).logits
+    assert len(base.initial) == 2 * 4 * 6
+    assert (after - before).abs().max() < 1e-4 * before.abs().max()
+
+
 def test_four_bit_weights_count_as_the_values_they_hold():
     functional = pytest.importorskip("bitsandbytes.functional")
     import bitsandbytes as bnb
