@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +69,20 @@ def test_what_a_device_can_do_is_known_or_not_said(device: str, flops: float | N
     from benchmarks.flops import peak
 
     assert peak(device) == flops
+
+
+def test_the_watch_leaves_the_warm_up_out(modules: None, tmp_path: Path) -> None:
+    from benchmarks.measure import Watch
+
+    watch = Watch(warm_up=2)
+    watch.start()
+    for tokens in (100, 100, 7, 8, 1000):  # of the last batch, made ahead, nothing was computed
+        watch.batch(tokens)
+    for seconds in (0.2, 0.2, 0.01, 0.01):
+        time.sleep(seconds)
+        watch.step()
+    watch.stop()
+    watch.write(tmp_path / "report.json", supervised=3)
+    taken = json.loads((tmp_path / "report.json").read_text())
+    assert (taken["steps"], taken["tokens"], taken["supervised"]) == (4, 15, 3)
+    assert 0.02 <= taken["seconds"] < 0.2
