@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,18 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 def modules(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Imports from scripts/."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
+
+
+@pytest.fixture
+def bench(modules: None, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """scripts/bench as a module."""
+    loader = SourceFileLoader("bench", str(SCRIPTS / "bench"))
+    spec = spec_from_loader("bench", loader)
+    assert spec is not None
+    module = module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "bench", module)
+    loader.exec_module(module)
+    return module
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -86,3 +101,58 @@ def test_the_watch_leaves_the_warm_up_out(modules: None, tmp_path: Path) -> None
     taken = json.loads((tmp_path / "report.json").read_text())
     assert (taken["steps"], taken["tokens"], taken["supervised"]) == (4, 15, 3)
     assert 0.02 <= taken["seconds"] < 0.2
+
+
+def test_long_rows_are_nearly_full_and_never_longer(modules: None) -> None:
+    from itertools import islice
+
+    from benchmarks import workloads
+
+    rows = workloads.made_up("chat", 100)
+    rows += [{"messages": [{"role": "user", "content": "번역하세요 " * 30}, {"role": "assistant", "content": "이와 같은 솔직한 토론은 " * 30}]}]
+    tokenizer = workloads.chat_tokenizer(rows, 512)
+    lengths = [
+        len(tokenizer(tokenizer.apply_chat_template(row["messages"], tokenize=False))["input_ids"])
+        for row in islice(workloads.full_length(rows, tokenizer, 1024), 50)
+    ]
+    assert max(lengths) <= 1024
+    assert min(lengths) > 1024 - 64
+
+
+def result(seconds: float, **other: Any) -> dict[str, Any]:
+    same = {"tokens": 1000, "peak_memory": 2_000_000, "first_step": 1.0, "held_out": 3.0, "device": "NVIDIA H200", "steps": 5, "supervised": 80}
+    return same | {"seconds": seconds} | other
+
+
+WORKLOAD = {"name": "1B", "kind": "chat", "parameters": 10**9, "batch_size": 8, "steps": 5, "checkpointing": True, "flops_per_token": 989e9}
+
+
+def compared(bench: Any, monkeypatch: pytest.MonkeyPatch, **results: dict[str, Any] | None) -> list[list[str]]:
+    monkeypatch.setattr(bench, "train", lambda name, *_: results[name])
+    return bench.compare(WORKLOAD, list(results), Path(), bench.Manner(1, 2, "bf16", warm_up=2, gpu=True))
+
+
+def test_the_table_shows_utilisation_and_who_ran_out_of_memory(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = compared(bench, monkeypatch, Trainer=result(5.0), TRL=None, ftkit=result(2.5, device="unknown"))
+    label = "1B: 1,000.0 M, batch 8, 3 steps after 2, gradient checkpointing"
+    assert rows == [
+        [label, "Trainer", "200", "1.00", "20.0", "2", "1.0", "3.0000"],
+        [label, "TRL", "out of memory", "-", "-", "-", "-", "-"],
+        [label, "ftkit", "400", "2.00", "-", "2", "1.0", "3.0000"],
+    ]
+    assert {len(row) for row in rows} == {len(bench.Manner(1, 2, "bf16", gpu=True).head)}
+
+
+def test_other_work_is_not_compared(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match="different work: supervised 80 in Trainer, 81 in ftkit"):
+        compared(bench, monkeypatch, Trainer=result(5.0), ftkit=result(2.5, supervised=81))
+
+
+def test_without_a_device_the_code_is_that_of_the_environment(bench: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench", "--gpu"])
+    monkeypatch.setattr(bench, "cuda_device", lambda: "")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(SystemExit) as stopped:
+        bench.main()
+    assert stopped.value.code == 4
+    assert "needs a CUDA device" in capsys.readouterr().err
