@@ -10,10 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
-from peft import get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, DataCollatorWithFlattening, set_seed
+from peft import get_peft_model, prepare_model_for_kbit_training
+from transformers import AutoTokenizer, DataCollatorForSeq2Seq, DataCollatorWithFlattening, set_seed
 
 from benchmarks.measure import Watch
 from reference import plain
@@ -36,22 +35,22 @@ def dataset(path: Path, tokenizer: Any, max_length: int) -> Dataset:
 
 
 def main() -> None:
-    options = plain.parser(__doc__, batch_size=8, learning_rate=5e-4, epochs=1)
-    options.add_argument("--max-length", type=int, default=512)
-    options.add_argument("--method", choices=["full", "lora"], default="full")
+    options = plain.chat_parser(__doc__)
     options.add_argument("--flattened", action="store_true", help="rows of a batch end to end in one, told apart by position_ids")
     args = options.parse_args()
 
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    if args.method == "lora":
+    model = plain.load(args)
+    if args.method == "qlora":
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.checkpointing == "on")
+    if args.method != "full":
         model = get_peft_model(model, plain.adapter())
     train = dataset(args.train, tokenizer, args.max_length)
-    watch = Watch()
+    watch = Watch(args.warm_up)
     plain.train(
         args,
-        plain.CHAT,
+        plain.chat_settings(args),
         watch,
         model=model,
         train_dataset=train,

@@ -63,7 +63,7 @@ def main() -> None:
     labels = sorted({row["label"] for row in rows})
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=len(labels), dtype=torch.float32)
-    watch = Watch()
+    watch = Watch(args.warm_up)
     trainer = plain.train(
         args,
         {"lr_scheduler_type": "linear", "warmup_steps": 0.1, "weight_decay": 0.01, "per_device_eval_batch_size": 64},

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 
-import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from benchmarks.measure import Watch
@@ -18,26 +17,24 @@ from reference import plain
 
 
 def main() -> None:
-    options = plain.parser(__doc__, batch_size=8, learning_rate=5e-4, epochs=1)
-    options.add_argument("--max-length", type=int, default=512)
-    options.add_argument("--method", choices=["full", "lora"], default="full")
+    options = plain.chat_parser(__doc__)
     options.add_argument("--packing", action="store_true", help="rows end to end, cut at the maximal length")
     args = options.parse_args()
 
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     rows = [json.loads(line)["messages"] for line in args.train.read_text(encoding="utf-8").splitlines()]
-    watch = Watch()
+    watch = Watch(args.warm_up)
     plain.train(
         args,
-        plain.CHAT | {"max_length": args.max_length, "packing": args.packing},
+        plain.chat_settings(args) | {"max_length": args.max_length, "packing": args.packing},
         watch,
         SFTTrainer,
         SFTConfig,
-        model=AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32),
+        model=plain.load(args),
         train_dataset=Dataset.from_list([{"prompt": row[:-1], "completion": row[-1:]} for row in rows]),
         processing_class=tokenizer,
-        peft_config=plain.adapter() if args.method == "lora" else None,
+        peft_config=None if args.method == "full" else plain.adapter(),
     )
     watch.write(args.report)
 
