@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from ftkit.attention import Flat
     from ftkit.frozen import Frozen
+    from ftkit.neftune import Noise
     from ftkit.objectives import Objective
     from ftkit.session import Session
     from ftkit.tasks import Task
@@ -38,9 +39,9 @@ class Trainee(nn.Module):
     under FSDP weights that were not gathered.
     """
 
-    def __init__(self, model: nn.Module, inner: nn.Module, task: Task, objective: Objective, flat: Flat | None = None) -> None:
+    def __init__(self, model: nn.Module, inner: nn.Module, task: Task, objective: Objective, flat: Flat | None = None, noise: Noise | None = None) -> None:
         super().__init__()
-        self.model, self.task, self.objective, self.flat = model, task, objective, flat
+        self.model, self.task, self.objective, self.flat, self.noise = model, task, objective, flat, noise
         self.frozen: Frozen | None = None
         self.still = {name or "the whole base": module for module in frozen_bottom(inner) for name, other in inner.named_modules() if other is module}
 
@@ -51,6 +52,8 @@ class Trainee(nn.Module):
         with ExitStack() as stack:
             if self.flat:
                 stack.enter_context(self.flat.rows(batch.segments))
+            if self.noise and self.training:
+                stack.enter_context(self.noise.rows(batch))
             if self.frozen:
                 stack.enter_context(self.frozen.rows(batch, flat=self.flat is not None))
             items = self.task.items(self.model, batch)

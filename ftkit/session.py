@@ -16,6 +16,7 @@ from ftkit import compiled, device, dropout, embeddings, frozen, kernels, launch
 from ftkit.data.batches import Sampler, collate, largest_micro_batch
 from ftkit.errors import MissingDependency, RecipeError
 from ftkit.loop import Trainee
+from ftkit.neftune import Noise
 
 if TYPE_CHECKING:
     from ftkit.attention import Flat
@@ -94,7 +95,9 @@ class Session:
         device.use_tf32(False)
         self.flat = self.frozen = self.liger = self.used = None
         trainee: Any = self.accelerator.unwrap_model(self.wrapped)
-        trainee.flat = trainee.frozen = None
+        if trainee.noise is not None:
+            trainee.noise.remove()
+        trainee.flat = trainee.frozen = trainee.noise = None
 
 
 def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any] = MappingProxyType({})) -> Session:
@@ -126,7 +129,8 @@ def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any]
     asked, otherwise = train.layout, "bucketed"
     if asked == "auto" and "layout" in before:
         asked, otherwise = ("auto", "padded") if before["layout"] == "flat" else (before["layout"], "")  # padded batches are those of flat
-    trainee = Trainee(learner, base.inner(), recipe.task, recipe.objective, layout.flat(asked, otherwise, recipe, base.model, report))
+    noise = Noise(base.model.get_input_embeddings(), train.neftune) if train.neftune else None
+    trainee = Trainee(learner, base.inner(), recipe.task, recipe.objective, layout.flat(asked, otherwise, recipe, base.model, report), noise)
     if train.parallel == "ddp":  # FSDP takes weights from main memory
         trainee.to(here)
     laid_out = layout.tried(asked, otherwise, trainee, prepared.train, prepared.tokenizer.pad_token_id, precision, report)

@@ -148,6 +148,7 @@ class Train(Spec):
     layout: Literal["auto", "padded", "bucketed", "flat"] = option(
         "auto", "how rows become batches; flat: real tokens only, no padding; auto: flat where the model can, else bucketed by length"
     )
+    neftune: float | None = option(None, "noise on the token embeddings in training: NEFTune's alpha, such as 5 (arXiv 2310.05914); none if empty", gt=0)
     gradient_checkpointing: bool | Size = option(
         False,
         "recompute activations in the backward pass: less memory, about a third slower; 2GB: of as few layers as keeps what they hold below that",
