@@ -347,9 +347,19 @@ def _merge(model: Any, note: Callable[[str], None]) -> Any:
         base.config.tie_word_embeddings = False
         note("the adapter changed one of two embeddings that share their weights: the merged model stores both")
     try:
-        return model.merge_and_unload(safe_merge=True)
+        if model.peft_config[model.active_adapter].peft_type == PeftType.LORA:
+            return model.merge_and_unload(safe_merge=True)
+        model.merge_adapter(safe_merge=True)
     except ValueError as error:
         raise VerificationFailed(f"the adapter cannot be merged: {error}") from error
+    # PEFT's own unloading of other kinds knows heads of one matrix only, up to 0.21: RobertaClassificationHead "has no attribute 'weight'"
+    for name, module in list(base.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            base.set_submodule(name, module.modules_to_save[model.active_adapter])
+        elif isinstance(module, BaseTunerLayer):
+            base.set_submodule(name, module.get_base_layer())
+    del base.peft_config
+    return base
 
 
 def _original(layer: Any) -> Any:

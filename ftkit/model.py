@@ -18,6 +18,7 @@ from torch import nn
 from ftkit import rundir
 from ftkit.errors import FtkitError, HubError, MissingDependency, RecipeError
 from ftkit.exits import DISK_ERRORS
+from ftkit.methods.modules import added
 
 if TYPE_CHECKING:
     from ftkit.methods import Method
@@ -379,7 +380,7 @@ def parameters_by_group(model: nn.Module, head: list[str]) -> dict[str, dict[str
     for name, parameter in model.named_parameters():
         if ".original_module." in name:  # PEFT keeps the head it replaced; it computes nothing
             continue
-        if ".lora_" in name:
+        if added(name):
             group = "adapter"
         elif id(parameter) in embeddings:
             group = "embeddings"

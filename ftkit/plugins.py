@@ -26,6 +26,8 @@ BUILTIN: dict[str, dict[str, str]] = {
         "head": "ftkit.methods.head:Head",
         "lora": "ftkit.methods.lora:LoRA",
         "qlora": "ftkit.methods.qlora:QLoRA",
+        "ia3": "ftkit.methods.ia3:IA3",
+        "vera": "ftkit.methods.vera:VeRA",
     },
     "objective": {
         "supervised": "ftkit.objectives.supervised:Supervised",

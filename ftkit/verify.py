@@ -24,6 +24,7 @@ from torch import nn
 
 from ftkit import reload
 from ftkit.errors import OutOfMemory, VerificationFailed
+from ftkit.methods.modules import added
 
 if TYPE_CHECKING:
     from ftkit.data.features import FeatureSet
@@ -99,7 +100,7 @@ def capture(model: Any, tokenizer: Any, rows: Sequence[reload.Row], directory: P
     texts = [PROBE, *(tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in rows)]
     digests = reload.digests(model)
     if converted:
-        digests = {name: digest for name, digest in digests.items() if ".lora_" not in name and ".base_layer." not in name}
+        digests = {name: digest for name, digest in digests.items() if not added(name) and ".base_layer." not in name}
     return Expected(
         rows=list(rows),
         texts=texts,
@@ -115,7 +116,7 @@ def capture(model: Any, tokenizer: Any, rows: Sequence[reload.Row], directory: P
 
 def base_sha256(digests: Mapping[str, str]) -> str | None:
     """sha256 over the tensors of an adapter's base; None if there is no adapter."""
-    base = {name: digest for name, digest in digests.items() if ".lora_" not in name and ".modules_to_save." not in name}
+    base = {name: digest for name, digest in digests.items() if not added(name) and ".modules_to_save." not in name}
     return hashlib.sha256(json.dumps(base, sort_keys=True).encode()).hexdigest() if len(base) < len(digests) else None
 
 

@@ -114,10 +114,19 @@ class LoRA(MethodSpec):
         """PEFT's format; decomposed weights become a plain LoRA of twice the rank, which needs no decomposition to load."""
         if self.init != "default":
             _save_converted(model, base, directory)
-        else:
-            model.save_pretrained(directory, save_embedding_layers=False)
-            (directory / "README.md").unlink()  # PEFT's blank form; the run directory has a filled-in card
-        return Artifact("peft", {"dtype": str(base.model.dtype).removeprefix("torch."), **base.load_kwargs})
+            return _artifact(base)
+        return save_adapter(model, base, directory)
+
+
+def save_adapter(model: Any, base: Base, directory: Path) -> Artifact:
+    """What PEFT added to a model, and new heads, in PEFT's format."""
+    model.save_pretrained(directory, save_embedding_layers=False)
+    (directory / "README.md").unlink()  # PEFT's blank form; the run directory has a filled-in card
+    return _artifact(base)
+
+
+def _artifact(base: Base) -> Artifact:
+    return Artifact("peft", {"dtype": str(base.model.dtype).removeprefix("torch."), **base.load_kwargs})
 
 
 def _save_converted(model: Any, base: Base, directory: Path) -> None:

@@ -13,6 +13,14 @@ if TYPE_CHECKING:
     from ftkit.model import Base
 
 ATTENTION = re.compile(r"(attn|attention)(\.|$)", re.IGNORECASE)
+# k_proj, key, v_lin, value_proj, ...; and what gives queries, keys and values at once: c_attn, qkv_proj, query_key_value, Wqkv
+KEY_VALUE = re.compile(r"^(k|v|key|value)(_|$)|^(c_attn|in_proj)$|q_?k_?v|key_value", re.IGNORECASE)
+ADDED = re.compile(r"\.(lora|ia3|vera)_")
+
+
+def added(name: str) -> bool:
+    """Whether the name of a tensor says that PEFT put it beside the base."""
+    return ADDED.search(name) is not None
 
 
 def layers(base: Base) -> list[str]:
@@ -46,10 +54,27 @@ def linear_modules(base: Base) -> list[str]:
     return names
 
 
-def choose_targets(base: Base, targets: str | list[str], only_layers: list[int] | None = None) -> list[str]:
+def keys_and_values(base: Base) -> list[str]:
+    """The linear modules that give keys and values of attention, with queries where one matrix gives all."""
+    chosen = [name for name in linear_modules(base) if ATTENTION.search(name) and KEY_VALUE.search(name.rpartition(".")[2])]
+    if not chosen:
+        raise RecipeError(
+            f"method.targets: {type(base.model).__name__} has no keys and values that can be told by name; there are {endings(linear_modules(base))}"
+        )
+    return chosen
+
+
+def feed_forward_outputs(base: Base) -> list[str]:
+    """The linear modules outside of attention that lead from a wider space back to the hidden states: the second ones of feed-forward layers."""
+    hidden = base.model.config.get_text_config().hidden_size
+    sizes = {name: size_of(base.model.get_submodule(name)) for name in linear_modules(base) if not ATTENTION.search(name)}
+    return [name for name, (inputs, outputs) in sizes.items() if inputs > outputs == hidden]
+
+
+def choose_targets(base: Base, targets: str | list[str], only_layers: list[int] | None = None, field: str = "targets") -> list[str]:
     """The linear modules that `targets` means: `all-linear`, `attention`, a regex, or a list of name endings; of some layers, or all.
 
-    A target that matches nothing is refused with the names there are.
+    A target that matches nothing is refused with the names there are; recipes call it `method.<field>`.
     """
     names = linear_modules(base)
     if only_layers is not None:
@@ -62,16 +87,16 @@ def choose_targets(base: Base, targets: str | list[str], only_layers: list[int] 
     elif targets == "attention":
         chosen = {name for name in names if ATTENTION.search(name)}
     elif isinstance(targets, str):
-        chosen = {name for name in names if _pattern("method.targets", targets).search(name)}
+        chosen = {name for name in names if _pattern(f"method.{field}", targets).search(name)}
     else:
         chosen = set()
         for target in targets:
             hits = {name for name in names if name == target or name.endswith(f".{target}")}
             if not hits:
-                raise RecipeError(f"method.targets: {target!r} matches no linear module of {type(base.model).__name__}; there are {endings(names)}")
+                raise RecipeError(f"method.{field}: {target!r} matches no linear module of {type(base.model).__name__}; there are {endings(names)}")
             chosen |= hits
     if not chosen:
-        raise RecipeError(f"method.targets: {targets!r} matches no linear module of {type(base.model).__name__}; there are {endings(names)}")
+        raise RecipeError(f"method.{field}: {targets!r} matches no linear module of {type(base.model).__name__}; there are {endings(names)}")
     return [name for name in names if name in chosen]
 
 

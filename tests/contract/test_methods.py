@@ -13,9 +13,11 @@ from ftkit.data.types import Row
 from ftkit.errors import RecipeError, VerificationFailed
 from ftkit.methods.full import Full
 from ftkit.methods.head import Head
+from ftkit.methods.ia3 import IA3
 from ftkit.methods.lora import LoRA
 from ftkit.methods.partial import Partial
 from ftkit.methods.qlora import QLoRA
+from ftkit.methods.vera import VeRA
 from ftkit.recipe.spec import Model
 from ftkit.tasks.causal_lm import CausalLM
 from ftkit.tasks.text_classification import TextClassification
@@ -30,6 +32,8 @@ METHODS = {
     "partial-pattern": Partial(pattern=r"(bias|norm|ln_).*$"),
     "lora": LoRA(),
     "qlora-4": QLoRA(),
+    "ia3": IA3(),
+    "vera": VeRA(r=16),
 }
 VARIANTS = {
     "lora-attention": LoRA(targets="attention", dropout=0.0),
@@ -88,6 +92,10 @@ def intended(name: str, architecture: str, new_head: bool):
             return lambda parameter: not any(part in parameter for part in below)
         case "partial-pattern":
             return lambda parameter: "bias" in parameter or "norm" in parameter or "ln_" in parameter or (new_head and of_head(parameter))
+        case "ia3":
+            return lambda parameter: "ia3_l" in parameter or "modules_to_save" in parameter
+        case "vera":
+            return lambda parameter: "vera_lambda_" in parameter or "modules_to_save" in parameter
     return lambda parameter: "lora_" in parameter or "modules_to_save" in parameter
 
 

@@ -62,6 +62,25 @@ CASES = {  # whether the base shares its two embeddings, and the adapter
 }
 
 
+@pytest.mark.parametrize("kind", ["roberta", "electra"])
+@pytest.mark.parametrize("adapter", ["ia3", "vera"])
+def test_heads_of_several_matrices_are_merged_too(kind, adapter, tmp_path, tokenizer):
+    """PEFT's own merge_and_unload ends in an AttributeError there."""
+    config = {"roberta": transformers.RobertaConfig, "electra": transformers.ElectraConfig}[kind](vocab_size=300, max_position_embeddings=66, **SIZES)
+    torch.manual_seed(0)
+    base = transformers.AutoModel.from_config(config)
+    common = {"task_type": "SEQ_CLS", "modules_to_save": ["classifier"]}
+    adapters = {
+        "ia3": peft.IA3Config(target_modules=["key", "value", "output.dense"], feedforward_modules=["output.dense"], **common),
+        "vera": peft.VeraConfig(r=8, target_modules=["query", "value"], **common),
+    }
+    made = save_adapter(tmp_path, base, tokenizer, adapters[adapter], "AutoModelForSequenceClassification")
+    result = merge(made, tmp_path / "out")
+    assert result["max_difference"] <= result["tolerance"] / 10
+    merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert not any("classifier.modules_to_save" in name or "ia3" in name or "vera" in name for name, _ in merged.named_parameters())
+
+
 @pytest.mark.parametrize(("tied", "config"), CASES.values(), ids=CASES)
 def test_merged_and_adapter_answer_alike(tmp_path, tokenizer, tied, config):
     adapter = save_adapter(tmp_path, llama(tie_word_embeddings=tied), tokenizer, config)

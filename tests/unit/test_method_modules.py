@@ -6,9 +6,11 @@ import transformers
 
 from ftkit.errors import RecipeError
 from ftkit.methods.head import Head
+from ftkit.methods.ia3 import IA3
 from ftkit.methods.lora import LoRA
-from ftkit.methods.modules import choose_targets, layers, linear_modules, shortest_endings
+from ftkit.methods.modules import choose_targets, feed_forward_outputs, keys_and_values, layers, linear_modules, shortest_endings
 from ftkit.methods.partial import Partial
+from ftkit.methods.vera import VeRA
 from ftkit.model import Base, Source, head_of, num_values, parameters_by_group, skeleton
 from ftkit.tasks.causal_lm import CausalLM
 from ftkit.tasks.text_classification import TextClassification
@@ -60,9 +62,10 @@ def llama_3_2_3b():
         (LoRA(r=32, targets=["q_proj", "v_proj"]), 9_175_040),
         (LoRA(r=64, targets=["q_proj", "v_proj"]), 18_350_080),
         (LoRA(r=32, targets=["q_proj", "v_proj"], dora=True), 9_289_728),
+        (IA3(), 286_720),
     ],
 )
-def test_lora_on_llama_counts_as_in_pefts_comparison(method, count):
+def test_adapters_on_llama_count_as_in_pefts_comparison(method, count):
     """github.com/huggingface/peft, method_comparison/MetaMathQA/results."""
     assert trainable(method.apply(base_of(llama_3_2_3b(), CausalLM()))) == count
 
@@ -131,6 +134,41 @@ def test_endings_name_the_chosen_modules_and_no_other(kind):
 def test_attention_is_not_the_feed_forward():
     chosen = choose_targets(base_of(small("llama"), CausalLM()), "attention")
     assert {name.rpartition(".")[2] for name in chosen} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+FEED_FORWARD = {  # the second matrix of a layer
+    "bert": "layer.0.output.dense",
+    "distilbert": "ffn.lin2",
+    "roberta": "layer.0.output.dense",
+    "electra": "layer.0.output.dense",
+    "deberta": "layer.0.output.dense",
+    "modernbert": "mlp.Wo",
+    "gpt2": "mlp.c_proj",
+    "llama": "down_proj",
+    "phi3": "down_proj",
+}
+KEYS_VALUES = {"distilbert": 2, "gpt2": 1, "modernbert": 1, "phi3": 1}  # modules in a layer; two apart, or one for queries, too
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_keys_values_and_inner_activations_are_found_in_the_module_tree(kind):
+    base = base_of(small(kind), CLASSIFY)
+    assert len(keys_and_values(base)) == 4 * KEYS_VALUES.get(kind, 2)
+    found = feed_forward_outputs(base)
+    assert len(found) == 4
+    assert found[0].endswith(FEED_FORWARD[kind])
+    model = IA3().apply(base)
+    scaled = {name for name, module in model.named_modules() if hasattr(module, "ia3_l")}
+    assert len(scaled) == 4 * KEYS_VALUES.get(kind, 2) + 4
+    of_inputs = {name for name, module in model.named_modules() if getattr(module, "is_feedforward", False)}
+    assert {name.removeprefix("base_model.model.") for name in of_inputs} == set(found)
+
+
+def test_vera_learns_two_vectors_a_module():
+    """r + outputs numbers each (arXiv 2310.11454, table 1)."""
+    base = base_of(small("bert"), CLASSIFY)
+    model = VeRA(r=8, targets=["query", "value"]).apply(base)
+    assert parameters_by_group(model, base.head)["adapter"]["trainable"] == 4 * 2 * (8 + 32)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -63,7 +63,9 @@ METHODS = {
     "head": "head",
     "partial": {"kind": "partial", "last": 1},
     "lora": {"kind": "lora", "r": 4},
-    "qlora": {"kind": "qlora", "r": 4},
+    "qlora": {"kind": "qlora", "r": 64},
+    "ia3": "ia3",
+    "vera": "vera",
 }
 MODELS = {
     "text-classification": ("distilbert/distilbert-base-uncased", ["single", "pairs"]),
@@ -87,7 +89,7 @@ def test_every_method_is_rehearsed_for_every_task(smoke, data, tmp_path, task, m
     assert summary["verification"]["max_difference"] <= summary["verification"]["tolerance"]
     manifest = json.loads((output / "manifest.json").read_text())
     assert (manifest["smoke"], manifest["status"]) == (True, "finished")
-    adapter = "lora" in method
+    adapter = method in ("lora", "qlora", "ia3", "vera")
     assert ("merge" in summary) is adapter
     if adapter:
         assert summary["merge"]["max_difference"] <= summary["merge"]["tolerance"]

@@ -1,0 +1,72 @@
+"""(IA)^3 (arXiv 2205.05638): learned factors on keys, values and inner activations of feed-forward layers, through PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from ftkit.errors import RecipeError
+from ftkit.methods import Artifact, MethodSpec
+from ftkit.methods.lora import save_adapter
+from ftkit.methods.modules import choose_targets, endings, feed_forward_outputs, keys_and_values, shortest_endings
+from ftkit.recipe.spec import Default, option
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
+
+    from ftkit.model import Base
+
+
+class IA3(MethodSpec):
+    """Factors on keys, values and inner activations of feed-forward layers learn, and every new head; the base is frozen."""
+
+    kind: Literal["ia3"] = "ia3"
+    targets: str | list[str] = option(
+        "keys-values",
+        "modules whose outputs are scaled: keys-values, all-linear, attention, a regular expression, or a list of name endings",
+        "keys and values (arXiv 2205.05638, 3.3)",
+    )
+    feedforward: str | list[str] | None = option(
+        "inner",
+        "modules whose inputs are scaled: inner (the second matrix of feed-forward layers), a regular expression, or a list of name endings; none if empty",
+        "inner activations (arXiv 2205.05638, 3.3)",
+    )
+    reuse: bool = option(True, "compute layers below the first one with factors once for each row, not in every epoch again; the result is the same")
+
+    frozen_base: ClassVar[bool] = True
+    defaults: ClassVar[Mapping[str, Default]] = {
+        "train.learning_rate": Default(5e-3, "the best of 1e-4, 1e-3 and 5e-3 on Llama 3.2 3B (github.com/huggingface/peft, method_comparison)"),
+    }
+
+    def apply(self, base: Base) -> nn.Module:
+        from peft import IA3Config, get_peft_model
+        from transformers.pytorch_utils import Conv1D
+
+        scaled_inputs = self._feed_forward(base)
+        chosen = keys_and_values(base) if self.targets == "keys-values" else choose_targets(base, self.targets)
+        chosen = list(dict.fromkeys([*chosen, *scaled_inputs]))
+        config = IA3Config(
+            target_modules=shortest_endings(chosen, base.model),
+            feedforward_modules=shortest_endings(scaled_inputs, base.model) if scaled_inputs else [],
+            fan_in_fan_out=isinstance(base.model.get_submodule(chosen[0]), Conv1D),  # GPT-2 keeps weights transposed
+            modules_to_save=base.new_modules or None,
+            task_type=base.task.peft_type,
+            revision=base.source.revision if base.source else None,
+        )
+        return get_peft_model(base.model, config)
+
+    def _feed_forward(self, base: Base) -> list[str]:
+        if self.feedforward is None:
+            return []
+        if self.feedforward != "inner":
+            return choose_targets(base, self.feedforward, field="feedforward")
+        if found := feed_forward_outputs(base):
+            return found
+        names = endings(choose_targets(base, "all-linear"))
+        raise RecipeError(f"method.feedforward: {type(base.model).__name__} has no feed-forward layer that can be told; name its second matrix, of {names}")
+
+    def save(self, model: Any, base: Base, directory: Path) -> Artifact:
+        """PEFT's format."""
+        return save_adapter(model, base, directory)
