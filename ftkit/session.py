@@ -149,7 +149,7 @@ def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any]
     schedule = optim.schedule(train, num_steps)
     parameters = model.parameters_by_group(learner, base.head)
     used = _used_embeddings(prepared, base, world.size, precision, report)
-    optimizer = optim.build(learner, train, here, lambda name: train.learning_rate * method.lr_factor(name))
+    optimizer = optim.build(learner, train, here, lambda name: train.learning_rate * method.lr_factor(name, base))
     if used:
         used.follow(optimizer)
     wrapped, prepared_optimizer = accelerator.prepare(trainee, optimizer)

@@ -39,8 +39,8 @@ class Method(Protocol):
         """The model that trains: everything frozen but what this method and a new head train."""
         ...
 
-    def lr_factor(self, name: str) -> float:
-        """What train.learning_rate is multiplied by for a parameter of the model that `apply` returns."""
+    def lr_factor(self, name: str, base: Base) -> float:
+        """What train.learning_rate is multiplied by for a parameter, by its name in the model that `apply` made of the base."""
         ...
 
     def miniature(self, width: int) -> Method:
@@ -58,7 +58,7 @@ class MethodSpec(Spec):
     def load_kwargs(self, head: list[str], precision: str) -> dict[str, Any]:
         return {}
 
-    def lr_factor(self, name: str) -> float:
+    def lr_factor(self, name: str, base: Base) -> float:
         return 1.0
 
     def miniature(self, width: int) -> Self:

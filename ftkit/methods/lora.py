@@ -57,7 +57,7 @@ class LoRA(MethodSpec):
             raise ValueError(f"dora and init: {self.init} both change how the frozen weight counts; choose one")
         return self
 
-    def lr_factor(self, name: str) -> float:
+    def lr_factor(self, name: str, base: Base) -> float:
         return self.lr_ratio if ".lora_B." in name else 1.0
 
     def miniature(self, width: int) -> Self:

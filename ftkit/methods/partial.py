@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from ftkit.errors import RecipeError
 from ftkit.methods import Artifact, MethodSpec
@@ -25,9 +25,14 @@ class Partial(MethodSpec):
     """Some layers learn, and every new head; the rest is frozen."""
 
     kind: Literal["partial"] = "partial"
-    last: int | None = option(None, "the last N layers learn, and the final norm and head above them", ge=1)
+    last: Annotated[int, Field(ge=1)] | Literal["all"] | None = option(None, "the last N layers, or all, learn, and the final norm and head above them")
     first: int | None = option(None, "the first N layers learn", ge=1)
     pattern: str | None = option(None, "parameters whose name the regular expression finds learn")
+    embeddings: bool = option(False, "the embeddings learn, too")
+    lr_decay: float = option(
+        1.0, "learning rate of a layer over that of the next higher one, the head being the highest; ULMFiT takes 1 / 2.6 (arXiv 1801.06146)", gt=0, le=1
+    )
+    reinit: int = option(0, "so many of the highest layers, and a pooler, start anew from random weights (arXiv 2006.05987)", ge=0)
     reuse: bool = option(True, "compute frozen layers once for each row and keep what they give, not in every epoch again; the result is the same")
 
     frozen_base: ClassVar[bool] = False
@@ -39,10 +44,24 @@ class Partial(MethodSpec):
     def _one_choice(self) -> Partial:
         if sum(value is not None for value in (self.last, self.first, self.pattern)) != 1:
             raise ValueError("say which part learns: exactly one of last, first and pattern")
+        if self.reinit and (self.last is None or (self.last != "all" and self.reinit > self.last)):
+            raise ValueError(f"reinit: {self.reinit} layers would start from random weights and not learn; give last: {self.reinit} or more")
         return self
+
+    def lr_factor(self, name: str, base: Base) -> float:
+        """lr_decay once for each step down: 0 for the head, 1 for what is above the layers and the highest of them, and all below as the embeddings."""
+        if self.lr_decay == 1 or any(name.startswith(f"{head}.") for head in base.head):
+            return 1.0
+        names = layers(base)
+        depth = next((len(names) - number for number, layer in enumerate(names) if name.startswith(f"{layer}.")), None)
+        if depth is None:
+            depth = 1 if name in self._above(base, names) else len(names) + 1
+        return self.lr_decay**depth
 
     def apply(self, base: Base) -> nn.Module:
         model = base.model.requires_grad_(False)
+        if self.reinit:
+            self._start_anew(base)
         for name in base.new_modules:
             model.get_submodule(name).requires_grad_(True)
         if self.pattern is not None:
@@ -51,7 +70,7 @@ class Partial(MethodSpec):
                 parameter.requires_grad_(parameter.requires_grad or name in chosen)
             return model
         names = layers(base)
-        count = self.last or self.first or 0
+        count = len(names) if self.last == "all" else self.last or self.first or 0
         if count > len(names):
             key = "last" if self.last else "first"
             raise RecipeError(f"method.{key}: {count} layers asked for, {type(model).__name__} has {len(names)}")
@@ -60,21 +79,42 @@ class Partial(MethodSpec):
             model.get_submodule(name).requires_grad_(True)
         if self.last:
             self._train_above(base, names)
+        if self.embeddings:
+            within = (*(f"{name}." for name in names), *(f"{head}." for head in base.head))
+            for name, parameter in model.named_parameters():
+                below = not name.startswith(within) and name not in self._above(base, names)
+                parameter.requires_grad_(parameter.requires_grad or below)
         return model
 
     def _train_above(self, base: Base, names: list[str]) -> None:
         """What comes after the layers learns too: final norm, pooler, untied head."""
-        stack = names[0].rpartition(".")[0].removeprefix(f"{base.model.base_model_prefix}.").split(".")[0]
-        seen = False
-        for child, module in base.inner().named_children():
-            if seen:
-                module.requires_grad_(True)
-            seen = seen or child == stack
+        above = self._above(base, names)
         shared = {id(parameter) for parameter in base.inner().parameters()}
-        for name in base.head:
-            for parameter in base.model.get_submodule(name).parameters():
-                if id(parameter) not in shared:
-                    parameter.requires_grad_(True)
+        for name, parameter in base.model.named_parameters():
+            of_head = any(name.startswith(f"{head}.") for head in base.head)
+            if name in above or (of_head and id(parameter) not in shared):
+                parameter.requires_grad_(True)
+
+    def _above(self, base: Base, names: list[str]) -> set[str]:
+        """Names of the parameters of the base model that come after its layers."""
+        prefix = base.model.base_model_prefix
+        stack = names[0].rpartition(".")[0].removeprefix(f"{prefix}.").split(".")[0]
+        children = [child for child, _ in base.inner().named_children()]
+        after = children[children.index(stack) + 1 :]
+        return {name for name, _ in base.model.named_parameters() if any(name.startswith(f"{prefix}.{child}.") for child in after)}
+
+    def _start_anew(self, base: Base) -> None:
+        """Draw the weights of the highest layers again, and of a pooler, as the architecture's own code draws them."""
+        names = layers(base)
+        if self.reinit > len(names):
+            raise RecipeError(f"method.reinit: {self.reinit} layers asked for, {type(base.model).__name__} has {len(names)}")
+        chosen = [*names[-self.reinit :], *(name for name, _ in base.model.named_modules() if name.rpartition(".")[2] == "pooler")]
+        for name in chosen:
+            for module in base.model.get_submodule(name).modules():
+                tensor: Any
+                for tensor in module.parameters(recurse=False):
+                    tensor._is_hf_initialized = False  # else transformers leaves what was loaded alone
+                base.model._init_weights(module)
 
     def save(self, model: nn.Module, base: Base, directory: Path) -> Artifact:
         """A complete model in transformers' format."""

@@ -36,6 +36,7 @@ METHODS = {
     "vera": VeRA(r=16),
 }
 VARIANTS = {
+    "partial-reinit": Partial(last="all", reinit=1, lr_decay=0.5),
     "lora-attention": LoRA(targets="attention", dropout=0.0),
     "dora": LoRA(dora=True),
     "rslora": LoRA(rslora=True, r=4),
@@ -87,6 +88,8 @@ def intended(name: str, architecture: str, new_head: bool):
             return of_head
         case "partial-first":
             return lambda parameter: parameter.startswith(f"{layer}0.") or (new_head and of_head(parameter))
+        case "partial-reinit":
+            return lambda parameter: not any(part in parameter for part in ("embeddings", "embed_tokens", "wte", "wpe"))
         case "partial-last":
             below = ("embeddings", "embed_tokens", "wte", "wpe", f"{layer}0.")
             return lambda parameter: not any(part in parameter for part in below)

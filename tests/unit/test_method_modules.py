@@ -209,6 +209,53 @@ def test_partial_from_the_top_trains_the_final_norm():
     assert model.model.norm.weight.requires_grad
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_partial_of_all_layers_leaves_the_embeddings_out_or_not(kind):
+    without, everything = (Partial(last="all", embeddings=embeddings).apply(base_of(small(kind), CLASSIFY)) for embeddings in (False, True))
+    assert all(parameter.requires_grad for parameter in everything.parameters())
+    frozen = [name for name, parameter in without.named_parameters() if not parameter.requires_grad]
+    assert frozen
+    assert all("embed" in name or name.split(".")[1] in ("wte", "wpe") or "rel_" in name for name in frozen), frozen
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_discriminative_learning_rates_fall_by_a_factor_a_layer(kind):
+    """ULMFiT (arXiv 1801.06146, 3.2): the rate of a layer is that of the next higher one over 2.6."""
+    base, method = base_of(small(kind), CLASSIFY), Partial(last="all", embeddings=True, lr_decay=1 / 2.6)
+    model = method.apply(base)
+    factors = {name: method.lr_factor(name, base) for name, _ in model.named_parameters()}
+    names = layers(base)
+    for number, layer in enumerate(names):
+        assert {factors[name] for name in factors if name.startswith(f"{layer}.")} == {pytest.approx(2.6 ** -(4 - number))}
+    assert {factors[name] for name in factors if name.split(".")[0] in base.head} == {1.0}
+    lowest = [name for name in factors if "embeddings" in name or ".wte." in name or "embed_tokens" in name]
+    assert {factors[name] for name in lowest} == {pytest.approx(2.6**-5)}
+    assert {round(factor, 9) for factor in factors.values()} == {round(2.6**-depth, 9) for depth in range(6)}
+
+
+def test_the_highest_layers_and_the_pooler_start_anew():
+    """arXiv 2006.05987; by the architecture's own initialisation, from the run's seed."""
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = transformers.BertForSequenceClassification(small("bert"))
+        for parameter in model.parameters():
+            torch.nn.init.constant_(parameter, 0.5)
+            parameter._is_hf_initialized = True  # as after loading
+        base = Base(model, None, Source("somewhere"), CLASSIFY, head_of(model), {"classifier.weight", "classifier.bias"})
+        torch.manual_seed(7)
+        Partial(last="all", reinit=2).apply(base)
+        kept = {name for name, parameter in model.named_parameters() if bool((parameter == 0.5).all())}
+        assert all(("layer.2." in name or "layer.3." in name or "pooler" in name) != (name in kept) for name, _ in model.named_parameters())
+        drawn.append(model.bert.encoder.layer[3].output.dense.weight)
+        assert drawn[-1].std().item() == pytest.approx(0.02, rel=0.1)
+    assert torch.equal(*drawn)
+    with pytest.raises(RecipeError, match=r"method.reinit: 5 layers asked for, BertForSequenceClassification has 4"):
+        Partial(last="all", reinit=5).apply(base_of(small("bert"), CLASSIFY))
+    with pytest.raises(ValueError, match="2 layers would start from random weights and not learn; give last: 2 or more"):
+        Partial(last=1, reinit=2)
+
+
 def test_partial_by_pattern_trains_what_it_finds_and_the_new_head():
     model = Partial(pattern=r"layer\.3\.output").apply(base_of(small("bert"), CLASSIFY))
     learning = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -267,8 +314,9 @@ def test_olora_is_refused_where_weights_are_transposed():
 def test_lora_plus_gives_the_second_matrix_a_rate_of_its_own():
     """arXiv 2402.12354: the matrix that starts at zero learns faster; the new head as the first matrix."""
     method = LoRA(lr_ratio=16)
-    model = method.apply(base_of(small("bert"), CLASSIFY))
-    factors = {name: method.lr_factor(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    base = base_of(small("bert"), CLASSIFY)
+    model = method.apply(base)
+    factors = {name: method.lr_factor(name, base) for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert {name.split(".")[-3] if "lora_" in name else "head" for name, factor in factors.items() if factor == 16} == {"lora_B"}
     assert {factor for name, factor in factors.items() if "lora_B" not in name} == {1.0}
 
