@@ -209,6 +209,7 @@ def fit(session: Session, position: Position) -> Iterator[Step]:
     train, features = session.recipe.train, session.prepared.train
     rates = [group.setdefault("initial_lr", group["lr"]) for group in optimizer.param_groups]
     unsettled: list[tuple[int, np.ndarray, Outcome]] = []
+    epoch, waiting = -1, list[nn.Parameter]()
 
     def make(chosen: tuple[np.ndarray, Place]) -> tuple[np.ndarray, Place, list[Batch]]:
         parts = split(chosen[0], features.lengths, session.accumulate, accelerator.num_processes, accelerator.process_index)
@@ -223,15 +224,29 @@ def fit(session: Session, position: Position) -> Iterator[Step]:
 
     trainee.train()
     for rows, place, micro_batches in ahead(make, batches(session.sampler, position, session.num_steps)):
+        if position.epoch != epoch:
+            epoch, waiting = position.epoch, session.waiting(position.epoch)
         position.step, position.epoch, position.batch = place.step, place.epoch, place.batch
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * session.schedule(position.step - 1)
-        with _located(position.step, rows):
+        with _located(position.step, rows), _frozen(waiting):
             outcome = train_step(accelerator, trainee, optimizer, micro_batches, train.max_grad_norm)
         if looks_itself(optimizer, accelerator):
             unsettled.append((position.step, rows, outcome))
         yield Step(outcome, int(features.lengths[rows].sum()), rows, place.epochs_done, settle)
         trainee.train()
+
+
+@contextmanager
+def _frozen(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """For this time, these do not learn."""
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
 
 
 @contextmanager

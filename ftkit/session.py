@@ -16,6 +16,7 @@ from ftkit import compiled, device, dropout, embeddings, frozen, kernels, launch
 from ftkit.data.batches import Sampler, collate, largest_micro_batch
 from ftkit.errors import MissingDependency, RecipeError
 from ftkit.loop import Trainee
+from ftkit.model import num_values
 from ftkit.neftune import Noise
 
 if TYPE_CHECKING:
@@ -56,6 +57,10 @@ class Session:
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.learner.named_parameters() if parameter.requires_grad}
+
+    def waiting(self, epoch: int) -> list[nn.Parameter]:
+        """What the method does not let learn yet in this epoch, counted from 0."""
+        return [parameter for name, parameter in self.trainable.items() if self.recipe.method.waits(name, self.base, epoch)]
 
     @property
     def splits(self) -> dict[str, tuple[list[Row], FeatureSet]]:
@@ -160,7 +165,7 @@ def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any]
     if trainee.still:
         report.note(f"without dropout, because frozen below the first part that learns: {', '.join(trainee.still)}")
     torch.manual_seed(train.seed + world.rank)  # dropout differs between processes
-    return Session(
+    session = Session(
         recipe=recipe,
         prepared=prepared,
         accelerator=accelerator,
@@ -178,13 +183,29 @@ def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any]
         liger=liger,
         used=used,
     )
+    _say_what_waits(session, report)
+    return session
+
+
+def _say_what_waits(session: Session, report: Reporter) -> None:
+    """Note what does not learn from the first epoch on, and what never will; DDP has to know once and for all what learns."""
+    if not (waiting := session.waiting(0)):
+        return
+    if session.accelerator.num_processes > 1:
+        raise RecipeError(f"method {session.recipe.method.kind}: what learns later is not possible on several processes; set train.processes: 1")
+    report.note(f"{sum(map(num_values, waiting)):,} of {sum(map(num_values, session.trainable.values())):,} learning parameters wait for later epochs")
+    epochs = -(-session.num_steps // session.sampler.steps(1))
+    if never := session.waiting(epochs - 1):
+        report.warn(f"{sum(map(num_values, never)):,} parameters never learn: their turn would come after the {epochs} epochs of this run")
 
 
 def _used_embeddings(prepared: Prepared, base: Base, size: int, precision: str, report: Reporter) -> Used | None:
     """The token embeddings that training uses, as a parameter of their own, where that spares much and the result is known to be the same."""
-    train = prepared.recipe.train
+    train, method = prepared.recipe.train, prepared.recipe.method
     if not train.skip_unused_embeddings or train.optimizer != "adamw" or precision == "fp16" or (train.parallel == "fsdp" and size > 1):
         return None  # other optimizers mix rows or remember decay; fp16 skips steps
+    if any(method.waits(name, base, 0) for name, _ in base.model.named_parameters()):
+        return None  # an embedding may wait, and would not decay meanwhile
     tokens = embeddings.choose(base.model, prepared.train, (prepared.tokenizer.pad_token_id,))
     if tokens is None:
         return None

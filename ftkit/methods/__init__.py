@@ -43,6 +43,10 @@ class Method(Protocol):
         """What train.learning_rate is multiplied by for a parameter, by its name in the model that `apply` made of the base."""
         ...
 
+    def waits(self, name: str, base: Base, epoch: int) -> bool:
+        """Whether a parameter that learns in the end does not learn yet in this epoch, counted from 0."""
+        ...
+
     def miniature(self, width: int) -> Method:
         """The same for `--smoke`, whose model has no matrix narrower than `width`."""
         ...
@@ -60,6 +64,9 @@ class MethodSpec(Spec):
 
     def lr_factor(self, name: str, base: Base) -> float:
         return 1.0
+
+    def waits(self, name: str, base: Base, epoch: int) -> bool:
+        return False
 
     def miniature(self, width: int) -> Self:
         return self

@@ -32,6 +32,9 @@ class Partial(MethodSpec):
     lr_decay: float = option(
         1.0, "learning rate of a layer over that of the next higher one, the head being the highest; ULMFiT takes 1 / 2.6 (arXiv 1801.06146)", gt=0, le=1
     )
+    unfreeze_every: int | None = option(
+        None, "epochs after which the next lower layer begins to learn, the head being the first; ULMFiT takes 1 (arXiv 1801.06146); at once if empty", ge=1
+    )
     reinit: int = option(0, "so many of the highest layers, and a pooler, start anew from random weights (arXiv 2006.05987)", ge=0)
     reuse: bool = option(True, "compute frozen layers once for each row and keep what they give, not in every epoch again; the result is the same")
 
@@ -49,14 +52,20 @@ class Partial(MethodSpec):
         return self
 
     def lr_factor(self, name: str, base: Base) -> float:
-        """lr_decay once for each step down: 0 for the head, 1 for what is above the layers and the highest of them, and all below as the embeddings."""
-        if self.lr_decay == 1 or any(name.startswith(f"{head}.") for head in base.head):
-            return 1.0
+        return 1.0 if self.lr_decay == 1 else self.lr_decay ** self._depth(name, base)
+
+    def waits(self, name: str, base: Base, epoch: int) -> bool:
+        return self.unfreeze_every is not None and self._depth(name, base) > epoch // self.unfreeze_every
+
+    def _depth(self, name: str, base: Base) -> int:
+        """Steps down from the head, 0: 1 for the highest layer and what is above it, and so on, to what is below all layers."""
+        if any(name.startswith(f"{head}.") for head in base.head):
+            return 0
         names = layers(base)
         depth = next((len(names) - number for number, layer in enumerate(names) if name.startswith(f"{layer}.")), None)
-        if depth is None:
-            depth = 1 if name in self._above(base, names) else len(names) + 1
-        return self.lr_decay**depth
+        if depth is not None:
+            return depth
+        return 1 if name in self._above(base, names) else len(names) + 1
 
     def apply(self, base: Base) -> nn.Module:
         model = base.model.requires_grad_(False)
