@@ -64,7 +64,7 @@ def public_name(name: str) -> str:
 def _front_matter(recipe: Recipe[Any, Any, Any], manifest: Mapping[str, Any], tuned: Measured) -> dict[str, Any]:
     """What the hub reads, in its own words: huggingface.co/docs/hub/model-cards."""
     artifact, name = manifest["artifact"], recipe.model.name
-    adapter = artifact["loads_with"] == "peft"
+    adapter = artifact["loads_with"] != "transformers"
     front: dict[str, Any] = {}
     if name and not Path(name).is_absolute() and recipe.model.init == "pretrained":
         front |= {"base_model": name, "base_model_relation": "adapter" if adapter else "finetune"}
@@ -115,6 +115,8 @@ def _story(recipe: Recipe[Any, Any, Any], manifest: Mapping[str, Any], base: Mea
 def _loading_code(manifest: Mapping[str, Any]) -> str:
     """Python that does what the verification did."""
     artifact = manifest["artifact"]
+    if artifact["loads_with"] == "ftkit":
+        return "import ftkit\nfrom transformers import AutoTokenizer\n\nmodel = ftkit.load('model')\ntokenizer = AutoTokenizer.from_pretrained('model')"
     auto, kwargs = artifact["auto_class"], dict(artifact["load_kwargs"])
     if "id2label" in kwargs:
         kwargs["id2label"] = {int(index): label for index, label in kwargs["id2label"].items()}

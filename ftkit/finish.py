@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ftkit import checkpoint, compiled, device, plots, rundir, verify
+from ftkit import adapters, checkpoint, compiled, device, plots, rundir, verify
 from ftkit.card import model_card
 from ftkit.evaluate import measure, predictions
 from ftkit.model import Source
@@ -48,7 +48,7 @@ def finish(session: Session, output: Path, report: Reporter, stop: StopRequest, 
             _gather(session)
         if main:
             artifact = write_model(session.recipe.method, session.learner, session.base, session.recipe.model.config, output / "model")
-            if session.base.source is None and artifact["loads_with"] == "peft":
+            if session.base.source is None and artifact["loads_with"] != "transformers":
                 _write_base(session, output / "model" / "base")
             rows = verify.choose(_sample_split(session))
             if session.recipe.model.attention == "flash_attention_2":  # takes no float32, which learned weights are stored in
@@ -107,14 +107,16 @@ def write_model(method: Method, learner: nn.Module, base: Base, overrides: dict[
         "auto_class": base.task.auto_class,
         "load_kwargs": method_artifact.load_kwargs,
     }
-    if method_artifact.loads_with == "peft":
+    if method_artifact.loads_with != "transformers":
         source = base.source or Source("base")  # beside the adapter
         artifact |= {"base": source.name, "revision": source.revision}
-    if method_artifact.loads_with == "peft" and base.source is not None:
+    if method_artifact.loads_with != "transformers" and base.source is not None:
         changes = overrides | base.task.config_kwargs()
         artifact["load_kwargs"] |= json.loads(json.dumps(changes))  # integer keys of id2label become text, as in any JSON
     if base.source is not None and base.source.trust_remote_code:
         artifact["load_kwargs"]["trust_remote_code"] = True
+    if method_artifact.loads_with == "ftkit":
+        adapters.write_settings(method, artifact, learner, directory)
     return artifact
 
 

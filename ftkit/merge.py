@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ftkit import device, reload, rundir, verify
+from ftkit import adapters, device, reload, rundir, verify
 from ftkit.errors import DiskError, RecipeError, VerificationFailed
 from ftkit.model import Source, hub_errors, load_tokenizer, max_positions, quiet_libraries
 from ftkit.recipe.spec import Model
@@ -49,7 +49,7 @@ class Adapter:
     directory: Path
     artifact: dict[str, Any]  # as in a run's manifest
     base_sha256: str | None  # of the tensors that it was trained on, where that is known
-    config: PeftConfig
+    config: PeftConfig | None  # None: ftkit's own format
     base_config: transformers.PreTrainedConfig
 
     @property
@@ -96,9 +96,9 @@ def merge(
     as_trained = reload.answers(trained, rows)
     del trained
     device.free_memory()
-    model = PeftModel.from_pretrained(_load_float(adapter, base, here), adapter.directory).eval()
+    model = _with_adapter(adapter, _load_float(adapter, base, here)).eval()
     reference = as_trained if base == "stored" else reload.answers(model, rows)
-    merged = _merge(model, note).to(getattr(torch, written))
+    merged = (_merge(model, note) if adapter.config else model).to(getattr(torch, written))
     if (adapter.directory / "generation_config.json").is_file():  # with the tokens that end a turn as it was learned
         merged.generation_config = transformers.GenerationConfig.from_pretrained(adapter.directory)
     del model
@@ -151,6 +151,9 @@ def find(target: Path) -> Adapter:
     inside = target.name == "model" and rundir.is_run(target.parent)
     run = target.parent if inside else target if rundir.is_run(target) else None
     directory = run / "model" if run else target
+    if adapters.is_own(directory):
+        artifact = adapters.settings(directory)
+        return Adapter(directory, artifact, artifact["base_sha256"], None, _read_base_config(directory, artifact))
     if not (directory / "adapter_config.json").is_file():
         if (directory / "config.json").is_file():
             raise RecipeError(f"{target}: nothing to merge: {'this run saved' if run else 'it holds'} a whole model")
@@ -235,8 +238,13 @@ def _check_empty(output: Path) -> None:
 
 
 def _check_mergeable(adapter: Adapter, base: str) -> None:
-    kind = PeftType(adapter.config.peft_type)
-    if not hasattr(PEFT_TYPE_TO_TUNER_MAPPING.get(kind), "merge_and_unload"):
+    if adapter.config is None and not (method := adapters.method_of(adapter.directory)).mergeable:
+        raise RecipeError(
+            f"{adapter.directory}: method {method.kind} adds modules between those of its base and changes none of these, so there is nothing to merge; "
+            "ftkit.load loads both"
+        )
+    kind = adapter.config and PeftType(adapter.config.peft_type)
+    if kind and not hasattr(PEFT_TYPE_TO_TUNER_MAPPING.get(kind), "merge_and_unload"):
         raise RecipeError(
             f"{adapter.directory}: a {kind.value} adapter cannot be merged: it adds inputs or modules and changes no weights; load it with peft beside its base"
         )
@@ -250,6 +258,9 @@ def _check_mergeable(adapter: Adapter, base: str) -> None:
 def _check_fits(adapter: Adapter) -> None:
     """Refuse an adapter whose tensors are not those that its config puts into this base."""
     skeleton = _skeleton(adapter.artifact, adapter.base_config)
+    if adapter.config is None:
+        adapters.put_on(skeleton, adapter.directory, adapters.weights(adapter.directory))
+        return
     places = {f"base_model.model.{name}": tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
     config = copy.deepcopy(adapter.config)
     if hasattr(config, "init_lora_weights"):
@@ -293,9 +304,16 @@ def _load_trained(adapter: Adapter, here: str) -> Any:
     """Base and adapter as they were trained; refuses a base whose tensors are not those of the training."""
     with hub_errors(adapter.source):
         model = reload.load(adapter.directory, adapter.artifact, here)
-    if adapter.base_sha256 and verify.base_sha256(reload.digests(model)) != adapter.base_sha256:
+    if adapter.config and adapter.base_sha256 and verify.base_sha256(reload.digests(model)) != adapter.base_sha256:  # the other kind looks itself
         raise RecipeError(f"{adapter.source.name} has changed: it is not the base that {adapter.directory} was trained on")
     return model
+
+
+def _with_adapter(adapter: Adapter, model: Any) -> Any:
+    """The base with the adapter put on it."""
+    if adapter.config is None:
+        return adapters.put_on(model, adapter.directory, adapters.weights(adapter.directory))
+    return PeftModel.from_pretrained(model, adapter.directory)
 
 
 def _load_float(adapter: Adapter, base: str, here: str) -> Any:

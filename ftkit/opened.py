@@ -11,6 +11,8 @@ from ftkit.data.types import Limits
 from ftkit.errors import RecipeError
 
 if TYPE_CHECKING:
+    from os import PathLike
+
     import torch
 
     from ftkit.recipe.spec import Recipe
@@ -55,3 +57,19 @@ def open_run(target: str | Path, device: torch.device) -> Opened:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return Opened(path, manifest, recipe, model, tokenizer, Limits(recipe.data.max_length, recipe.data.truncation))
+
+
+def load_model(path: str | PathLike[str], device: str) -> Any:
+    """`ftkit.load`."""
+    from ftkit import adapters, reload
+
+    given = Path(path)
+    if rundir.is_run(given):
+        artifact = rundir.finished(given)["artifact"]
+        return reload.load(given / "model", artifact, device)
+    if adapters.is_own(given):
+        return adapters.load(given, device)
+    if rundir.is_run(given.parent) and given.name == "model":
+        return load_model(given.parent, device)
+    what = "is no run directory, nor the model of one" if given.is_dir() else "does not exist"
+    raise RecipeError(f"{path} {what}")

@@ -28,6 +28,8 @@ BUILTIN: dict[str, dict[str, str]] = {
         "qlora": "ftkit.methods.qlora:QLoRA",
         "ia3": "ftkit.methods.ia3:IA3",
         "vera": "ftkit.methods.vera:VeRA",
+        "bitfit": "ftkit.methods.bitfit:BitFit",
+        "adapter": "ftkit.methods.adapter:Adapter",
     },
     "objective": {
         "supervised": "ftkit.objectives.supervised:Supervised",

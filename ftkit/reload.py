@@ -29,6 +29,10 @@ def load(directory: Path, artifact: Mapping[str, Any], device: str) -> Any:
     """The model in `directory`, with exactly what `artifact` (of a run's manifest) says."""
     if artifact["loads_with"] == "transformers":
         return _from_pretrained(str(directory), artifact, None, device).eval()
+    if artifact["loads_with"] == "ftkit":
+        from ftkit import adapters
+
+        return adapters.load(directory, device)
     from peft import PeftModel
 
     return PeftModel.from_pretrained(load_base(directory, artifact, device), directory).eval()

@@ -47,9 +47,11 @@ def rehearse(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise RecipeError("--smoke takes no launcher: it starts the processes itself, as many as train.processes says")
     model.quiet_libraries()
     with _offline(), Reporter(None) as report:
-        output = Path(shrink(read(path, overrides), report).recipe.output)
+        resolved = shrink(read(path, overrides), report)
+        output = Path(resolved.recipe.output)
         summary = train(str(output / WORKSHOP / "recipe.yaml"), overwrite=True) | {"smoke": True}
-        if summary["verification"]["loads_with"] == "peft":
+        adapter = summary["verification"]["loads_with"] != "transformers"
+        if adapter and resolved.recipe.method.mergeable:
             with report.stage("merging"):
                 summary["merge"] = merge(output, output / WORKSHOP / "merged", note=report.note)
             shutil.rmtree(output / WORKSHOP / "merged")

@@ -397,14 +397,13 @@ def _check_learning(method: Method, learner: nn.Module, base: Base, batch: Batch
 
 def _check_saving(method: Method, learner: Any, base: Base, features: FeatureSet, directory: Path) -> None:
     """What was written gives the same outputs in a fresh process, and merged."""
-    mergeable = hasattr(learner, "merge_and_unload")
     model = directory / "model"
     artifact = finish.write_model(method, learner, base, {}, model)
     pickled = [str(path) for path in model.rglob("*") if path.suffix in {".bin", ".pt", ".pth", ".pkl", ".ckpt"}]
     _require(not pickled, f"{_name(method)}.save writes pickles: {pickled}; write safetensors")
     expected = verify.capture(learner, base.tokenizer, verify.choose(features), model, artifact, converted=bool(base.initial))
     verification = verify.check(model, artifact, expected)
-    if mergeable:
+    if method.mergeable and artifact["loads_with"] != "transformers":
         rundir.write_json(directory / "manifest.json", {"status": "finished", "artifact": artifact, "verification": verification})
         merge(directory, directory / "merged")
 

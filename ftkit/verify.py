@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,12 +95,14 @@ def capture(model: Any, tokenizer: Any, rows: Sequence[reload.Row], directory: P
     The model is put into eval mode and the stored dtype, as a load finds it: it cannot train on.
     `converted`: the adapter was written in another form than it learned in, so only its outputs can be compared.
     """
+    learned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     _as_loaded(model, getattr(torch, artifact["load_kwargs"]["dtype"]))
     answers = reload.answers(model.eval(), rows)
     texts = [PROBE, *(tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in rows)]
     digests = reload.digests(model)
     if converted:
         digests = {name: digest for name, digest in digests.items() if not added(name) and ".base_layer." not in name}
+    unknown = converted or artifact["loads_with"] == "transformers" or "quantization_config" in artifact["load_kwargs"]
     return Expected(
         rows=list(rows),
         texts=texts,
@@ -109,15 +111,15 @@ def capture(model: Any, tokenizer: Any, rows: Sequence[reload.Row], directory: P
         facts=reload.facts(model, tokenizer, texts),
         files=_file_digests(directory),
         tolerance=tolerance(artifact["load_kwargs"], answers),
-        base_sha256=None if converted or "quantization_config" in artifact["load_kwargs"] else base_sha256(digests),
+        base_sha256=None if unknown else base_sha256(digests, learned),
         device=str(model.device),
     )
 
 
-def base_sha256(digests: Mapping[str, str]) -> str | None:
-    """sha256 over the tensors of an adapter's base; None if there is no adapter."""
-    base = {name: digest for name, digest in digests.items() if not added(name) and ".modules_to_save." not in name}
-    return hashlib.sha256(json.dumps(base, sort_keys=True).encode()).hexdigest() if len(base) < len(digests) else None
+def base_sha256(digests: Mapping[str, str], learned: Container[str] = ()) -> str:
+    """sha256 over the tensors of an adapter's base: those that no method added, and that are not among the learned ones."""
+    base = {name: digest for name, digest in digests.items() if not added(name) and ".modules_to_save." not in name and name not in learned}
+    return hashlib.sha256(json.dumps(base, sort_keys=True).encode()).hexdigest()
 
 
 def _as_loaded(model: nn.Module, dtype: torch.dtype) -> None:

@@ -27,6 +27,7 @@ class Method(Protocol):
     """How the base is loaded, what is frozen or injected, how the result is saved and merged."""
 
     kind: str
+    mergeable: ClassVar[bool]  # what it learned can become part of the base's own weights
     frozen_base: ClassVar[bool]  # the base stays as it was and is not saved again
     reuse: bool  # layers below the first one that learns are computed once for each row, not in every epoch
     defaults: ClassVar[Mapping[str, Default]]  # dotted recipe key -> value and source
@@ -51,6 +52,10 @@ class Method(Protocol):
         """The same for `--smoke`, whose model has no matrix narrower than `width`."""
         ...
 
+    def attach(self, model: nn.Module) -> None:
+        """Put the modules that `apply` added into a model that has none yet; called for what `ftkit` loads only."""
+        ...
+
     def save(self, model: nn.Module, base: Base, directory: Path) -> Artifact:
         """Write weights that load without ftkit wherever that can be; safetensors and JSON only."""
         ...
@@ -58,6 +63,8 @@ class Method(Protocol):
 
 class MethodSpec(Spec):
     """A method whose base is loaded as it is stored, and of which everything learns at one rate."""
+
+    mergeable: ClassVar[bool] = True
 
     def load_kwargs(self, head: list[str], precision: str) -> dict[str, Any]:
         return {}
@@ -70,3 +77,13 @@ class MethodSpec(Spec):
 
     def miniature(self, width: int) -> Self:
         return self
+
+    def attach(self, model: nn.Module) -> None:
+        raise AssertionError(f"{self.kind} is loaded by another library")  # type: ignore[attr-defined]
+
+    def save_own(self, model: nn.Module, base: Base, directory: Path) -> Artifact:
+        """What learned, in ftkit's own format, for methods whose `attach` puts it back."""
+        from ftkit.adapters import write_weights
+
+        write_weights(model, directory)
+        return Artifact("ftkit", {"dtype": str(base.model.dtype).removeprefix("torch."), **base.load_kwargs})

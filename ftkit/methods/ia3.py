@@ -62,7 +62,7 @@ class IA3(MethodSpec):
             return []
         if self.feedforward != "inner":
             return choose_targets(base, self.feedforward, field="feedforward")
-        if found := feed_forward_outputs(base):
+        if found := feed_forward_outputs(base.model):
             return found
         names = endings(choose_targets(base, "all-linear"))
         raise RecipeError(f"method.feedforward: {type(base.model).__name__} has no feed-forward layer that can be told; name its second matrix, of {names}")

@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 ATTENTION = re.compile(r"(attn|attention)(\.|$)", re.IGNORECASE)
 # k_proj, key, v_lin, value_proj, ...; and what gives queries, keys and values at once: c_attn, qkv_proj, query_key_value, Wqkv
 KEY_VALUE = re.compile(r"^(k|v|key|value)(_|$)|^(c_attn|in_proj)$|q_?k_?v|key_value", re.IGNORECASE)
-ADDED = re.compile(r"\.(lora|ia3|vera)_")
+QUERY = re.compile(r"^q(_|$)|query", re.IGNORECASE)
+ADDED = re.compile(r"\.(lora|ia3|vera)_|\.bottleneck\.")
 
 
 def added(name: str) -> bool:
-    """Whether the name of a tensor says that PEFT put it beside the base."""
+    """Whether the name of a tensor says that a method put it beside the base."""
     return ADDED.search(name) is not None
 
 
@@ -39,19 +40,19 @@ def layers(base: Base) -> list[str]:
 
 
 def linear_modules(base: Base) -> list[str]:
-    """Names of the linear modules of the base model (nn.Linear, GPT-2's Conv1D, quantised ones), without new modules and poolers."""
+    """Names of the linear modules of the base model, without new modules and poolers."""
+    skip = (*base.new_modules, *base.head)
+    return [name for name in _linear(base.model) if not any(name == part or name.startswith(f"{part}.") for part in skip)]
+
+
+def _linear(model: Any) -> list[str]:
+    """Names of the linear modules below a model's head (nn.Linear, GPT-2's Conv1D, quantised ones), without poolers."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    skip = (*base.new_modules, *base.head)
-    names = []
-    for name, module in base.model.named_modules():
-        if not isinstance(module, nn.Linear | Conv1D) or not name.startswith(f"{base.model.base_model_prefix}."):
-            continue
-        if any(name == part or name.startswith(f"{part}.") for part in skip) or "pooler" in name.split("."):
-            continue
-        names.append(name)
-    return names
+    prefix = f"{model.base_model_prefix}."
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    return [name for name in linear if name.startswith(prefix) and "pooler" not in name.split(".")]
 
 
 def keys_and_values(base: Base) -> list[str]:
@@ -64,11 +65,23 @@ def keys_and_values(base: Base) -> list[str]:
     return chosen
 
 
-def feed_forward_outputs(base: Base) -> list[str]:
+def feed_forward_outputs(model: Any) -> list[str]:
     """The linear modules outside of attention that lead from a wider space back to the hidden states: the second ones of feed-forward layers."""
-    hidden = base.model.config.get_text_config().hidden_size
-    sizes = {name: size_of(base.model.get_submodule(name)) for name in linear_modules(base) if not ATTENTION.search(name)}
+    hidden = model.config.get_text_config().hidden_size
+    sizes = {name: size_of(model.get_submodule(name)) for name in _linear(model) if not ATTENTION.search(name)}
     return [name for name, (inputs, outputs) in sizes.items() if inputs > outputs == hidden]
+
+
+def attention_outputs(model: Any) -> list[str]:
+    """The linear modules in which attention ends: those that lead to the hidden states and give no queries, keys or values."""
+    hidden = model.config.get_text_config().hidden_size
+    found = []
+    for name in _linear(model):
+        last = name.rpartition(".")[2]
+        gives_states = KEY_VALUE.search(last) or QUERY.search(last)
+        if ATTENTION.search(name) and not gives_states and size_of(model.get_submodule(name))[1] == hidden:
+            found.append(name)
+    return found
 
 
 def choose_targets(base: Base, targets: str | list[str], only_layers: list[int] | None = None, field: str = "targets") -> list[str]:

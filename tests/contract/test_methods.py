@@ -11,6 +11,8 @@ import torch
 from ftkit import device, model, plugins
 from ftkit.data.types import Row
 from ftkit.errors import RecipeError, VerificationFailed
+from ftkit.methods.adapter import Adapter
+from ftkit.methods.bitfit import BitFit
 from ftkit.methods.full import Full
 from ftkit.methods.head import Head
 from ftkit.methods.ia3 import IA3
@@ -34,8 +36,11 @@ METHODS = {
     "qlora-4": QLoRA(),
     "ia3": IA3(),
     "vera": VeRA(r=16),
+    "bitfit": BitFit(),
+    "adapter": Adapter(reduction=4),
 }
 VARIANTS = {
+    "adapter-houlsby": Adapter(placement="houlsby", reduction=8, activation="gelu", dropout=0.1),
     "partial-reinit": Partial(last="all", reinit=1, lr_decay=0.5),
     "lora-attention": LoRA(targets="attention", dropout=0.0),
     "dora": LoRA(dora=True),
@@ -95,6 +100,10 @@ def intended(name: str, architecture: str, new_head: bool):
             return lambda parameter: not any(part in parameter for part in below)
         case "partial-pattern":
             return lambda parameter: "bias" in parameter or "norm" in parameter or "ln_" in parameter or (new_head and of_head(parameter))
+        case "bitfit":
+            return lambda parameter: parameter.endswith("bias") or (new_head and of_head(parameter))
+        case "adapter" | "adapter-houlsby":
+            return lambda parameter: ".bottleneck." in parameter or (new_head and of_head(parameter))
         case "ia3":
             return lambda parameter: "ia3_l" in parameter or "modules_to_save" in parameter
         case "vera":
@@ -103,9 +112,17 @@ def intended(name: str, architecture: str, new_head: bool):
 
 
 IN_CLASSIFICATION = [(name, architecture) for architecture in LAYERS for name in (ALL if architecture in ("bert", "gpt2") else METHODS)]
+IN_CLASSIFICATION.remove(("bitfit", "llama"))  # has no biases
 ALL["olora"] = LoRA(init="olora", dropout=0.0, r=4)  # not for the transposed weights of GPT-2
 IN_CLASSIFICATION.append(("olora", "bert"))
-IN_LANGUAGE_MODELLING = [*((name, "llama") for name in ALL), ("full", "gpt2"), ("partial-last", "gpt2"), ("lora", "gpt2"), ("qlora-4", "gpt2")]
+IN_LANGUAGE_MODELLING = [
+    *((name, "llama") for name in ALL if name != "bitfit"),
+    ("bitfit", "gpt2"),
+    ("full", "gpt2"),
+    ("partial-last", "gpt2"),
+    ("lora", "gpt2"),
+    ("qlora-4", "gpt2"),
+]
 
 
 @pytest.mark.parametrize(("name", "architecture"), IN_CLASSIFICATION)

@@ -40,6 +40,11 @@ RUNS = {  # model, rows, method
     "gpt2-prompts-lora": ("gpt2", "prompts", {"kind": "lora", "dora": True}),
     "llama-chats-pissa": ("llama", "chats", {"kind": "lora", "init": "pissa", "r": 2}),
     "llama-chats-qlora": ("llama", "chats", {"kind": "qlora"}),
+    "bert-adapter": ("bert", "single", {"kind": "adapter", "reduction": 4}),
+    "llama-text-adapter": (FROM_NOTHING, "text", {"kind": "adapter", "placement": "houlsby"}),
+    "gpt2-prompts-bitfit": ("gpt2", "prompts", {"kind": "bitfit"}),
+    "bert-ia3": ("bert", "pairs", {"kind": "ia3"}),
+    "llama-chats-vera": ("llama", "chats", {"kind": "vera", "r": 16}),
 }
 STEP_KEYS = {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_bytes"}
 
@@ -101,11 +106,11 @@ def test_a_run_writes_every_file_of_its_directory_and_can_be_repeated(name, ftki
     assert manifest["data"]["sha256"] == sources
     stored = sum(value.numel() for value in tensors(run / "checkpoints" / "step-4").values())
     assert 0 < manifest["parameters"]["trainable"] <= min(manifest["parameters"]["total"], stored)
-    loads_with = "peft" if method["kind"] in ("lora", "qlora") else "transformers"
+    loads_with = {"full": "transformers", "partial": "transformers", "head": "transformers", "adapter": "ftkit", "bitfit": "ftkit"}.get(method["kind"], "peft")
     assert manifest["artifact"]["loads_with"] == loads_with
     assert "dtype" in manifest["artifact"]["load_kwargs"]
     assert 0 <= manifest["verification"]["max_difference"] <= manifest["verification"]["tolerance"]
-    assert (run / "model" / "base").is_dir() == (model is FROM_NOTHING and loads_with == "peft")
+    assert (run / "model" / "base").is_dir() == (model is FROM_NOTHING and loads_with != "transformers")
 
     records = lines(run / "log.jsonl")
     steps = [record for record in records if "split" not in record]
@@ -131,7 +136,7 @@ def test_a_run_writes_every_file_of_its_directory_and_can_be_repeated(name, ftki
     front = yaml.safe_load(card.split("---\n")[1])
     assert card.startswith("---\n")
     assert isinstance(front, dict)
-    assert "from_pretrained" in card
+    assert ("ftkit.load" if loads_with == "ftkit" else "from_pretrained") in card
     for step in (run / "checkpoints").iterdir():
         assert checkpoints.flaw(step) is None
     assert {step.name for step in (run / "checkpoints").iterdir()} <= {"step-2", "step-4"}
@@ -185,7 +190,7 @@ def damaged(path: Path) -> bytes:
     return version
 
 
-@pytest.mark.parametrize("name", ["bert-full", "llama-text-lora", "llama-chats-pissa", "llama-chats-qlora"])
+@pytest.mark.parametrize("name", ["bert-full", "llama-text-lora", "llama-chats-pissa", "llama-chats-qlora", "bert-adapter", "gpt2-prompts-bitfit"])
 def test_one_changed_bit_in_any_saved_file_is_seen_and_exit_9(name, ftkit, recipe, tmp_path, verify_here, monkeypatch):
     model, rows, method = RUNS[name]
     check, unseen, tried = verify.check, [], set()

@@ -22,6 +22,14 @@ RUNS = {
     "llama-classification": ("llama", {}, "single", {"kind": "full"}, {}),
     "llama-accumulated": ("llama", {}, "chats", {"kind": "full"}, {"accumulate": 3}),
     "llama-lora": ("llama", {}, "prompts", {"kind": "lora", "r": 4, "dropout": 0.0}, {}),
+    "bert-adapter": ("bert", BERT, "single", {"kind": "adapter", "placement": "houlsby", "reduction": 2}, {"learning_rate": 0.5}),
+    "gpt2-bitfit-checkpointed": (
+        "gpt2",
+        {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+        "prompts",
+        {"kind": "bitfit"},
+        {"gradient_checkpointing": True},
+    ),
     "gpt2": ("gpt2", {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}, "prompts", {"kind": "full"}, {}),
 }
 

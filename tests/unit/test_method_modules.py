@@ -1,10 +1,14 @@
 """Which weights a method picks, by counts known from elsewhere, on models without weights."""
 
+import copy
+
 import pytest
 import torch
 import transformers
 
 from ftkit.errors import RecipeError
+from ftkit.methods.adapter import Adapter
+from ftkit.methods.bitfit import BitFit
 from ftkit.methods.head import Head
 from ftkit.methods.ia3 import IA3
 from ftkit.methods.lora import LoRA
@@ -154,7 +158,7 @@ KEYS_VALUES = {"distilbert": 2, "gpt2": 1, "modernbert": 1, "phi3": 1}  # module
 def test_keys_values_and_inner_activations_are_found_in_the_module_tree(kind):
     base = base_of(small(kind), CLASSIFY)
     assert len(keys_and_values(base)) == 4 * KEYS_VALUES.get(kind, 2)
-    found = feed_forward_outputs(base)
+    found = feed_forward_outputs(base.model)
     assert len(found) == 4
     assert found[0].endswith(FEED_FORWARD[kind])
     model = IA3().apply(base)
@@ -162,6 +166,46 @@ def test_keys_values_and_inner_activations_are_found_in_the_module_tree(kind):
     assert len(scaled) == 4 * KEYS_VALUES.get(kind, 2) + 4
     of_inputs = {name for name, module in model.named_modules() if getattr(module, "is_feedforward", False)}
     assert {name.removeprefix("base_model.model.") for name in of_inputs} == set(found)
+
+
+ATTENTION_OUTPUT = {
+    "bert": "attention.output.dense",
+    "distilbert": "attention.out_lin",
+    "roberta": "attention.output.dense",
+    "electra": "attention.output.dense",
+    "deberta": "attention.output.dense",
+    "modernbert": "attn.Wo",
+    "gpt2": "attn.c_proj",
+    "llama": "o_proj",
+    "phi3": "o_proj",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_stand_behind_sublayers_and_change_nothing_at_first(kind):
+    """Two a layer (arXiv 1902.00751), or one (arXiv 2005.00247); 2 m d + d + m numbers each."""
+    torch.manual_seed(0)
+    model = skeleton(base_of(small(kind), CLASSIFY).model.config, CLASSIFY).__class__(base_of(small(kind), CLASSIFY).model.config).eval()
+    ids = torch.arange(3, 12)[None]
+    before = model(input_ids=ids).logits
+    for placement, number in (("pfeiffer", 4), ("houlsby", 8)):
+        fresh = copy.deepcopy(model)
+        base = Base(fresh, None, Source("somewhere"), CLASSIFY, head_of(fresh), set())
+        learner = Adapter(placement=placement, reduction=4).apply(base)
+        places = [name for name, _ in learner.named_modules() if name.endswith(".bottleneck")]
+        endings = {FEED_FORWARD[kind].removeprefix("layer.0."), ATTENTION_OUTPUT[kind]}
+        assert len(places) == number
+        assert all(any(place.removesuffix(".bottleneck").endswith(ending) for ending in endings) for place in places)
+        assert parameters_by_group(learner, base.head)["adapter"]["trainable"] == number * (2 * 8 * 32 + 32 + 8)
+        assert torch.equal(learner(input_ids=ids).logits, before)
+
+
+def test_bitfit_trains_biases_and_refuses_models_without():
+    base = base_of(small("bert"), CLASSIFY)
+    learning = {name for name, parameter in BitFit().apply(base).named_parameters() if parameter.requires_grad}
+    assert learning == {name for name, _ in base.model.named_parameters() if name.endswith("bias")} | {"classifier.weight"}
+    with pytest.raises(RecipeError, match="LlamaForCausalLM has no biases; use method: ia3"):
+        BitFit().apply(base_of(small("llama"), CausalLM()))
 
 
 def test_vera_learns_two_vectors_a_module():

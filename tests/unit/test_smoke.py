@@ -66,6 +66,7 @@ METHODS = {
     "qlora": {"kind": "qlora", "r": 64},
     "ia3": "ia3",
     "vera": "vera",
+    "adapter": "adapter",
 }
 MODELS = {
     "text-classification": ("distilbert/distilbert-base-uncased", ["single", "pairs"]),

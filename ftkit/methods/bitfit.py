@@ -1,0 +1,49 @@
+"""BitFit (arXiv 2106.10199): only biases learn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from ftkit.errors import RecipeError
+from ftkit.methods import Artifact, MethodSpec
+from ftkit.recipe.spec import Default
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
+
+    from ftkit.model import Base
+
+
+class BitFit(MethodSpec):
+    """Every bias learns, and every new head; all other weights are frozen."""
+
+    kind: Literal["bitfit"] = "bitfit"
+
+    frozen_base: ClassVar[bool] = False
+    reuse: ClassVar[bool] = False
+    defaults: ClassVar[Mapping[str, Default]] = {
+        "train.learning_rate": Default(1e-3, "the largest rate tried for BERT-base on GLUE, 1e-4 to 1e-3 (arXiv 2106.10199, A)"),
+    }
+
+    def apply(self, base: Base) -> nn.Module:
+        model = base.model.requires_grad_(False)
+        if getattr(model, "is_quantized", False):
+            raise RecipeError(f"method bitfit: the biases of {base.source and base.source.name} belong to modules in few bits; use method: lora")
+        biases = [parameter for name, parameter in model.named_parameters() if name.endswith("bias")]
+        if not biases:
+            raise RecipeError(f"method bitfit: {type(model).__name__} has no biases; use method: ia3, which learns about as little")
+        for parameter in biases:
+            parameter.requires_grad_(True)
+        for name in base.new_modules:
+            model.get_submodule(name).requires_grad_(True)
+        return model
+
+    def attach(self, model: nn.Module) -> None:
+        """Nothing: biases are there."""
+
+    def save(self, model: nn.Module, base: Base, directory: Path) -> Artifact:
+        """The biases, and the new head."""
+        return self.save_own(model, base, directory)
