@@ -6,9 +6,11 @@ Its losses stay out: ours sees supervised positions only.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from ftkit.attention import Unsupported
 from ftkit.errors import MissingDependency, RecipeError
 
 if TYPE_CHECKING:
@@ -18,46 +20,53 @@ if TYPE_CHECKING:
     from ftkit.report import Reporter
 
 SILU, GELU = ("silu", "swish"), ("gelu_pytorch_tanh", "gelu_new")  # what the kernels of gated layers compute
-_ABSENT = object()
+ABSENT = object()
+LOSSES = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 
 
 class Liger:
     """A model whose modules compute with Liger's kernels until `remove`.
 
-    Liger changes modules, and names in the Python module of the architecture; both are put back.
+    Liger changes modules, and names in the Python module of the architecture; both are put back.  Raises Unsupported
+    where it has nothing for the model.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
 
+        text = model.config.get_text_config()
+        activation = getattr(text, "hidden_act", None) or getattr(text, "hidden_activation", None)
+        wanted = {"rms_norm": True, "layer_norm": True, "swiglu": activation in SILU, "geglu": activation in GELU}
         places = [vars(module) for module in model.modules()] + [vars(sys.modules[type(model).__module__])]
         before = [dict(place) for place in places]
-        activation = getattr(model.config.get_text_config(), "hidden_act", None) or getattr(model.config.get_text_config(), "hidden_activation", None)
-        _apply_liger_kernel_to_instance(
-            model=model,
-            rope=True,
-            rms_norm=True,
-            layer_norm=True,
-            swiglu=activation in SILU,
-            geglu=activation in GELU,
-            cross_entropy=False,
-            fused_linear_cross_entropy=False,
-        )
-        self._changed = [
-            (place, name, old.get(name, _ABSENT))
-            for place, old in zip(places, before, strict=True)
-            for name in place
-            if old.get(name, _ABSENT) is not place[name]
-        ]
+        self._changed: list[tuple[dict[str, Any], str, Any]] = []
+        for rope in (True, False):  # for some architectures it has no rotary positions
+            try:
+                _apply_liger_kernel_to_instance(model=model, rope=rope, **wanted, **LOSSES)
+                reason = "its modules are none of those that there are kernels for"
+                break
+            except (NotImplementedError, TypeError, ValueError, AttributeError) as error:
+                reason = str(error)
+                self._changed = [*_changes(places, before)]
+                self.remove()
+        self._changed = [*_changes(places, before)]
+        if not self._changed:
+            raise Unsupported(reason)
 
     def remove(self) -> None:
         """Leave the model, and its architecture, as they were."""
         for place, name, value in self._changed:
-            if value is _ABSENT:
+            if value is ABSENT:
                 del place[name]
             else:
                 place[name] = value
         self._changed = []
+
+
+def _changes(places: list[dict[str, Any]], before: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    """Where something is other than before, its name, and what it was."""
+    for place, old in zip(places, before, strict=True):
+        yield from ((place, name, old.get(name, ABSENT)) for name in place if place[name] is not old.get(name, ABSENT))
 
 
 def check(asked: bool | Literal["auto"], device: torch.device) -> None:
@@ -82,12 +91,11 @@ def choose(asked: bool | Literal["auto"], model: PreTrainedModel, device: torch.
     check(asked, device)
     if asked is False or device.type != "cuda" or not installed():
         return None
-    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as known
-
-    kind = model.config.model_type
-    if kind not in known:
+    try:
+        found = Liger(model)
+    except Unsupported as error:
         if asked is True:
-            raise RecipeError(f"train.liger: Liger has no kernels for {kind}; it has some for {', '.join(sorted(known))}")
+            raise RecipeError(f"train.liger: Liger has no kernels for {type(model).__name__}: {error}") from error
         return None
-    report.note(f"Liger's kernels compute the norms, gated layers and rotary positions of {type(model).__name__} (train.liger: false leaves them to torch)")
-    return Liger(model)
+    report.note(f"Liger's kernels compute norms, gated layers or rotary positions of {type(model).__name__} (train.liger: false leaves them to torch)")
+    return found

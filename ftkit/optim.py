@@ -20,8 +20,8 @@ FUSED_DEVICES = ("cuda", "cpu", "mps", "xpu")
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: to matrices; not to norms and other vectors, nor to biases of any shape."""
-    return parameter.ndim > 1 and "bias" not in name
+    """Whether weight decay applies: to matrices; not to norms and other vectors, nor to biases and factors (IA3's) of any shape."""
+    return parameter.ndim > 1 and "bias" not in name and ".ia3_" not in name
 
 
 def build(model: nn.Module, train: Train, device: torch.device, lr_of: Callable[[str], float] | None = None) -> torch.optim.Optimizer:

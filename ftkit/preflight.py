@@ -30,7 +30,7 @@ def check(resolved: Resolved, report: Reporter) -> list[FtkitError]:
     """
     import numpy as np
 
-    from ftkit import compiled, device, kernels, layout, model, optim, prepare, rundir, session, trackers
+    from ftkit import compiled, device, kernels, launch, layout, model, optim, prepare, rundir, session, trackers
     from ftkit.data.batches import Sampler
     from ftkit.data.rows import load_rows
     from ftkit.data.types import Limits
@@ -68,8 +68,11 @@ def check(resolved: Resolved, report: Reporter) -> list[FtkitError]:
         attempt(_try_rows, rows, task, tokenizer, Limits(length, recipe.data.truncation), recipe.data.on_bad_rows)
     config = model.load_config(recipe.model, found.source, tokenizer)
     planned = attempt(model.plan, recipe.model, found.source, config, tokenizer, task, recipe.method, recipe.train.precision)
-    if planned is not None and attempt(recipe.method.apply, planned) is not None and recipe.train.gradient_checkpointing:
-        attempt(session.check_checkpointing, planned, recipe.train)
+    if planned is not None and attempt(recipe.method.apply, planned) is not None:
+        if recipe.train.gradient_checkpointing:
+            attempt(session.check_checkpointing, planned, recipe.train)
+        num_processes = attempt(launch.processes, recipe.train) or 1
+        attempt(session.check_waiting, recipe.method, planned, num_processes)
     if planned is not None and recipe.train.compile:
         attempt(compiled.check, planned.model, device.pick())
     if planned is not None and recipe.train.layout == "flat" and (reason := layout.foreseen(recipe, planned.model)[1]):

@@ -109,7 +109,7 @@ def _learn(session: Session, output: Path, report: Reporter, stop: signals.StopR
                 if logging or position.evaluation_due:
                     done.settle()
                 if logging:
-                    rate = session.optimizer.param_groups[0]["lr"]
+                    rate = train.learning_rate * session.schedule(position.step - 1)
                     seconds = time.perf_counter() - clock
                     report.step(
                         {

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ftkit.embeddings import Used
     from ftkit.frozen import Frozen
     from ftkit.kernels import Liger
+    from ftkit.methods import Method
     from ftkit.model import Base
     from ftkit.prepare import Prepared
     from ftkit.recipe.spec import Recipe, Train
@@ -60,7 +61,8 @@ class Session:
 
     def waiting(self, epoch: int) -> list[nn.Parameter]:
         """What the method does not let learn yet in this epoch, counted from 0."""
-        return [parameter for name, parameter in self.trainable.items() if self.recipe.method.waits(name, self.base, epoch)]
+        waits = self.recipe.method.waits(self.base)
+        return [parameter for name, parameter in self.trainable.items() if waits(name, epoch)]
 
     @property
     def splits(self) -> dict[str, tuple[list[Row], FeatureSet]]:
@@ -154,7 +156,8 @@ def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any]
     schedule = optim.schedule(train, num_steps)
     parameters = model.parameters_by_group(learner, base.head)
     used = _used_embeddings(prepared, base, world.size, precision, report)
-    optimizer = optim.build(learner, train, here, lambda name: train.learning_rate * method.lr_factor(name, base))
+    factor = method.lr_factor(base)
+    optimizer = optim.build(learner, train, here, lambda name: train.learning_rate * factor(name))
     if used:
         used.follow(optimizer)
     wrapped, prepared_optimizer = accelerator.prepare(trainee, optimizer)
@@ -187,12 +190,18 @@ def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any]
     return session
 
 
+def check_waiting(method: Method, base: Base, num_processes: int) -> None:
+    """Refuse on several processes what begins to learn later; after `Method.apply`."""
+    waits = method.waits(base)
+    if num_processes > 1 and any(waits(name, 0) for name, parameter in base.model.named_parameters() if parameter.requires_grad):
+        raise RecipeError(f"method {method.kind}: on several processes all must learn from the first epoch on; leave unfreeze_every out, or set processes: 1")
+
+
 def _say_what_waits(session: Session, report: Reporter) -> None:
     """Note what does not learn from the first epoch on, and what never will; DDP has to know once and for all what learns."""
     if not (waiting := session.waiting(0)):
         return
-    if session.accelerator.num_processes > 1:
-        raise RecipeError(f"method {session.recipe.method.kind}: what learns later is not possible on several processes; set train.processes: 1")
+    check_waiting(session.recipe.method, session.base, session.accelerator.num_processes)
     report.note(f"{sum(map(num_values, waiting)):,} of {sum(map(num_values, session.trainable.values())):,} learning parameters wait for later epochs")
     epochs = -(-session.num_steps // session.sampler.steps(1))
     if never := session.waiting(epochs - 1):
@@ -204,7 +213,8 @@ def _used_embeddings(prepared: Prepared, base: Base, size: int, precision: str, 
     train, method = prepared.recipe.train, prepared.recipe.method
     if not train.skip_unused_embeddings or train.optimizer != "adamw" or precision == "fp16" or (train.parallel == "fsdp" and size > 1):
         return None  # other optimizers mix rows or remember decay; fp16 skips steps
-    if any(method.waits(name, base, 0) for name, _ in base.model.named_parameters()):
+    waits = method.waits(base)
+    if any(waits(name, 0) for name, parameter in base.model.named_parameters() if parameter.requires_grad):
         return None  # an embedding may wait, and would not decay meanwhile
     tokens = embeddings.choose(base.model, prepared.train, (prepared.tokenizer.pad_token_id,))
     if tokens is None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
 from ftkit.recipe.spec import Spec
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from torch import nn
@@ -40,12 +40,12 @@ class Method(Protocol):
         """The model that trains: everything frozen but what this method and a new head train."""
         ...
 
-    def lr_factor(self, name: str, base: Base) -> float:
+    def lr_factor(self, base: Base) -> Callable[[str], float]:
         """What train.learning_rate is multiplied by for a parameter, by its name in the model that `apply` made of the base."""
         ...
 
-    def waits(self, name: str, base: Base, epoch: int) -> bool:
-        """Whether a parameter that learns in the end does not learn yet in this epoch, counted from 0."""
+    def waits(self, base: Base) -> Callable[[str, int], bool]:
+        """Whether a parameter that learns in the end, by its name there, does not learn yet in an epoch, counted from 0."""
         ...
 
     def miniature(self, width: int) -> Method:
@@ -69,11 +69,11 @@ class MethodSpec(Spec):
     def load_kwargs(self, head: list[str], precision: str) -> dict[str, Any]:
         return {}
 
-    def lr_factor(self, name: str, base: Base) -> float:
-        return 1.0
+    def lr_factor(self, base: Base) -> Callable[[str], float]:
+        return lambda name: 1.0
 
-    def waits(self, name: str, base: Base, epoch: int) -> bool:
-        return False
+    def waits(self, base: Base) -> Callable[[str, int], bool]:
+        return lambda name, epoch: False
 
     def miniature(self, width: int) -> Self:
         return self

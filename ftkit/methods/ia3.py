@@ -46,10 +46,11 @@ class IA3(MethodSpec):
 
         scaled_inputs = self._feed_forward(base)
         chosen = keys_and_values(base) if self.targets == "keys-values" else choose_targets(base, self.targets)
-        chosen = list(dict.fromkeys([*chosen, *scaled_inputs]))
+        scaled_outputs = [name for name in chosen if name not in scaled_inputs]
+        outputs, inputs = shortest_endings(scaled_outputs, base.model), shortest_endings(scaled_inputs, base.model)
         config = IA3Config(
-            target_modules=shortest_endings(chosen, base.model),
-            feedforward_modules=shortest_endings(scaled_inputs, base.model) if scaled_inputs else [],
+            target_modules=sorted({*outputs, *inputs}),
+            feedforward_modules=inputs,  # PEFT wants the same words for them
             fan_in_fan_out=isinstance(base.model.get_submodule(chosen[0]), Conv1D),  # GPT-2 keeps weights transposed
             modules_to_save=base.new_modules or None,
             task_type=base.task.peft_type,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -57,8 +57,8 @@ class LoRA(MethodSpec):
             raise ValueError(f"dora and init: {self.init} both change how the frozen weight counts; choose one")
         return self
 
-    def lr_factor(self, name: str, base: Base) -> float:
-        return self.lr_ratio if ".lora_B." in name else 1.0
+    def lr_factor(self, base: Base) -> Callable[[str], float]:
+        return lambda name: self.lr_ratio if ".lora_B." in name else 1.0
 
     def miniature(self, width: int) -> Self:
         ranks = {pattern: min(r, width) for pattern, r in self.rank_pattern.items()}
@@ -99,16 +99,29 @@ class LoRA(MethodSpec):
         return model
 
     def _check_ranks(self, base: Base, chosen: list[str]) -> None:
-        """Refuse patterns that match no module with updates, and ranks that a matrix cannot have."""
-        for field, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
-            for pattern in patterns:
-                if not matching(pattern, chosen, f"method.{field}"):
-                    raise RecipeError(f"method.{field}: {pattern!r} matches no module with updates; there are {endings(chosen)}")
-        for name in chosen:
-            size = size_of(base.model.get_submodule(name))
-            r = next((rank for pattern, rank in self.rank_pattern.items() if matching(pattern, [name], "method.rank_pattern")), self.r)
-            if r > min(size):
-                raise RecipeError(f"method: {name} is a matrix of {size[0]} x {size[1]}: a rank of {r} is more than it can have; lower method.r")
+        """Refuse patterns that match no module with updates, and ranks that a matrix cannot have.
+
+        That r is more than some narrow module has among many does no harm, unless its weights are decomposed.
+        """
+        most = {name: min(size_of(base.model.get_submodule(name))) for name in chosen}
+        for pattern in self.alpha_pattern:
+            self._matched(pattern, chosen, "method.alpha_pattern")
+        ranks = dict.fromkeys(chosen, self.r)
+        for pattern, r in reversed(self.rank_pattern.items()):  # the first one counts, as for PEFT
+            matched = self._matched(pattern, chosen, "method.rank_pattern")
+            ranks |= dict.fromkeys(matched, r)
+            for name in matched:
+                if r > most[name]:
+                    raise RecipeError(f"method.rank_pattern: {pattern!r}: a rank of {r} is more than the {most[name]} that {name} can have")
+        if self.r > max(most.values()):
+            raise RecipeError(f"method.r: {self.r} is more than the modules with updates can have, which is {max(most.values())} at most")
+        if self.init != "default" and (narrow := [name for name in chosen if ranks[name] > most[name]]):
+            raise RecipeError(f"method.init: {self.init}: {narrow[0]} has no more than {most[narrow[0]]} components; lower method.r, or name other targets")
+
+    def _matched(self, pattern: str, chosen: list[str], field: str) -> list[str]:
+        if found := matching(pattern, chosen, field):
+            return found
+        raise RecipeError(f"{field}: {pattern!r} matches no module with updates; there are {endings(chosen)}")
 
     def save(self, model: Any, base: Base, directory: Path) -> Artifact:
         """PEFT's format; decomposed weights become a plain LoRA of twice the rank, which needs no decomposition to load."""

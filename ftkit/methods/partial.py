@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -47,25 +47,25 @@ class Partial(MethodSpec):
     def _one_choice(self) -> Partial:
         if sum(value is not None for value in (self.last, self.first, self.pattern)) != 1:
             raise ValueError("say which part learns: exactly one of last, first and pattern")
+        if self.pattern is not None and self.embeddings:
+            raise ValueError("embeddings goes with first and last; let the pattern find them")
         if self.reinit and (self.last is None or (self.last != "all" and self.reinit > self.last)):
             raise ValueError(f"reinit: {self.reinit} layers would start from random weights and not learn; give last: {self.reinit} or more")
         return self
 
-    def lr_factor(self, name: str, base: Base) -> float:
-        return 1.0 if self.lr_decay == 1 else self.lr_decay ** self._depth(name, base)
+    def lr_factor(self, base: Base) -> Callable[[str], float]:
+        if self.lr_decay == 1:
+            return super().lr_factor(base)
+        depths = _depths(base)
+        return lambda name: self.lr_decay ** depths[name]
 
-    def waits(self, name: str, base: Base, epoch: int) -> bool:
-        return self.unfreeze_every is not None and self._depth(name, base) > epoch // self.unfreeze_every
-
-    def _depth(self, name: str, base: Base) -> int:
-        """Steps down from the head, 0: 1 for the highest layer and what is above it, and so on, to what is below all layers."""
-        if any(name.startswith(f"{head}.") for head in base.head):
-            return 0
-        names = layers(base)
-        depth = next((len(names) - number for number, layer in enumerate(names) if name.startswith(f"{layer}.")), None)
-        if depth is not None:
-            return depth
-        return 1 if name in self._above(base, names) else len(names) + 1
+    def waits(self, base: Base) -> Callable[[str, int], bool]:
+        every = self.unfreeze_every
+        if every is None:
+            return super().waits(base)
+        depths = _depths(base)
+        first = min(depths[name] for name, parameter in base.model.named_parameters() if parameter.requires_grad)  # a head may be frozen, or tied
+        return lambda name, epoch: depths[name] - first > epoch // every
 
     def apply(self, base: Base) -> nn.Module:
         model = base.model.requires_grad_(False)
@@ -87,44 +87,53 @@ class Partial(MethodSpec):
         for name in chosen_layers:
             model.get_submodule(name).requires_grad_(True)
         if self.last:
-            self._train_above(base, names)
+            self._train_above(base)
         if self.embeddings:
-            within = (*(f"{name}." for name in names), *(f"{head}." for head in base.head))
+            depths = _depths(base)
             for name, parameter in model.named_parameters():
-                below = not name.startswith(within) and name not in self._above(base, names)
-                parameter.requires_grad_(parameter.requires_grad or below)
+                parameter.requires_grad_(parameter.requires_grad or depths[name] > len(names))
         return model
 
-    def _train_above(self, base: Base, names: list[str]) -> None:
+    def _train_above(self, base: Base) -> None:
         """What comes after the layers learns too: final norm, pooler, untied head."""
-        above = self._above(base, names)
+        depths = _depths(base)
+        layer = tuple(f"{name}." for name in layers(base))
         shared = {id(parameter) for parameter in base.inner().parameters()}
         for name, parameter in base.model.named_parameters():
-            of_head = any(name.startswith(f"{head}.") for head in base.head)
-            if name in above or (of_head and id(parameter) not in shared):
+            above = depths[name] == 1 and not name.startswith(layer)
+            if above or (depths[name] == 0 and id(parameter) not in shared):
                 parameter.requires_grad_(True)
-
-    def _above(self, base: Base, names: list[str]) -> set[str]:
-        """Names of the parameters of the base model that come after its layers."""
-        prefix = base.model.base_model_prefix
-        stack = names[0].rpartition(".")[0].removeprefix(f"{prefix}.").split(".")[0]
-        children = [child for child, _ in base.inner().named_children()]
-        after = children[children.index(stack) + 1 :]
-        return {name for name, _ in base.model.named_parameters() if any(name.startswith(f"{prefix}.{child}.") for child in after)}
 
     def _start_anew(self, base: Base) -> None:
         """Draw the weights of the highest layers again, and of a pooler, as the architecture's own code draws them."""
         names = layers(base)
         if self.reinit > len(names):
             raise RecipeError(f"method.reinit: {self.reinit} layers asked for, {type(base.model).__name__} has {len(names)}")
-        chosen = [*names[-self.reinit :], *(name for name, _ in base.model.named_modules() if name.rpartition(".")[2] == "pooler")]
-        for name in chosen:
-            for module in base.model.get_submodule(name).modules():
-                tensor: Any
-                for tensor in module.parameters(recurse=False):
-                    tensor._is_hf_initialized = False  # else transformers leaves what was loaded alone
-                base.model._init_weights(module)
+        for name in [*names[-self.reinit :], *(name for name, _ in base.model.named_modules() if name.rpartition(".")[2] == "pooler")]:
+            module = base.model.get_submodule(name)
+            tensor: Any
+            for tensor in module.parameters():
+                tensor._is_hf_initialized = False  # else transformers leaves what was loaded alone
+            module.apply(base.model._init_weights)  # inner modules first: outer ones may draw their weights in another way
 
     def save(self, model: nn.Module, base: Base, directory: Path) -> Artifact:
         """A complete model in transformers' format."""
         return save_whole(base, directory)
+
+
+def _depths(base: Base) -> dict[str, int]:
+    """Steps down from the head, 0, to each parameter: 1 for the highest layer and what is above it, and so on, to what is below all layers."""
+    names = layers(base)
+    path = names[0].split(".")[:-1]  # to the list of layers
+    after: set[str] = set()  # prefixes of what is defined after it, or after what it is in
+    for length in range(1, len(path)):
+        parent = ".".join(path[:length])
+        children = [child for child, _ in base.model.get_submodule(parent).named_children()]
+        later = children[children.index(path[length]) + 1 :]
+        after |= {f"{parent}.{child}." for child in children if child in later or "final" in child}  # OPT defines its final norm first
+    heads, layer = tuple(f"{head}." for head in base.head), {f"{name}.": len(names) - number for number, name in enumerate(names)}
+    found = {}
+    for name, _ in base.model.named_parameters():
+        inside = next((depth for prefix, depth in layer.items() if name.startswith(prefix)), None)
+        found[name] = 0 if name.startswith(heads) else inside or (1 if name.startswith(tuple(after)) else len(names) + 1)
+    return found

@@ -65,3 +65,16 @@ def test_what_never_learns_is_said(recipe):
     with Reporter(None, quiet=True) as report:
         open_session(prepare(read(recipe("bert", "single", {**TRAIN, "epochs": 2}, method=METHOD)), report), report)
         assert [note for note in report.notes if "parameters never learn: their turn would come after the 2 epochs" in note]
+
+
+def test_on_several_processes_it_is_refused_beforehand(recipe, ftkit):
+    done = ftkit("check", recipe("bert", "single", {**TRAIN, "processes": 2}, method=METHOD))
+    assert (done.code, "leave unfreeze_every out, or set processes: 1" in done.err) == (2, True)
+
+
+def test_the_log_tells_the_rate_of_the_recipe(recipe, ftkit, tmp_path, verify_here):
+    train = {"steps": 2, "epochs": None, "learning_rate": 1e-3, "schedule": "constant", "warmup": 0, "log_every": 1}
+    method = {"kind": "partial", "last": "all", "embeddings": True, "lr_decay": 0.5}
+    assert ftkit("train", recipe("bert", "single", {**TRAIN, **train}, method=method)).code == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").open()]
+    assert [line["learning_rate"] for line in lines if "learning_rate" in line] == [1e-3, 1e-3]

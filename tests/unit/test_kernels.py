@@ -27,6 +27,8 @@ def asked(monkeypatch):
 
     def patch(model, **settings):
         found.update(settings)
+        if not hasattr(model.base_model, "norm"):
+            return  # as Liger does for what it does not know
         norm = model.model.norm
         norm.offset = 0.0
         norm.__dict__["forward"] = lambda states: 2 * states
@@ -73,8 +75,32 @@ def test_auto_takes_them_where_they_are(asked):
         assert kernels.choose(False, llama(), CUDA, report) is None
         assert kernels.choose("auto", llama(), torch.device("cpu"), report) is None
         assert kernels.choose("auto", bert, CUDA, report) is None
-        with pytest.raises(RecipeError, match="no kernels for bert; it has some for llama"):
+        with pytest.raises(RecipeError, match="no kernels for BertModel: its modules are none of those"):
             kernels.choose(True, bert, CUDA, report)
+
+
+def test_what_liger_changes_before_it_gives_up_is_put_back(asked, monkeypatch):
+    """As its 0.8.5 does for Gemma 3 under a classifier (TypeError) and for GLM 4 with rotary positions (NotImplementedError)."""
+    package = sys.modules["liger_kernel.transformers.monkey_patch"]
+    patch, tried = package._apply_liger_kernel_to_instance, []
+
+    def giving_up(model, rope, **settings):
+        tried.append(rope)
+        patch(model, **settings)
+        if rope or len(tried) > 2:
+            raise NotImplementedError("no rotary positions here")
+
+    package._apply_liger_kernel_to_instance = giving_up
+    model, rotary = llama(), modeling_llama.apply_rotary_pos_emb
+    kernels.Liger(model).remove()
+    assert tried == [True, False]
+    before = [dict(vars(module)) for module in model.modules()]
+    with Reporter(None, quiet=True) as report:
+        assert kernels.choose("auto", model, CUDA, report) is None
+        with pytest.raises(RecipeError, match="no kernels for LlamaForCausalLM: no rotary positions here"):
+            kernels.choose(True, model, CUDA, report)
+    assert [dict(vars(module)) for module in model.modules()] == before
+    assert modeling_llama.apply_rotary_pos_emb is rotary
 
 
 def test_what_is_asked_for_and_missing_is_refused(recipe, ftkit, monkeypatch):

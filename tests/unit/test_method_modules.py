@@ -16,6 +16,7 @@ from ftkit.methods.modules import choose_targets, feed_forward_outputs, keys_and
 from ftkit.methods.partial import Partial
 from ftkit.methods.vera import VeRA
 from ftkit.model import Base, Source, head_of, num_values, parameters_by_group, skeleton
+from ftkit.optim import decays
 from ftkit.tasks.causal_lm import CausalLM
 from ftkit.tasks.text_classification import TextClassification
 
@@ -267,7 +268,7 @@ def test_discriminative_learning_rates_fall_by_a_factor_a_layer(kind):
     """ULMFiT (arXiv 1801.06146, 3.2): the rate of a layer is that of the next higher one over 2.6."""
     base, method = base_of(small(kind), CLASSIFY), Partial(last="all", embeddings=True, lr_decay=1 / 2.6)
     model = method.apply(base)
-    factors = {name: method.lr_factor(name, base) for name, _ in model.named_parameters()}
+    factors = {name: method.lr_factor(base)(name) for name, _ in model.named_parameters()}
     names = layers(base)
     for number, layer in enumerate(names):
         assert list({factors[name] for name in factors if name.startswith(f"{layer}.")}) == [pytest.approx(2.6 ** -(4 - number))]
@@ -275,6 +276,65 @@ def test_discriminative_learning_rates_fall_by_a_factor_a_layer(kind):
     lowest = {factors[name] for name in factors if "embeddings" in name or ".wte." in name or "embed_tokens" in name}
     assert list(lowest) == [pytest.approx(2.6**-5)]
     assert {round(factor, 9) for factor in factors.values()} == {round(2.6**-depth, 9) for depth in range(6)}
+
+
+@pytest.mark.parametrize(("method", "first"), [(Partial(last="all", embeddings=True, unfreeze_every=2), 1), (Partial(first=2, unfreeze_every=2), 3)])
+def test_layers_wait_from_the_highest_that_learns(method, first):
+    """The head of GPT-2 is its embedding, and with `first` neither learns."""
+    base = base_of(small("gpt2"), CausalLM())
+    model = method.apply(base)
+    waits = method.waits(base)
+    learning = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for epoch in range(10):
+        now = {name for name in learning if not waits(name, epoch)}
+        layers_now = {int(name.split(".")[2]) for name in now if ".h." in name}
+        assert layers_now == {number for number in range(4) if first <= 4 - number <= first + epoch // 2 and f"transformer.h.{number}.ln_1.bias" in learning}
+
+
+@pytest.mark.parametrize("kind", ["bert-decoder-norm", "opt"])
+def test_a_norm_within_the_stack_counts_as_above_the_layers(kind):
+    if kind == "opt":
+        config = transformers.OPTConfig(hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=32, vocab_size=50)
+        base, name = base_of(config, CausalLM()), "model.decoder.final_layer_norm.weight"
+    else:
+        config = transformers.MegatronBertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=50)
+        base, name = base_of(config, CLASSIFY), "bert.encoder.ln.weight"
+    method = Partial(last=1, lr_decay=0.5)
+    assert dict(method.apply(base).named_parameters())[name].requires_grad
+    assert method.lr_factor(base)(name) == 0.5
+
+
+@pytest.mark.parametrize(("kind", "name"), [("gpt2", "transformer.h.3.attn.c_proj.weight"), ("modernbert", "model.layers.3.mlp.Wo.weight")])
+def test_what_an_architecture_draws_in_its_own_way_is_drawn_so_again(kind, name):
+    """GPT-2 and ModernBERT scale what leads into the residual stream by their depth."""
+    torch.manual_seed(0)
+    config = base_of(small(kind), CLASSIFY).model.config
+    model = transformers.AutoModelForSequenceClassification.from_config(config)
+    spread = model.get_parameter(name).std().item()
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # as after loading
+    base = Base(model, None, Source("somewhere"), CLASSIFY, head_of(model), set())
+    Partial(last=1, reinit=1).apply(base)
+    assert model.get_parameter(name).std().item() == pytest.approx(spread, rel=0.15)
+    assert spread < 0.015
+
+
+def test_embeddings_beside_a_pattern_are_refused():
+    with pytest.raises(ValueError, match="let the pattern find them"):
+        Partial(pattern="bias", embeddings=True)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "attention", ["dense"]])
+def test_the_factors_of_ia3_where_both_lists_name_the_same_words(targets):
+    model = IA3(targets=targets).apply(base_of(small("bert"), CLASSIFY))
+    of_inputs = {name for name, module in model.named_modules() if getattr(module, "is_feedforward", False)}
+    assert {name.removeprefix("base_model.model.bert.encoder.layer.")[1:] for name in of_inputs} == {".output.dense"}
+
+
+def test_factors_do_not_decay():
+    """They start at 1: decay would lead away from the base."""
+    model = IA3().apply(base_of(small("bert"), CLASSIFY))
+    assert not any(decays(name, parameter) for name, parameter in model.named_parameters() if "ia3_l" in name)
 
 
 def test_the_highest_layers_and_the_pooler_start_anew():
@@ -338,8 +398,8 @@ def test_ranks_and_scales_by_pattern_and_layers_by_number():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"r": 33}, r"query is a matrix of 32 x 32: a rank of 33 is more than it can have"),
-        ({"rank_pattern": {"value": 40}}, r"value is a matrix of 32 x 32: a rank of 40"),
+        ({"r": 33}, r"method.r: 33 is more than the modules with updates can have, which is 32 at most"),
+        ({"rank_pattern": {"value": 40}}, r"method.rank_pattern: 'value': a rank of 40 is more than the 32 that .*value can have"),
         ({"rank_pattern": {"q_proj": 4}}, r"method.rank_pattern: 'q_proj' matches no module with updates; there are .*query"),
         ({"alpha_pattern": {"(": 4}}, r"method.alpha_pattern: .* is no regular expression"),
         ({"layers": [0, 4]}, r"method.layers: 4, but the 4 layers of BertForSequenceClassification are counted from 0"),
@@ -348,6 +408,16 @@ def test_ranks_and_scales_by_pattern_and_layers_by_number():
 def test_ranks_and_layers_that_cannot_be_are_refused(fields, message):
     with pytest.raises(RecipeError, match=message):
         LoRA(**fields).apply(base_of(small("bert"), CLASSIFY))
+
+
+def test_a_narrow_module_among_many_takes_no_part_in_the_refusal():
+    """The gate of Qwen2-MoE's shared expert has one output: PEFT takes a rank of 8 there, and no harm is done."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 64}
+    config = transformers.Qwen2MoeConfig(**sizes, moe_intermediate_size=16, shared_expert_intermediate_size=16, num_experts=2, num_experts_per_tok=1)
+    base = base_of(config, CausalLM())
+    assert any(name.endswith("shared_expert_gate") for name in updates(LoRA(r=8).apply(base)))
+    with pytest.raises(RecipeError, match=r"method.init: olora: .*shared_expert_gate has no more than 1 components"):
+        LoRA(r=8, init="olora").apply(base_of(config, CausalLM()))
 
 
 def test_olora_is_refused_where_weights_are_transposed():
@@ -360,7 +430,7 @@ def test_lora_plus_gives_the_second_matrix_a_rate_of_its_own():
     method = LoRA(lr_ratio=16)
     base = base_of(small("bert"), CLASSIFY)
     model = method.apply(base)
-    factors = {name: method.lr_factor(name, base) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    factors = {name: method.lr_factor(base)(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert {name.split(".")[-3] if "lora_" in name else "head" for name, factor in factors.items() if factor == 16} == {"lora_B"}
     assert {factor for name, factor in factors.items() if "lora_B" not in name} == {1.0}
 
