@@ -213,12 +213,36 @@ def skeleton(config: transformers.PreTrainedConfig, task: Task, attention: str |
         if attention is None:
             raise
         raise (MissingDependency if isinstance(error, ImportError) else RecipeError)(f"model.attention: {attention}: {_first_line(error)}") from error
-    if task.auto_class == "AutoModelForCausalLM" and not getattr(model.config, "is_decoder", True):
-        raise RecipeError(
-            f"task {task.kind}: {type(model).__name__} looks at the tokens after each one, so there is nothing to predict; "
-            "set model.config: {is_decoder: true} to hide them, or name a model that was trained to continue text"
-        )
+    if task.auto_class == "AutoModelForCausalLM" and not getattr(model.config, "is_decoder", True) and not _says_causal(model):
+        raise _sees_answers(model, task)
     return model
+
+
+def _says_causal(model: nn.Module) -> bool:
+    """Whether each attention says that it hides the tokens after each one; some architectures' do not say."""
+    said = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
+    return bool(said) and all(said)
+
+
+def _sees_answers(model: nn.Module, task: Task) -> RecipeError:
+    return RecipeError(
+        f"task {task.kind}: {type(model).__name__} looks at the tokens after each one, so there is nothing to predict; "
+        "set model.config: {is_decoder: true} to hide them, or name a model that was trained to continue text"
+    )
+
+
+def check_causal(model: transformers.PreTrainedModel, task: Task) -> None:
+    """Refuse a language model that sees the very tokens it is to predict, by trying where its modules do not say."""
+    if task.auto_class != "AutoModelForCausalLM" or _says_causal(model):
+        return
+    ids = torch.arange(2, 8, device=model.device)[None] % model.config.get_text_config().vocab_size
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        one, other = (model(input_ids=each, use_cache=False).logits[:, :-1] for each in (ids, torch.cat((ids[:, :-1], ids[:, :1]), 1)))
+    model.train(was_training)
+    if (one - other).abs().max() > 1e-2 * one.abs().max():
+        raise _sees_answers(model, task)
 
 
 def head_of(model: transformers.PreTrainedModel) -> list[str]:

@@ -287,6 +287,7 @@ def load_base(prepared: Prepared, precision: str, here: torch.device) -> Base:
         spec, prepared.source, prepared.config, prepared.tokenizer, recipe.task, recipe.method, dtype, recipe.train.seed, here, recipe.train.precision
     )
     model.steady_quantised(base.model)
+    model.check_causal(base.model, recipe.task)
     if recipe.train.fast_dropout:
         dropout.quicken(base.model)
     return base

@@ -121,3 +121,25 @@ def test_checkpointing_that_an_architecture_lacks_is_refused():
     base = model.Base(model.skeleton(config, TextClassification(labels=("a", "b"))), None, None, TextClassification(labels=("a", "b")), ["classifier"])
     with pytest.raises(RecipeError, match="AlbertForSequenceClassification does not support it"):
         check_checkpointing(base, Train())
+
+
+def test_decoders_are_told_from_encoders_by_what_their_attention_does():
+    """GPT-NeoX (Pythia) hides later tokens, though its config says is_decoder: false; XLNet, which says nothing, does not."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 50}
+    assert not transformers.GPTNeoXConfig().is_decoder
+    model.skeleton(transformers.GPTNeoXConfig(**sizes), CausalLM())
+    for config, causal in (
+        (transformers.XLNetConfig(d_model=32, n_layer=1, n_head=2, d_inner=64, vocab_size=50), False),
+        (transformers.BloomConfig(hidden_size=32, n_layer=1, n_head=2, vocab_size=50), True),
+        (transformers.BertConfig(**sizes, is_decoder=True), True),
+    ):
+        torch.manual_seed(0)
+        built = transformers.AutoModelForCausalLM.from_config(config)
+        for parameter in built.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.3)
+        if causal:
+            model.check_causal(built, CausalLM())
+        else:
+            with pytest.raises(RecipeError, match="XLNetLMHeadModel looks at the tokens after each one"):
+                model.check_causal(built, CausalLM())
