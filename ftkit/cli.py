@@ -204,10 +204,15 @@ def schema() -> None:
 
 
 @app.command(name="list")
-def list_kinds(as_json: AsJson = False) -> None:
+def list_kinds(
+    matrix: Annotated[bool, typer.Option("--matrix", help="Which method works with which architecture, task by task.")] = False, as_json: AsJson = False
+) -> None:
     """List tasks, methods and objectives."""
     from ftkit import plugins
 
+    if matrix:
+        _show_matrix(as_json)
+        return
     kinds = {axis: {kind: _summary(plugins.find(axis, kind)) for kind in plugins.known(axis)} for axis in plugins.BUILTIN}
     if as_json:
         _print_json(kinds)
@@ -217,6 +222,30 @@ def list_kinds(as_json: AsJson = False) -> None:
         print(f"{axis}s")
         for kind, summary in summaries.items():
             print(f"  {kind:<{width}}  {summary}")
+
+
+def _show_matrix(as_json: bool) -> None:
+    """Tables of architectures and methods, with what the impossible ones lack."""
+    from ftkit import architectures, plugins
+
+    methods, document = list(architectures.methods()), {}
+    for kind in plugins.known("task"):
+        task = plugins.find("task", kind)()
+        gaps = {(gap.architecture, gap.method): gap.reason for gap in architectures.gaps(task)}
+        rows = [name for name, has in architectures.TABLE.items() if task.auto_class in has]
+        document[kind] = {name: {method: gaps.get((name, method), "yes") for method in methods} for name in rows}
+        if as_json:
+            continue
+        width = max(map(len, rows))
+        print(f"{kind}: {len(rows)} architectures, {len(methods)} methods, {len(rows) * len(methods) - len(gaps)} of {len(rows) * len(methods)} together")
+        print("  ".join([" " * width, *methods]))
+        for name in rows:
+            print("  ".join([f"{name:<{width}}", *(f"{'-' if (name, method) in gaps else 'yes':<{len(method)}}" for method in methods)]).rstrip())
+        for (name, method), reason in gaps.items():
+            print(f"  {name}, {method}: {reason}")
+        print()
+    if as_json:
+        _print_json(document)
 
 
 @app.command()

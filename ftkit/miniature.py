@@ -82,6 +82,7 @@ def miniature(config: PreTrainedConfig, layers: int, tokenizer: Any) -> PreTrain
         "num_attention_heads": HEADS,
         "num_key_value_heads": HEADS // 2 if grouped else HEADS,
         "head_dim": NARROWEST,
+        "rotary_dim": NARROWEST,
         "max_position_embeddings": POSITIONS,
         "sliding_window": WINDOW,
     }

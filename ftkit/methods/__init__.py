@@ -30,7 +30,12 @@ class Method(Protocol):
     mergeable: ClassVar[bool]  # what it learned can become part of the base's own weights
     frozen_base: ClassVar[bool]  # the base stays as it was and is not saved again
     reuse: bool  # layers below the first one that learns are computed once for each row, not in every epoch
+    example: ClassVar[Mapping[str, Any]]  # what a recipe must give it, by example
     defaults: ClassVar[Mapping[str, Default]]  # dotted recipe key -> value and source
+
+    def needs(self, new_head: bool) -> set[str]:
+        """What an architecture must have, in words of `architectures.TRAITS`, where the task brings a new head or not."""
+        ...
 
     def load_kwargs(self, head: list[str], precision: str) -> dict[str, Any]:
         """Keyword arguments for `from_pretrained`; `head` names modules that must stay unquantised, `precision` is the recipe's."""
@@ -65,6 +70,10 @@ class MethodSpec(Spec):
     """A method whose base is loaded as it is stored, and of which everything learns at one rate."""
 
     mergeable: ClassVar[bool] = True
+    example: ClassVar[Mapping[str, Any]] = {}
+
+    def needs(self, new_head: bool) -> set[str]:
+        return set()
 
     def load_kwargs(self, head: list[str], precision: str) -> dict[str, Any]:
         return {}

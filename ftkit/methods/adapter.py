@@ -38,6 +38,9 @@ class Adapter(MethodSpec):
         "train.learning_rate": Default(3e-4, "BERT-base on MRPC (github.com/google-research/adapter-bert)"),
     }
 
+    def needs(self, new_head: bool) -> set[str]:
+        return {"linear", "attention output" if self.placement == "houlsby" else "feed-forward"}
+
     def apply(self, base: Base) -> nn.Module:
         model = base.model.requires_grad_(False)
         for name in base.new_modules:

@@ -28,11 +28,15 @@ class BitFit(MethodSpec):
         "train.learning_rate": Default(1e-3, "the largest rate tried for BERT-base on GLUE, 1e-4 to 1e-3 (arXiv 2106.10199, A)"),
     }
 
+    def needs(self, new_head: bool) -> set[str]:
+        return {"biases"}
+
     def apply(self, base: Base) -> nn.Module:
         model = base.model.requires_grad_(False)
         if getattr(model, "is_quantized", False):
             raise RecipeError(f"method bitfit: the biases of {base.source and base.source.name} belong to modules in few bits; use method: lora")
-        biases = [parameter for name, parameter in model.named_parameters() if name.endswith("bias")]
+        new = tuple(f"{name}." for name in base.new_modules)
+        biases = [parameter for name, parameter in model.named_parameters() if name.endswith("bias") and not name.startswith(new)]
         if not biases:
             raise RecipeError(f"method bitfit: {type(model).__name__} has no biases; use method: ia3, which learns about as little")
         for parameter in biases:

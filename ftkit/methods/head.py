@@ -29,6 +29,9 @@ class Head(MethodSpec):
         "train.learning_rate": Default(1e-3, "a linear probe on frozen features: arXiv 1903.05987 (feature extraction needs larger rates than fine-tuning)"),
     }
 
+    def needs(self, new_head: bool) -> set[str]:
+        return set() if new_head else {"own head"}
+
     def apply(self, base: Base) -> nn.Module:
         base.model.requires_grad_(False)
         shared = {id(parameter) for parameter in base.inner().parameters()}

@@ -40,6 +40,9 @@ class IA3(MethodSpec):
         "train.learning_rate": Default(5e-3, "the best of 1e-4, 1e-3 and 5e-3 on Llama 3.2 3B (github.com/huggingface/peft, method_comparison)"),
     }
 
+    def needs(self, new_head: bool) -> set[str]:
+        return {"linear", *({"keys, values"} if self.targets == "keys-values" else ()), *({"feed-forward"} if self.feedforward == "inner" else ())}
+
     def apply(self, base: Base) -> nn.Module:
         from peft import IA3Config, get_peft_model
         from transformers.pytorch_utils import Conv1D

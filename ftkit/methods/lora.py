@@ -57,6 +57,9 @@ class LoRA(MethodSpec):
             raise ValueError(f"dora and init: {self.init} both change how the frozen weight counts; choose one")
         return self
 
+    def needs(self, new_head: bool) -> set[str]:
+        return {"linear", *({"untransposed"} if self.init == "olora" else ()), *({"layers"} if self.layers else ())}
+
     def lr_factor(self, base: Base) -> Callable[[str], float]:
         return lambda name: self.lr_ratio if ".lora_B." in name else 1.0
 

@@ -38,6 +38,7 @@ class Partial(MethodSpec):
     reinit: int = option(0, "so many of the highest layers, and a pooler, start anew from random weights (arXiv 2006.05987)", ge=0)
     reuse: bool = option(True, "compute frozen layers once for each row and keep what they give, not in every epoch again; the result is the same")
 
+    example: ClassVar[Mapping[str, Any]] = {"last": 1}
     frozen_base: ClassVar[bool] = False
     defaults: ClassVar[Mapping[str, Default]] = {
         "train.learning_rate": Default(5e-5, "BERT: 2e-5 to 5e-5 (arXiv 1810.04805 A.3)"),
@@ -52,6 +53,9 @@ class Partial(MethodSpec):
         if self.reinit and (self.last is None or (self.last != "all" and self.reinit > self.last)):
             raise ValueError(f"reinit: {self.reinit} layers would start from random weights and not learn; give last: {self.reinit} or more")
         return self
+
+    def needs(self, new_head: bool) -> set[str]:
+        return set() if self.pattern is not None else {"layers"}
 
     def lr_factor(self, base: Base) -> Callable[[str], float]:
         if self.lr_decay == 1:

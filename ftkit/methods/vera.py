@@ -38,6 +38,9 @@ class VeRA(MethodSpec):
         "train.learning_rate": Default(4e-3, "VeRA, instruction tuning (arXiv 2310.11454, A)"),
     }
 
+    def needs(self, new_head: bool) -> set[str]:
+        return {"linear"}
+
     def apply(self, base: Base) -> nn.Module:
         from peft import VeraConfig, get_peft_model
         from transformers.pytorch_utils import Conv1D

@@ -1,0 +1,107 @@
+"""What architectures have, as far as methods and tasks need it: the support matrix, without torch.
+
+The table was made from the classes of transformers 5.23, and the tests hold it against them.  An architecture that is
+not here is not refused: what its modules show decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from ftkit import plugins
+
+if TYPE_CHECKING:
+    from ftkit.methods import Method
+    from ftkit.tasks import Task
+
+# A head by its Auto class, and what modules must show; `own head`: the head of its language model is, by default, not its input embedding.
+TRAITS = {
+    "AutoModelForSequenceClassification": "no classification head",
+    "AutoModelForCausalLM": "no head that continues text",
+    "layers": "no list of layers",
+    "linear": "no linear modules",
+    "untransposed": "linear modules that keep their weights transposed",
+    "biases": "no biases",
+    "keys, values": "no keys and values that names tell",
+    "feed-forward": "no feed-forward layers that shapes tell",
+    "attention output": "no end of attention that names and shapes tell",
+    "own head": "the head is the input embedding",
+}
+CLASSIFIER, CAUSAL = "AutoModelForSequenceClassification", "AutoModelForCausalLM"
+USUAL = {CLASSIFIER, "layers", "linear", "untransposed", "keys, values", "feed-forward", "attention output"}
+BIASED = {*USUAL, "biases"}
+DECODER, BIASED_DECODER = {*USUAL, CAUSAL}, {*BIASED, CAUSAL}
+
+TABLE: dict[str, set[str]] = {
+    "albert": BIASED,
+    "bert": BIASED,
+    "big_bird": BIASED,
+    "camembert": BIASED,
+    "deberta": BIASED,
+    "deberta-v2": BIASED,
+    "distilbert": BIASED,
+    "electra": BIASED,
+    "ernie": BIASED,
+    "megatron-bert": BIASED,
+    "modernbert": USUAL,
+    "mpnet": BIASED,
+    "roberta": BIASED,
+    "roberta-prelayernorm": BIASED,
+    "squeezebert": {CLASSIFIER, "layers", "biases"},  # convolutions in place of linear modules
+    "xlm-roberta": BIASED,
+    "bloom": BIASED_DECODER,
+    "cohere": DECODER - {CLASSIFIER},
+    "falcon": BIASED_DECODER,
+    "gemma": DECODER,
+    "gemma2": DECODER,
+    "gemma3_text": DECODER,
+    "gpt2": BIASED_DECODER - {"untransposed"},
+    "gpt_bigcode": BIASED_DECODER,
+    "gpt_neo": BIASED_DECODER,
+    "gpt_neox": BIASED_DECODER | {"own head"},
+    "gptj": BIASED_DECODER | {"own head"},
+    "granite": DECODER - {CLASSIFIER} | {"own head"},
+    "llama": DECODER | {"own head"},
+    "mistral": DECODER | {"own head"},
+    "mixtral": DECODER - {"feed-forward"} | {"own head"},  # experts are no linear modules
+    "olmo2": DECODER | {"own head"},
+    "opt": BIASED_DECODER,
+    "phi": BIASED_DECODER | {"own head"},
+    "phi3": DECODER | {"own head"},
+    "qwen2": BIASED_DECODER | {"own head"},
+    "qwen2_moe": BIASED_DECODER | {"own head"},
+    "qwen3": DECODER | {"own head"},
+    "smollm3": DECODER,
+    "stablelm": BIASED_DECODER | {"own head"},  # in its norms
+    "starcoder2": BIASED_DECODER,
+}
+
+
+class Gap(NamedTuple):
+    """What a combination lacks."""
+
+    architecture: str
+    method: str
+    reason: str
+
+
+def lacking(architecture: str, method: Method, task: Task) -> list[str]:
+    """What an architecture of the table lacks for a method on a task; empty where all is there."""
+    has = TABLE[architecture]
+    return [reason for trait, reason in TRAITS.items() if trait in {task.auto_class, *method.needs(task.new_head)} and trait not in has]
+
+
+def methods() -> dict[str, Method]:
+    """Each known method with its defaults, and by example what it must be given."""
+    kinds = {kind: plugins.find("method", kind) for kind in plugins.known("method")}
+    return {kind: cls(**cls.example) for kind, cls in kinds.items()}
+
+
+def gaps(task: Task) -> Iterator[Gap]:
+    """The combinations with a task that are impossible, of the architectures that have its head."""
+    for architecture, has in TABLE.items():
+        if task.auto_class in has:
+            for kind, method in methods().items():
+                if found := lacking(architecture, method, task):
+                    yield Gap(architecture, kind, ", ".join(found))

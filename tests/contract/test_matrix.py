@@ -1,0 +1,191 @@
+"""The support matrix, executed: what it says of an architecture is what the classes of transformers show, and what it calls possible works."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from ftkit import architectures, attention, finish, model, reload, verify
+from ftkit.data.batches import collate
+from ftkit.data.features import FeatureSet
+from ftkit.data.types import Limits, Row
+from ftkit.errors import RecipeError
+from ftkit.loop import Trainee
+from ftkit.methods.modules import added
+from ftkit.miniature import miniature
+from ftkit.model import Source
+from ftkit.objectives.supervised import Supervised
+from ftkit.tasks.causal_lm import CausalLM
+from ftkit.tasks.text_classification import TextClassification
+
+TASKS = {"text-classification": TextClassification(labels=["garden", "harbour", "kitchen"]), "causal-lm": CausalLM()}
+CELLS = [(task, name) for task in TASKS for name in architectures.TABLE if TASKS[task].auto_class in architectures.TABLE[name]]
+METHODS = {  # without dropout, so that two ways to compute can be compared
+    kind: method.model_copy(update={"dropout": 0.0} if "dropout" in type(method).model_fields else {}) for kind, method in architectures.methods().items()
+}
+# Named otherwise in each architecture, and trained apart from its base.
+HEADS = ("classifier", "pre_classifier", "score", "lm_head", "embed_out", "head", "cls", "pooler")
+TEXTS = ["roses and tulips in the old garden", "boats near the quiet tide", "bread, butter and soup", "ropes under the small lamps of the harbour"]
+
+# One process loads everything that was written, without ftkit where another library loads it.
+FRESH = """
+import json, pathlib, runpy, sys
+reload = runpy.run_path(sys.argv[1])
+found = {}
+for cell in sorted(pathlib.Path(sys.argv[2]).iterdir()):
+    artifact = json.loads((cell / "artifact.json").read_text())
+    if artifact["loads_with"] == sys.argv[3]:
+        rows = [{"input_ids": reload["torch"].tensor(ids)} for ids in json.loads((cell / "rows.json").read_text())]
+        answers = reload["answers"](reload["load"](cell / "model", artifact, "cpu"), rows)
+        expected = reload["load_file"](cell / "answers.safetensors")
+        assert answers.keys() == expected.keys(), cell
+        scale = max(value.abs().max() for value in expected.values())
+        found[cell.name] = (max((answers[name] - expected[name]).abs().max() for name in expected) / scale).item()
+print(json.dumps({"differences": found, "ftkit": "ftkit" in sys.modules}))
+"""
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """Where the cells leave what they saved, a folder each."""
+    return tmp_path_factory.mktemp("cells")
+
+
+def small(name: str, tokenizers):
+    """The config of an architecture in small, and its tokenizer."""
+    tokenizer = tokenizers["wordpiece" if architectures.CAUSAL not in architectures.TABLE[name] else "bpe"]
+    config = miniature(transformers.CONFIG_MAPPING[name](), 2, tokenizer)
+    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(config, key, getattr(tokenizer, key))
+    for key, value in config.to_dict().items():
+        if "drop" in key and isinstance(value, float):
+            setattr(config, key, 0.0)
+    if name == "big_bird":
+        config.attention_type = "original_full"
+    config.initializer_range = 0.1
+    return config, tokenizer
+
+
+@pytest.mark.parametrize(("task", "name"), CELLS)
+def test_the_table_says_what_a_method_finds(task, name, tokenizers):
+    config, tokenizer = small(name, tokenizers)
+    for kind, method in METHODS.items():
+        base = model.plan(model_spec(), Source("somewhere"), config, tokenizer, TASKS[task], METHODS["full"])
+        base.new = {key for key, _ in base.model.named_parameters() if TASKS[task].new_head and key.split(".")[0] in base.head}
+        lacking = architectures.lacking(name, method, TASKS[task])
+        if lacking:
+            with pytest.raises(RecipeError):
+                method.apply(base)
+        else:
+            assert any(parameter.requires_grad for parameter in method.apply(base).parameters()), kind
+
+
+def model_spec():
+    from ftkit.recipe.spec import Model
+
+    return Model(name="somewhere")
+
+
+@pytest.mark.parametrize(("task", "name"), CELLS)
+def test_what_is_possible_learns_and_is_saved(task, name, tokenizers, tmp_path, written):
+    config, tokenizer = small(name, tokenizers)
+    for key, value in TASKS[task].config_kwargs().items():
+        setattr(config, key, value)
+    torch.manual_seed(0)
+    auto = getattr(transformers, TASKS[task].auto_class)
+    (transformers.AutoModel if TASKS[task].new_head else auto).from_config(config).save_pretrained(tmp_path / "base")
+    batch = batch_of(TASKS[task], tokenizer)
+    for kind, method in METHODS.items():
+        if kind == "qlora" or architectures.lacking(name, method, TASKS[task]):  # 4 bits are tried on four architectures in test_methods.py
+            continue
+        base = model.load(
+            model_spec().model_copy(update={"name": str(tmp_path / "base")}),
+            Source(str(tmp_path / "base")),
+            transformers.AutoConfig.from_pretrained(tmp_path / "base"),
+            tokenizer,
+            TASKS[task],
+            method,
+            torch.float32,
+            0,
+            torch.device("cpu"),
+        )
+        torch.manual_seed(1)
+        learner = method.apply(base)
+        learns(learner, base, batch, kind)
+        keep(learner, base, method, written / f"{task}-{name}-{kind}")
+
+
+def batch_of(task, tokenizer):
+    rows = [{"text": text, "label": ["garden", "harbour", "kitchen", "harbour"][number]} for number, text in enumerate(TEXTS)]
+    if task.kind == "causal-lm":
+        rows = [{"text": row["text"]} for row in rows]
+    encoded = [task.encode(Row(row, "rows", number), tokenizer, Limits(64, "right")) for number, row in enumerate(rows)]
+    return collate(FeatureSet.of(encoded), np.arange(len(rows)), tokenizer.pad_token_id)
+
+
+def learns(learner, base, batch, kind: str) -> None:
+    """Two steps move exactly what learns, and flat batches have the gradients of padded ones."""
+    trainee = Trainee(learner, base.inner(), base.task, Supervised()).train()
+    learning = {name: parameter for name, parameter in learner.named_parameters() if parameter.requires_grad}
+    heads = {name for name in learning if any(f".{head}." in f".{name}" for head in HEADS)}
+    assert heads or not base.task.new_head, kind
+    if kind not in ("full", "partial", "head", "bitfit"):
+        assert {name for name in learning if not added(name) and ".modules_to_save." not in name} <= heads, kind
+    before = {name: parameter.detach().clone() for name, parameter in learner.named_parameters()}
+    optimizer = torch.optim.SGD(learning.values(), lr=0.1)
+    for _ in range(2):
+        trainee(batch).div(batch.weights.sum()).backward()
+        frozen = [name for name, parameter in learner.named_parameters() if parameter.grad is not None and name not in learning]
+        assert not frozen, kind
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = {name for name, parameter in learner.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved <= set(learning), kind
+    assert moved, kind
+    assert not base.task.new_head or moved & heads, kind
+    gradients = []
+    for flat in (False, True):
+        try:
+            layers = attention.Flat(base.model) if flat else None
+            trainee.flat = layers
+            trainee(batch).backward()
+        except attention.Unsupported:
+            break
+        finally:
+            if trainee.flat:
+                trainee.flat.remove()
+                trainee.flat = None
+        gradients.append({name: parameter.grad.clone() for name, parameter in learning.items() if parameter.grad is not None})
+        optimizer.zero_grad()
+    if len(gradients) == 2:
+        largest = max(gradient.abs().max() for gradient in gradients[0].values())
+        assert max((gradients[1][name] - gradient).abs().max() for name, gradient in gradients[0].items()) <= 1e-4 * largest, kind
+
+
+def keep(learner, base, method, directory) -> None:
+    """Save what learned, and what it answers."""
+    artifact = finish.write_model(method, learner, base, {}, directory / "model")
+    rows = [{"input_ids": torch.tensor(base.tokenizer(text)["input_ids"])} for text in TEXTS]
+    verify._as_loaded(learner, torch.float32)
+    answers = reload.answers(learner.eval(), rows)
+    (directory / "artifact.json").write_text(json.dumps(artifact))
+    (directory / "rows.json").write_text(json.dumps([row["input_ids"].tolist() for row in rows]))
+    reload.save_file(answers, directory / "answers.safetensors")
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("library", ["transformers", "peft", "ftkit"])
+def test_one_fresh_process_loads_all_that_was_saved(library, written):
+    """Runs after the cells above, in their process."""
+    if not any(written.iterdir()):
+        pytest.skip("the cells were left out")
+    done = subprocess.run([sys.executable, "-P", "-c", FRESH, reload.__file__, str(written), library], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert found["ftkit"] == (library == "ftkit")
+    assert found["differences"]
+    assert max(found["differences"].values()) <= 1e-5, found["differences"]
