@@ -133,17 +133,25 @@ def predict(
 
 @app.command(name="merge-adapter")
 def merge_adapter(
-    target: Annotated[str, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run directory, or an adapter in PEFT's format.")],
+    targets: Annotated[list[str], typer.Argument(metavar="RUN_OR_ADAPTER...", help="Run directories, or adapters in PEFT's format, of one base.")],
     output: Annotated[str, typer.Option("-o", "--output", metavar="DIR", help="Where the merged model is written.")],
+    weights: Annotated[str | None, typer.Option(metavar="A,B,...", help="How much each of several adapters counts; alike, and 1 together, if empty.")] = None,
     base: Annotated[MergeBase, typer.Option(help="Merge into the weights as the adapter saw them, or as they were before 4 or 8 bits.")] = MergeBase.stored,
     dtype: Annotated[Dtype | None, typer.Option(help="How the merged weights are stored; as the base if empty.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Merge an adapter into its base, and compare the two."""
     with redirect_stdout(sys.stderr):
-        from ftkit.merge import merge
+        if len(targets) == 1 and weights is None:
+            from ftkit.merge import merge
 
-        summary = merge(target, output, base.value, dtype and dtype.value, note=print)
+            summary = merge(targets[0], output, base.value, dtype and dtype.value, note=print)
+        else:
+            if base is not MergeBase.stored:
+                raise typer.BadParameter("several adapters are merged into the weights that they were trained beside", param_hint="--base")
+            from ftkit.combine import combine
+
+            summary = combine(targets, _numbers(weights), output, dtype and dtype.value, note=print)
     if as_json:
         _print_json(summary)
     else:
@@ -262,6 +270,14 @@ def cache(clear: Annotated[bool, typer.Option("--clear", help="Empty it.")] = Fa
         print(f"{directory}: {quantities.size(size)} of at most {quantities.size(limit)}")
         for count in freed.values():
             print(f"freed {quantities.size(count)}")
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    """`0.7,0.3` as numbers."""
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is no list of numbers such as 0.7,0.3", param_hint="--weights") from error
 
 
 def _read(recipe: str, overrides: list[str] | None) -> Any:

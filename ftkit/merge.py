@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -81,22 +81,55 @@ def merge(
     """
     quiet_libraries()
     output = Path(output)
-    _check_empty(output)
+    check_empty(output)
     adapter = find(Path(target))
-    _check_mergeable(adapter, base)
-    _check_fits(adapter)
+    check_mergeable(adapter, base)
+    check_fits(adapter)
+    written = stored_as(adapter, dtype)
+    here = str(device.pick())
+    tokenizer, rows = tokenizer_and_rows(adapter)
+    merged, facts = merged_alone(adapter, base, written, rows, here, note)
+    summary = {
+        "output": str(output),
+        "adapter": str(adapter.directory),
+        "base": adapter.source.name,
+        "revision": adapter.source.revision,
+        "merged_into": base,
+        "dtype": written,
+        **facts,
+        "rows": len(rows),
+    }
+    what = f"""The adapter {adapter.directory} merged into {_base_words(adapter)} ({base} weights), in {written}, by ftkit.
+On {len(rows)} inputs the merged model and the adapter differ by {facts["max_difference"]:.3g} at most."""
+    return summary | {"verification": publish(merged, adapter, tokenizer, rows, written, what, output)}
+
+
+def stored_as(adapter: Adapter, dtype: str | None) -> str:
+    """The type that merged weights are stored in: that of the base, if none is asked for."""
     written = dtype or adapter.artifact["load_kwargs"]["dtype"]
     if written not in TOLERANCE:
         raise RecipeError(f"dtype: {written!r} is none of {', '.join(TOLERANCE)}")
-    here = str(device.pick())
-    tokenizer = load_tokenizer(Model(name=str(adapter.directory)), _tokenizer_source(adapter), None, [])
-    rows = sample(tokenizer, max_positions(adapter.base_config, tokenizer))
+    return written
 
+
+def tokenizer_and_rows(adapter: Adapter) -> tuple[Any, list[reload.Row]]:
+    """The tokenizer, and inputs that are compared."""
+    tokenizer = load_tokenizer(Model(name=str(adapter.directory)), _tokenizer_source(adapter), None, [])
+    return tokenizer, sample(tokenizer, max_positions(adapter.base_config, tokenizer))
+
+
+def merged_alone(
+    adapter: Adapter, base: str, written: str, rows: Sequence[reload.Row], here: str, note: Callable[[str], None]
+) -> tuple[transformers.PreTrainedModel, dict[str, float]]:
+    """The merged model in memory, and by how much its answers differ from the adapter's.
+
+    Raises VerificationFailed if that is more than rounding.
+    """
     trained = _load_trained(adapter, here)
     as_trained = reload.answers(trained, rows)
     del trained
     device.free_memory()
-    model = _with_adapter(adapter, _load_float(adapter, base, here)).eval()
+    model = _with_adapter(adapter, load_float(adapter, base, here)).eval()
     reference = as_trained if base == "stored" else reload.answers(model, rows)
     merged = (_merge(model, note) if adapter.config else model).to(getattr(torch, written))
     if (adapter.directory / "generation_config.json").is_file():  # with the tokens that end a turn as it was learned
@@ -108,31 +141,25 @@ def merge(
     from_trained, _ = verify.compare(as_trained, as_merged, tolerance)
     if base == "original":
         note(f"outputs differ by {from_trained:.3g} at most from those on the stored base that the adapter was trained on")
+    return merged, {"max_difference": difference, "tolerance": tolerance, "difference_to_trained": from_trained}
 
+
+def publish(
+    merged: transformers.PreTrainedModel, adapter: Adapter, tokenizer: Any, rows: Sequence[reload.Row], written: str, what: str, output: Path
+) -> dict[str, Any]:
+    """Write a merged model and prove that a fresh process loads it; `what` it is, for its card.  Nothing is left where that fails."""
     trusted = {"trust_remote_code": True} if adapter.source.trust_remote_code else {}
     artifact = {"loads_with": "transformers", "auto_class": adapter.artifact["auto_class"], "load_kwargs": {"dtype": written, **trusted}}
-    summary = {
-        "output": str(output),
-        "adapter": str(adapter.directory),
-        "base": adapter.source.name,
-        "revision": adapter.source.revision,
-        "merged_into": base,
-        "dtype": written,
-        "max_difference": difference,
-        "tolerance": tolerance,
-        "difference_to_trained": from_trained,
-        "rows": len(rows),
-    }
     draft = output / DRAFT
     try:
         shutil.rmtree(draft, ignore_errors=True)
         merged.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
-        rundir.write_text(draft / "README.md", _card(summary, artifact))
+        rundir.write_text(draft / "README.md", _card(output.name, what, artifact))
         expected = verify.capture(merged, tokenizer, rows, draft, artifact)
         del merged
         device.free_memory()
-        summary["verification"] = verify.check(draft, artifact, expected)
+        verification = verify.check(draft, artifact, expected)
         for path in sorted(draft.iterdir(), key=lambda path: path.name == "config.json"):  # last, since nothing loads without it
             path.rename(output / path.name)
         draft.rmdir()
@@ -141,7 +168,7 @@ def merge(
         if isinstance(error, OSError):
             raise DiskError(f"cannot write {output}: {error.strerror or error}") from error
         raise
-    return summary
+    return verification
 
 
 def find(target: Path) -> Adapter:
@@ -230,14 +257,14 @@ def _skeleton(artifact: Mapping[str, Any], config: transformers.PreTrainedConfig
             raise RecipeError(f"{config.model_type} has no head for {artifact['auto_class']}") from error
 
 
-def _check_empty(output: Path) -> None:
+def check_empty(output: Path) -> None:
     if output.is_file():
         raise RecipeError(f"-o {output} is a file")
     if output.is_dir() and any(path.name != DRAFT for path in output.iterdir()):  # a merge that was killed may have left one
         raise RecipeError(f"-o {output} is not empty; choose another directory")
 
 
-def _check_mergeable(adapter: Adapter, base: str) -> None:
+def check_mergeable(adapter: Adapter, base: str) -> None:
     if adapter.config is None and not (method := adapters.method_of(adapter.directory)).mergeable:
         raise RecipeError(
             f"{adapter.directory}: method {method.kind} adds modules between those of its base and changes none of these, so there is nothing to merge; "
@@ -255,7 +282,7 @@ def _check_mergeable(adapter: Adapter, base: str) -> None:
         raise RecipeError(f"{adapter.source.name} is stored quantised, and does not tell what it was made from; only base: stored can be merged")
 
 
-def _check_fits(adapter: Adapter) -> None:
+def check_fits(adapter: Adapter) -> None:
     """Refuse an adapter whose tensors are not those that its config puts into this base."""
     skeleton = _skeleton(adapter.artifact, adapter.base_config)
     if adapter.config is None:
@@ -316,7 +343,7 @@ def _with_adapter(adapter: Adapter, model: Any) -> Any:
     return PeftModel.from_pretrained(model, adapter.directory)
 
 
-def _load_float(adapter: Adapter, base: str, here: str) -> Any:
+def load_float(adapter: Adapter, base: str, here: str) -> Any:
     """The base in float weights, ready to be merged into."""
     kwargs = dict(adapter.artifact["load_kwargs"])
     if base == "original":
@@ -404,17 +431,20 @@ def _compare(adapter: Adapter, base: str, written: str, reference: Mapping[str, 
     return largest, limit
 
 
-def _card(summary: Mapping[str, Any], artifact: Mapping[str, Any]) -> str:
-    base = f"{summary['base']}{'@' + summary['revision'] if summary['revision'] else ''}"
-    return f"""# {Path(summary["output"]).name}
+def _base_words(adapter: Adapter) -> str:
+    return f"{adapter.source.name}{'@' + adapter.source.revision if adapter.source.revision else ''}"
 
-The adapter {summary["adapter"]} merged into {base} ({summary["merged_into"]} weights), in {summary["dtype"]}, by ftkit.
-On {summary["rows"]} inputs the merged model and the adapter differ by {summary["max_difference"]:.3g} at most.
+
+def _card(name: str, what: str, artifact: Mapping[str, Any]) -> str:
+    auto, dtype = artifact["auto_class"], artifact["load_kwargs"]["dtype"]
+    return f"""# {name}
+
+{what}
 
 ```python
-from transformers import AutoTokenizer, {artifact["auto_class"]}
+from transformers import AutoTokenizer, {auto}
 
-model = {artifact["auto_class"]}.from_pretrained(DIRECTORY, dtype="{summary["dtype"]}")
+model = {auto}.from_pretrained(DIRECTORY, dtype="{dtype}")
 tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)
 ```
 """

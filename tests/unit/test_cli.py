@@ -227,6 +227,17 @@ class TestOtherCommands:
         run("merge-adapter", "runs/x", "-o", "merged", "--json")
         assert calls[1][0] == ("runs/x", "merged", "stored", None)
 
+    def test_merge_several_adapters(self, run: Run, stand_in: Callable[..., list[Any]]) -> None:
+        calls = stand_in("ftkit.combine", combine=lambda *_, note: {"output": "merged"})
+        assert run("merge-adapter", "runs/x", "runs/y", "--weights", "0.7,0.3", "-o", "merged")[0] == 0
+        assert calls[0][0] == (["runs/x", "runs/y"], [0.7, 0.3], "merged", None)
+        assert run("merge-adapter", "runs/x", "runs/y", "-o", "merged")[0] == 0
+        assert calls[1][0][1] is None
+        code, _, err = run("merge-adapter", "runs/x", "runs/y", "--weights", "most", "-o", "merged")
+        assert (code, "no list of numbers such as 0.7,0.3" in err) == (2, True)
+        code, _, err = run("merge-adapter", "runs/x", "runs/y", "-o", "merged", "--base", "original")
+        assert (code, "several adapters" in err) == (2, True)
+
     def test_check(self, run: Run, stand_in: Callable[..., list[Any]]) -> None:
         stand_in("ftkit.preflight", check=lambda resolved, report: [])
         assert run("check", "recipe.yaml")[:2] == (0, "recipe.yaml: nothing wrong\n")

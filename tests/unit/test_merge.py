@@ -1,14 +1,17 @@
 """Merging: the written model answers as the adapter did, or nothing is written."""
 
 import json
+import shutil
 
 import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from ftkit import merge as merging
 from ftkit import reload, verify
+from ftkit.combine import combine
 from ftkit.errors import RecipeError, VerificationFailed
 from ftkit.merge import merge
 from ftkit.recipe.spec import TrainedTokenizer
@@ -294,3 +297,69 @@ def test_a_non_empty_output_is_refused(tmp_path):
     with pytest.raises(RecipeError, match="not empty"):
         merge(tmp_path / "adapter", tmp_path / "out")
     assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
+
+
+# --- several adapters -----------------------------------------------------------------------------
+
+
+def two_adapters(tmp_path, base, tokenizer, config, auto_class="AutoModelForCausalLM", **kwargs):
+    """Two adapters on one stored base, with other weights each."""
+    made = []
+    for seed in (1, 2):
+        if seed == 1:
+            save_adapter(tmp_path, base, tokenizer, config, auto_class, **kwargs)
+            torch.manual_seed(7)
+            model = peft.get_peft_model(getattr(transformers, auto_class).from_pretrained(tmp_path / "base", **kwargs), config)
+        torch.manual_seed(seed)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = 0.1 * torch.randn(parameter.shape)
+        model.save_pretrained(tmp_path / f"adapter-{seed}")
+        made.append(tmp_path / f"adapter-{seed}")
+    return made
+
+
+def state(directory, auto_class="AutoModelForCausalLM"):
+    return getattr(transformers, auto_class).from_pretrained(directory).state_dict()
+
+
+def test_several_adapters_are_a_weighted_sum_of_their_updates(tmp_path, tokenizer):
+    adapters = two_adapters(tmp_path, llama(), tokenizer, lora("q_proj", "down_proj"))
+    alone = []
+    for number, adapter in enumerate(adapters):
+        merge(adapter, tmp_path / f"alone-{number}")
+        alone.append(state(tmp_path / f"alone-{number}"))
+    base = state(tmp_path / "base")
+    for number, weights in enumerate(([1.0, 0.0], [0.75, -0.5], None)):
+        result = combine(adapters, weights, tmp_path / f"both-{number}")
+        first, second = weights or (0.5, 0.5)
+        assert result["adapters"] == {str(adapters[0]): first, str(adapters[1]): second}
+        assert result["verification"]["max_difference"] <= result["verification"]["tolerance"]
+        for name, value in state(tmp_path / f"both-{number}").items():
+            expected = base[name] + first * (alone[0][name] - base[name]) + second * (alone[1][name] - base[name])
+            torch.testing.assert_close(value, expected, rtol=0, atol=1e-6)
+
+
+def test_new_heads_become_their_weighted_mean(tmp_path, tokenizer):
+    auto = "AutoModelForSequenceClassification"
+    config = lora("q_proj", task_type="SEQ_CLS", modules_to_save=["score"])
+    adapters = two_adapters(tmp_path, llama().model, tokenizer, config, auto, num_labels=3, pad_token_id=0)
+    combine(adapters, [3.0, 1.0], tmp_path / "both")
+    heads = [load_file(adapter / "adapter_model.safetensors")["base_model.model.score.weight"] for adapter in adapters]
+    torch.testing.assert_close(state(tmp_path / "both", auto)["score.weight"], 0.75 * heads[0] + 0.25 * heads[1], rtol=0, atol=1e-6)
+    with pytest.raises(RecipeError, match="sum to 0"):
+        combine(adapters, [1.0, -1.0], tmp_path / "nothing")
+
+
+def test_adapters_that_do_not_go_together_are_refused(tmp_path, tokenizer):
+    adapters = two_adapters(tmp_path, llama(), tokenizer, lora("q_proj"))
+    with pytest.raises(RecipeError, match="3 weights for 2 adapters"):
+        combine(adapters, [1, 2, 3], tmp_path / "out")
+    with pytest.raises(RecipeError, match="finite"):
+        combine(adapters, [1, float("nan")], tmp_path / "out")
+    shutil.copytree(tmp_path / "base", tmp_path / "other")
+    config = json.loads((adapters[1] / "adapter_config.json").read_text())
+    (adapters[1] / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(tmp_path / "other")}))
+    with pytest.raises(RecipeError, match=r"do not belong to one base \(base: .*base and .*other\)"):
+        combine(adapters, None, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
