@@ -48,7 +48,7 @@ def finish(session: Session, output: Path, report: Reporter, stop: StopRequest, 
             _gather(session)
         if main:
             artifact = write_model(session.recipe.method, session.learner, session.base, session.recipe.model.config, output / "model")
-            if session.base.source is None and artifact["loads_with"] != "transformers":
+            if not session.base.stored and artifact["loads_with"] != "transformers":
                 _write_base(session, output / "model" / "base")
             rows = verify.choose(_sample_split(session))
             if session.recipe.model.attention == "flash_attention_2":  # takes no float32, which learned weights are stored in
@@ -108,9 +108,9 @@ def write_model(method: Method, learner: nn.Module, base: Base, overrides: dict[
         "load_kwargs": method_artifact.load_kwargs,
     }
     if method_artifact.loads_with != "transformers":
-        source = base.source or Source("base")  # beside the adapter
+        source = base.source if base.source and base.stored else Source("base")  # beside the adapter
         artifact |= {"base": source.name, "revision": source.revision}
-    if method_artifact.loads_with != "transformers" and base.source is not None:
+    if method_artifact.loads_with != "transformers" and base.stored:
         changes = overrides | base.task.config_kwargs()
         artifact["load_kwargs"] |= json.loads(json.dumps(changes))  # integer keys of id2label become text, as in any JSON
     if base.source is not None and base.source.trust_remote_code:

@@ -36,6 +36,7 @@ class Source(NamedTuple):
     name: str
     revision: str | None = None
     trust_remote_code: bool = False
+    adapter: str | None = None  # directory of one that is merged into these weights first
 
     @property
     def kwargs(self) -> dict[str, Any]:
@@ -58,6 +59,11 @@ class Base:
     new: set[str] = field(default_factory=set)  # names of parameters that no checkpoint gave a value
     load_kwargs: dict[str, Any] = field(default_factory=dict)  # JSON-able: what the method added to from_pretrained
     initial: dict[str, torch.Tensor] = field(default_factory=dict)  # what a method's save needs of the state that its apply made
+
+    @property
+    def stored(self) -> bool:
+        """Whether these weights lie somewhere as they are: not random ones, and not those with an adapter merged."""
+        return self.source is not None and self.source.adapter is None
 
     @property
     def new_modules(self) -> list[str]:
@@ -97,8 +103,12 @@ def locate(model: Model) -> Source | None:
         if rundir.is_run(path):
             rundir.finished(path)
             path = path / "model"
-        if (path / "adapter_config.json").is_file():
-            raise RecipeError(f"model.name: {model.name} holds an adapter; merge it first: ftkit merge-adapter {model.name} -o DIR")
+        if (path / "adapter_config.json").is_file() or (path / "adapter.json").is_file():
+            from ftkit import merge
+
+            adapter = merge.find(path)
+            merge.check_mergeable(adapter, "stored")
+            return adapter.source._replace(adapter=str(adapter.directory))
         if not (path / "config.json").is_file():
             raise RecipeError(f"model.name: {model.name} is a directory without config.json, so it holds no model")
         return Source(str(path), None, model.trust_remote_code)
@@ -120,7 +130,7 @@ def load_config(model: Model, source: Source | None, tokenizer: Any = None) -> t
         config = transformers.CONFIG_MAPPING[kind]()
     else:
         with hub_errors(source):
-            config = transformers.AutoConfig.from_pretrained(source.name, **source.kwargs)
+            config = _adapter(source).base_config if source.adapter else transformers.AutoConfig.from_pretrained(source.name, **source.kwargs)
     with _config_errors():
         for key, value in overrides.items():
             if key not in config.to_dict() and key not in config.attribute_map:
@@ -163,6 +173,8 @@ def load_tokenizer(model: Model, source: Source | None, train: TrainedTokenizer 
         return train_tokenizer(train, texts)
     if isinstance(model.tokenizer, str):
         source = Source(model.tokenizer, None)
+    elif source and source.adapter and (Path(source.adapter) / "tokenizer_config.json").is_file():
+        source = Source(source.adapter)
     if source is None:
         raise RecipeError("a model from nothing needs model.tokenizer: a name, or {train: data, vocab_size: 8192}")
     with hub_errors(source):
@@ -275,6 +287,10 @@ def plan(model: Model, source: Source | None, config: Any, tokenizer: Any, task:
     if extra and stored:
         kind = stored["quant_method"] if isinstance(stored, dict) else stored.quant_method
         raise RecipeError(f"method {method.kind}: {model.name} is stored quantised already ({kind}), which cannot be done twice; use method: lora")
+    if extra and source and source.adapter:
+        raise RecipeError(
+            f"method {method.kind} loads stored weights in few bits, and {model.name} holds an adapter: merge it first: ftkit merge-adapter {model.name} -o DIR"
+        )
     return Base(plain, tokenizer, None if model.init == "random" else source, task, head, load_kwargs=extra)
 
 
@@ -320,18 +336,21 @@ def load(
     assert source is not None
     placement = {"device_map": {"": device}} if extra else {}
     with hub_errors(source):
-        loaded, info = cls.from_pretrained(
-            source.name,
+        loaded, info = (type(planned.model) if source.adapter else cls).from_pretrained(
+            None if source.adapter else source.name,
+            **({"state_dict": _merged_weights(source, device)} if source.adapter else {}),
             config=config,
             dtype=dtype,
             use_safetensors=True,
             ignore_mismatched_sizes=task.new_head,
             output_loading_info=True,
-            **source.kwargs,
+            **({} if source.adapter else source.kwargs),
             **attention,
             **placement,
             **_objects(extra),
         )
+    if source.adapter:
+        loaded.name_or_path = loaded.config._name_or_path = ""  # nowhere else are these weights: an adapter on them must not name another base
     missing = set(info["missing_keys"])
     resized = {entry[0] for entry in info["mismatched_keys"]}
     if wrong := sorted(name for name in resized if not any(name.startswith(f"{h}.") for h in head)):
@@ -348,6 +367,25 @@ def load(
     if loaded.can_generate():
         _mend(loaded.generation_config)
     return Base(loaded, tokenizer, source, task, head, missing | resized, extra)
+
+
+def _adapter(source: Source) -> Any:
+    """The adapter that is merged into the weights of a source."""
+    from ftkit import merge
+
+    assert source.adapter is not None
+    return merge.find(Path(source.adapter))
+
+
+def _merged_weights(source: Source, device: torch.device) -> dict[str, torch.Tensor]:
+    """Those of a source with its adapter, compared with the two side by side."""
+    from ftkit import merge
+
+    adapter = _adapter(source)
+    merge.check_fits(adapter)
+    _, rows = merge.tokenizer_and_rows(adapter)
+    merged, _ = merge.merged_alone(adapter, "stored", "float32", rows, str(device), lambda text: None)
+    return {name: tensor.cpu() for name, tensor in merged.state_dict().items()}
 
 
 def _let_padding_learn(model: Any, tokenizer: Any) -> None:

@@ -101,7 +101,8 @@ def spare(output: Path, prepared: Prepared) -> None:
     """Refuse to remove, with an earlier run, what this one starts from."""
     data = prepared.recipe.data
     sets = data.validation.values() if isinstance(data.validation, dict) else [data.validation]
-    sources = [prepared.source and prepared.source.name, *([data.train] if isinstance(data.train, str) else data.train), *sets, data.test]
+    start = prepared.source
+    sources = [*((start.name, start.adapter) if start else ()), *([data.train] if isinstance(data.train, str) else data.train), *sets, data.test]
     ours = [(output / name).resolve() for name in CONTENTS]
     for source in sources:
         if isinstance(source, str) and Path(source).exists() and any(Path(source).resolve().is_relative_to(path) for path in ours):

@@ -118,6 +118,8 @@ def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any]
     threads = device.use_all_cores(world.size if here.type == "cpu" else 1)
     precision = device.precision(train.precision, here)
     _check_parallel(train, here, world.size)
+    if prepared.source and prepared.source.adapter:
+        report.note(f"starting from {prepared.source.name} with the adapter {prepared.source.adapter} merged into it")
     with report.stage("loading the model"):
         base = load_base(prepared, precision, here)
         torch.manual_seed(train.seed)

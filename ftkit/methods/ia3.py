@@ -57,7 +57,7 @@ class IA3(MethodSpec):
             fan_in_fan_out=isinstance(base.model.get_submodule(chosen[0]), Conv1D),  # GPT-2 keeps weights transposed
             modules_to_save=base.new_modules or None,
             task_type=base.task.peft_type,
-            revision=base.source.revision if base.source else None,
+            revision=base.source.revision if base.source and base.stored else None,
         )
         return get_peft_model(base.model, config)
 

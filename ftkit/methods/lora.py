@@ -92,7 +92,7 @@ class LoRA(MethodSpec):
             init_lora_weights=True if self.init == "default" or not decomposed else self.init,
             modules_to_save=base.new_modules or None,
             task_type=base.task.peft_type,
-            revision=base.source.revision if base.source else None,
+            revision=base.source.revision if base.source and base.stored else None,
         )
         model = get_peft_model(base.model, config)
         if self.recompute_dropout:
