@@ -336,15 +336,16 @@ def load(
     assert source is not None
     placement = {"device_map": {"": device}} if extra else {}
     with hub_errors(source):
-        loaded, info = (type(planned.model) if source.adapter else cls).from_pretrained(
+        start = {"state_dict": _merged_weights(source, device)} if source.adapter else source.kwargs
+        maker: Any = type(planned.model) if source.adapter else cls  # Auto classes want a name
+        loaded, info = maker.from_pretrained(
             None if source.adapter else source.name,
-            **({"state_dict": _merged_weights(source, device)} if source.adapter else {}),
             config=config,
             dtype=dtype,
             use_safetensors=True,
             ignore_mismatched_sizes=task.new_head,
             output_loading_info=True,
-            **({} if source.adapter else source.kwargs),
+            **start,
             **attention,
             **placement,
             **_objects(extra),

@@ -16,7 +16,7 @@ def write_manifest(directory, **facts):
 
 def prepared(model=None, train="train.csv", validation=None):
     data = SimpleNamespace(train=train, validation=validation, test=None)
-    return SimpleNamespace(source=model and SimpleNamespace(name=str(model)), recipe=SimpleNamespace(data=data))
+    return SimpleNamespace(source=model and SimpleNamespace(name=str(model), adapter=None), recipe=SimpleNamespace(data=data))
 
 
 @pytest.mark.parametrize("overwrite", [True, False])
