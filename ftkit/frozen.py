@@ -145,10 +145,18 @@ class Frozen:
         return forward
 
 
-def choose(trainee: Trainee, model: PreTrainedModel, sets: list[FeatureSet], directory: Path, pad_token_id: int, note: Callable[[str], None]) -> Frozen | None:
+def choose(
+    trainee: Trainee,
+    model: PreTrainedModel,
+    sets: list[FeatureSet],
+    directory: Path,
+    pad_token_id: int,
+    note: Callable[[str], None],
+    arithmetic: torch.dtype = torch.float32,
+) -> Frozen | None:
     """The lowest layers that change for no row, ever; None where there are none, where keeping states would change results, or has no room.
 
-    Says which.  `trainee` computes as the run does; `sets` are those whose states are wanted, `directory` is for a file.
+    Says which.  `trainee` computes as the run does, in this `arithmetic`; `sets` are those whose states are wanted, `directory` is for a file.
     """
     rows = two_rows(sets[0])
     compute = passing(trainee)
@@ -164,7 +172,7 @@ def choose(trainee: Trainee, model: PreTrainedModel, sets: list[FeatureSet], dir
             expected = torch.cat(logits(trainee, rows, [0, 1], pad_token_id))
             frozen.keep(rows, alone.cpu())
             found = torch.cat(logits(trainee, rows, [0, 1], pad_token_id))
-        limit = tolerance(trainee, torch.float32)
+        limit = tolerance(trainee, arithmetic)
         if not _close(together, alone, limit):
             raise Unsupported("what they give for a row depends on the rows beside it")
         if not _close(found, expected, limit):

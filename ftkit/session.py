@@ -81,7 +81,7 @@ class Session:
             return
         trainee: Any = self.wrapped  # on one process accelerate wraps it in nothing
         sets = [self.prepared.train, *(features for _, features in self.splits.values())]
-        self.frozen = frozen.choose(trainee, self.base.model, sets, directory, self.pad_token_id, report.note)
+        self.frozen = frozen.choose(trainee, self.base.model, sets, directory, self.pad_token_id, report.note, layout.DTYPES[self.precision])
         if self.frozen is None:
             return
         trainee.eval()
