@@ -321,8 +321,8 @@ def unknown_config_override(scene):
     scene.recipe["data"] = {"train": str(scene.data.text / "train.jsonl")}
 
 
-@mistake(2, r"holds an adapter; merge it first")
-def an_adapter_as_the_model(scene):
+@mistake(2, r"has no adapter_model.safetensors; pickled weights \(.bin\) are not read")
+def half_an_adapter_as_the_model(scene):
     adapter = scene.path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")

@@ -91,6 +91,7 @@ def ours(case, accumulate: int, monkeypatch) -> tuple[list[tuple[float, float]],
         prepared=SimpleNamespace(train=case.features),
         sampler=InOrder(case.features.lengths, BATCH, None, "padded", 0),
         accumulate=accumulate,
+        waiting=lambda epoch: [],
         pad_token_id=case.tokenizer.pad_token_id,
     )
     return [(step.loss, step.grad_norm) for step in loop.fit(session, Position())], learned(learner)
