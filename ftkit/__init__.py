@@ -13,8 +13,8 @@ __version__ = "0.1.0"
 def load(path: str | PathLike[str], device: str = "cpu") -> Any:
     """The model of a run, in eval mode: its directory, or the `model/` within or copied from it.
 
-    A model of transformers with what was learned in place, whatever the method.  Raises errors.RecipeError, a
-    ValueError's kind of mistake: no such directory, or a base that is not the one of the training.
+    A model of transformers with what was learned in place, whatever the method.  Raises `ftkit.errors.RecipeError` for
+    what is no run, and for a base that is not the one of the training.
     """
     from ftkit.opened import load_model
 

@@ -100,8 +100,9 @@ def methods() -> dict[str, Method]:
 
 def gaps(task: Task) -> Iterator[Gap]:
     """The combinations with a task that are impossible, of the architectures that have its head."""
+    known = methods()
     for architecture, has in TABLE.items():
         if task.auto_class in has:
-            for kind, method in methods().items():
+            for kind, method in known.items():
                 if found := lacking(architecture, method, task):
                     yield Gap(architecture, kind, ", ".join(found))

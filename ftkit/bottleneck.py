@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-NAME = "bottleneck"  # of the submodule
 STD = 1e-2  # of the first weights (arXiv 1902.00751, 3.6); those of the way up are 0
 
 
@@ -32,7 +31,7 @@ def add(module: nn.Module, width: int, narrow: int, activation: str, dropout: fl
     """Let a module's outputs, `width` numbers each, go through an adapter of its own."""
     with torch.device("meta" if device.type == "meta" else "cpu"):  # drawn alike wherever the model is
         made = Bottleneck(width, narrow, activation, dropout)
-    module.add_module(NAME, made.to(device=device, dtype=dtype).train(module.training))
+    module.add_module("bottleneck", made.to(device=device, dtype=dtype).train(module.training))
     module.register_forward_hook(_pass_on)
 
 

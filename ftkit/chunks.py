@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from ftkit.objectives import Objective
 
 LOGITS = {"cpu": 2**24, "cuda": 2**26}  # in a chunk: 64 and 256 MiB in float32, and three times that with gradients
-
-
 MOST = 4  # times LOGITS are in a chunk where the head learns
 
 

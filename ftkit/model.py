@@ -74,6 +74,13 @@ class Base:
         heads = self.head if self.task.new_head else []
         return [*heads, *sorted(owner for owner in owners if not any(owner == h or owner.startswith(f"{h}.") for h in heads))]
 
+    def freeze(self) -> transformers.PreTrainedModel:
+        """The model, of which nothing learns but what starts random."""
+        self.model.requires_grad_(False)
+        for name in self.new_modules:
+            self.model.get_submodule(name).requires_grad_(True)
+        return self.model
+
     def inner(self) -> nn.Module:
         """The base model below the head."""
         return getattr(self.model, self.model.base_model_prefix)

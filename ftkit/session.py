@@ -92,7 +92,8 @@ class Session:
 
     def release(self) -> None:
         """Leave the model as its own code has it, for saving and comparing."""
-        for part in (self.flat, self.frozen, self.liger):
+        trainee: Any = self.accelerator.unwrap_model(self.wrapped)
+        for part in (self.flat, self.frozen, self.liger, trainee.noise):
             if part is not None:
                 part.remove()
         if self.recipe.train.compile:
@@ -101,9 +102,6 @@ class Session:
             self.used.restore()
         device.use_tf32(False)
         self.flat = self.frozen = self.liger = self.used = None
-        trainee: Any = self.accelerator.unwrap_model(self.wrapped)
-        if trainee.noise is not None:
-            trainee.noise.remove()
         trainee.flat = trainee.frozen = trainee.noise = None
 
 

@@ -42,9 +42,7 @@ class Adapter(MethodSpec):
         return {"linear", "attention output" if self.placement == "houlsby" else "feed-forward"}
 
     def apply(self, base: Base) -> nn.Module:
-        model = base.model.requires_grad_(False)
-        for name in base.new_modules:
-            model.get_submodule(name).requires_grad_(True)
+        model = base.freeze()
         self.attach(model)
         return model
 

@@ -32,7 +32,7 @@ class BitFit(MethodSpec):
         return {"biases"}
 
     def apply(self, base: Base) -> nn.Module:
-        model = base.model.requires_grad_(False)
+        model = base.freeze()
         if getattr(model, "is_quantized", False):
             raise RecipeError(f"method bitfit: the biases of {base.source and base.source.name} belong to modules in few bits; use method: lora")
         new = tuple(f"{name}." for name in base.new_modules)
@@ -41,8 +41,6 @@ class BitFit(MethodSpec):
             raise RecipeError(f"method bitfit: {type(model).__name__} has no biases; use method: ia3, which learns about as little")
         for parameter in biases:
             parameter.requires_grad_(True)
-        for name in base.new_modules:
-            model.get_submodule(name).requires_grad_(True)
         return model
 
     def attach(self, model: nn.Module) -> None:

@@ -33,11 +33,11 @@ class Head(MethodSpec):
         return set() if new_head else {"own head"}
 
     def apply(self, base: Base) -> nn.Module:
-        base.model.requires_grad_(False)
+        base.freeze()
         shared = {id(parameter) for parameter in base.inner().parameters()}
-        for name in dict.fromkeys([*base.head, *base.new_modules]):
+        for name in base.head:
             for parameter in base.model.get_submodule(name).parameters():
-                if id(parameter) in shared and name in base.head:
+                if id(parameter) in shared:
                     raise RecipeError(
                         f"method head: {type(base.model).__name__} shares its head {name!r} with the input embeddings, "
                         "so the base cannot stay frozen; use method: lora"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftkit.errors import RecipeError
 from ftkit.methods import Artifact, MethodSpec
-from ftkit.methods.lora import save_adapter
+from ftkit.methods.lora import peft_settings, save_adapter
 from ftkit.methods.modules import choose_targets, endings, feed_forward_outputs, keys_and_values, shortest_endings
 from ftkit.recipe.spec import Default, option
 
@@ -45,7 +45,6 @@ class IA3(MethodSpec):
 
     def apply(self, base: Base) -> nn.Module:
         from peft import IA3Config, get_peft_model
-        from transformers.pytorch_utils import Conv1D
 
         scaled_inputs = self._feed_forward(base)
         chosen = keys_and_values(base) if self.targets == "keys-values" else choose_targets(base, self.targets)
@@ -54,10 +53,7 @@ class IA3(MethodSpec):
         config = IA3Config(
             target_modules=sorted({*outputs, *inputs}),
             feedforward_modules=inputs,  # PEFT wants the same words for them
-            fan_in_fan_out=isinstance(base.model.get_submodule(chosen[0]), Conv1D),  # GPT-2 keeps weights transposed
-            modules_to_save=base.new_modules or None,
-            task_type=base.task.peft_type,
-            revision=base.source.revision if base.source and base.stored else None,
+            **peft_settings(base, chosen),
         )
         return get_peft_model(base.model, config)
 

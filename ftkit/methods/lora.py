@@ -69,13 +69,12 @@ class LoRA(MethodSpec):
 
     def apply(self, base: Base) -> nn.Module:
         from peft import LoraConfig, get_peft_model
-        from transformers.pytorch_utils import Conv1D
 
         from ftkit.updates import begin_with_entries
 
         chosen = choose_targets(base, self.targets, self.layers)
-        transposed = isinstance(base.model.get_submodule(chosen[0]), Conv1D)  # GPT-2 keeps weights so
-        if self.init == "olora" and transposed:
+        settings = peft_settings(base, chosen)
+        if self.init == "olora" and settings["fan_in_fan_out"]:
             raise RecipeError(f"method.init: olora takes linear modules as they are, and {type(base.model).__name__} keeps them transposed; use init: pissa")
         self._check_ranks(base, chosen)
         decomposed = self.init != "default" and base.model.device.type != "meta"  # which has no weights to decompose
@@ -86,13 +85,10 @@ class LoRA(MethodSpec):
             target_modules=shortest_endings(chosen, base.model),
             rank_pattern=self.rank_pattern,
             alpha_pattern=self.alpha_pattern,
-            fan_in_fan_out=transposed,
             use_dora=self.dora,
             use_rslora=self.rslora,
             init_lora_weights=True if self.init == "default" or not decomposed else self.init,
-            modules_to_save=base.new_modules or None,
-            task_type=base.task.peft_type,
-            revision=base.source.revision if base.source and base.stored else None,
+            **settings,
         )
         model = get_peft_model(base.model, config)
         if self.recompute_dropout:
@@ -132,6 +128,18 @@ class LoRA(MethodSpec):
             _save_converted(model, base, directory)
             return _artifact(base)
         return save_adapter(model, base, directory)
+
+
+def peft_settings(base: Base, chosen: list[str]) -> dict[str, Any]:
+    """What every adapter's config of PEFT says of its base and of the modules that it changes."""
+    from transformers.pytorch_utils import Conv1D
+
+    return {
+        "fan_in_fan_out": isinstance(base.model.get_submodule(chosen[0]), Conv1D),  # GPT-2 keeps weights transposed
+        "modules_to_save": base.new_modules or None,
+        "task_type": base.task.peft_type,
+        "revision": base.source.revision if base.source and base.stored else None,
+    }
 
 
 def save_adapter(model: Any, base: Base, directory: Path) -> Artifact:

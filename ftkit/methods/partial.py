@@ -72,11 +72,9 @@ class Partial(MethodSpec):
         return lambda name, epoch: depths[name] - first > epoch // every
 
     def apply(self, base: Base) -> nn.Module:
-        model = base.model.requires_grad_(False)
+        model = base.freeze()
         if self.reinit:
             self._start_anew(base)
-        for name in base.new_modules:
-            model.get_submodule(name).requires_grad_(True)
         if self.pattern is not None:
             chosen = set(matching_parameters(model, self.pattern))
             for name, parameter in model.named_parameters():

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftkit.methods import Artifact, MethodSpec
-from ftkit.methods.lora import save_adapter
+from ftkit.methods.lora import peft_settings, save_adapter
 from ftkit.methods.modules import choose_targets, shortest_endings
 from ftkit.recipe.spec import Default, option
 
@@ -43,7 +43,6 @@ class VeRA(MethodSpec):
 
     def apply(self, base: Base) -> nn.Module:
         from peft import VeraConfig, get_peft_model
-        from transformers.pytorch_utils import Conv1D
 
         chosen = choose_targets(base, self.targets)
         config = VeraConfig(
@@ -52,10 +51,7 @@ class VeRA(MethodSpec):
             d_initial=self.d_initial,
             save_projection=self.save_projection,
             target_modules=shortest_endings(chosen, base.model),
-            fan_in_fan_out=isinstance(base.model.get_submodule(chosen[0]), Conv1D),  # GPT-2 keeps weights transposed
-            modules_to_save=base.new_modules or None,
-            task_type=base.task.peft_type,
-            revision=base.source.revision if base.source and base.stored else None,
+            **peft_settings(base, chosen),
         )
         return get_peft_model(base.model, config)
 
