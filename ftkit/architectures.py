@@ -27,40 +27,42 @@ TRAITS = {
     "feed-forward": "no feed-forward layers that shapes tell",
     "attention output": "no end of attention that names and shapes tell",
     "own head": "the head is the input embedding",
+    "attention interface": "attention that is its own, or wants what others have not",
 }
 CLASSIFIER, CAUSAL = "AutoModelForSequenceClassification", "AutoModelForCausalLM"
-USUAL = {CLASSIFIER, "layers", "linear", "untransposed", "keys, values", "feed-forward", "attention output"}
+USUAL = {CLASSIFIER, "layers", "linear", "untransposed", "keys, values", "feed-forward", "attention output", "attention interface"}
 BIASED = {*USUAL, "biases"}
 DECODER, BIASED_DECODER = {*USUAL, CAUSAL}, {*BIASED, CAUSAL}
+OWN = {"attention interface"}  # which attention that is an architecture's own does not go through
 
 TABLE: dict[str, set[str]] = {
     "albert": BIASED,
     "bert": BIASED,
-    "big_bird": BIASED,
+    "big_bird": BIASED - OWN,
     "camembert": BIASED,
-    "deberta": BIASED,
-    "deberta-v2": BIASED,
+    "deberta": BIASED - OWN,
+    "deberta-v2": BIASED - OWN,
     "distilbert": BIASED,
     "electra": BIASED,
     "ernie": BIASED,
-    "megatron-bert": BIASED,
+    "megatron-bert": BIASED - OWN,
     "modernbert": USUAL,
-    "mpnet": BIASED,
+    "mpnet": BIASED - OWN,
     "roberta": BIASED,
     "roberta-prelayernorm": BIASED,
     "squeezebert": {CLASSIFIER, "layers", "biases"},  # convolutions in place of linear modules
     "xlm-roberta": BIASED,
-    "bloom": BIASED_DECODER,
+    "bloom": BIASED_DECODER - OWN,
     "cohere": DECODER - {CLASSIFIER},
-    "falcon": BIASED_DECODER,
+    "falcon": BIASED_DECODER - OWN,
     "gemma": DECODER,
-    "gemma2": DECODER,
+    "gemma2": DECODER - OWN,
     "gemma3_text": DECODER,
     "gpt2": BIASED_DECODER - {"untransposed"},
     "gpt_bigcode": BIASED_DECODER,
-    "gpt_neo": BIASED_DECODER,
+    "gpt_neo": BIASED_DECODER - OWN,
     "gpt_neox": BIASED_DECODER | {"own head"},
-    "gptj": BIASED_DECODER | {"own head"},
+    "gptj": BIASED_DECODER - OWN | {"own head"},
     "granite": DECODER - {CLASSIFIER} | {"own head"},
     "llama": DECODER | {"own head"},
     "mistral": DECODER | {"own head"},

@@ -2,7 +2,7 @@
 
 `Flat` hooks a model of transformers.  Where its layers begin, the real tokens are gathered; where they end,
 they are scattered back, so that embeddings, poolers and heads stay the model's own and tasks see padded
-batches as ever.  In between, `attend` lets each row attend to itself alone.
+batches as ever.  In between, `attend` lets each row attend to itself alone, and to the prefix of the layer, if it has one.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -37,6 +38,7 @@ HARMLESS = {
     "position_embeddings",
     "position_ids",
     "return_dict",
+    "token_type_ids",
     "use_cache",
 }
 
@@ -67,9 +69,7 @@ class Flat:
         self._fast_dropout = fast_dropout
         self.round_batches = round_batches
         self.model, self._before = model, model.config._attn_implementation
-        AttentionInterface.register(NAME, attend)
-        AttentionMaskInterface.register(NAME, sdpa_mask)
-        model.set_attn_implementation(NAME)
+        use(model)
         self._hooks = [
             base.register_forward_pre_hook(self._unmask, with_kwargs=True),
             stack.register_forward_pre_hook(self._gather, with_kwargs=True),
@@ -87,8 +87,9 @@ class Flat:
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """What is called herein computes attention by the model's own code, unfused."""
-        self.model.set_attn_implementation("eager")
+        """What is called herein computes attention by the model's own code, unfused; with prefixes, which only `attend` knows, row by row."""
+        prefixed = any(hasattr(module, "prefix") for module in self.model.modules())
+        self.model.set_attn_implementation(NAME if prefixed else "eager")
         try:
             yield
         finally:
@@ -132,6 +133,13 @@ class Flat:
         return type(output)(**{name: scattered(value) for name, value in output.items()})
 
 
+def use(model: PreTrainedModel) -> None:
+    """Let the layers of a model compute attention by `attend`."""
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)
+
+
 def _stack(base: nn.Module) -> nn.Module:
     """The module that runs the layers one after the other: the base itself, or its encoder."""
     for module in base.modules():
@@ -169,15 +177,53 @@ def attend(
     """Scaled dot-product attention as transformers' layers call it; of `segments`, each attends to itself alone.
 
     query, key, value: [1, heads, N, head_dim]; returns [1, N, heads, head_dim].  Without segments it is
-    transformers' own `sdpa`.  Raises Unsupported for what would change the result and is not implemented.
+    transformers' own `sdpa`.  Of a module with a `prefix`, every position also attends to that: keys and values
+    [heads of keys, n, head_dim] each.  Raises Unsupported for what would change the result and is not implemented.
     """
+    prefix = getattr(module, "prefix", None)
     if segments is None:
         if attention_mask is not None and attention_mask.shape == (1, 1, 1, 1) and key.shape[2] > 1:  # `Flat` is at work
             raise Unsupported("its layers do not pass on to attention which tokens belong together")
+        if prefix is not None:
+            check_known(other)
+            causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+            key, value, attention_mask, position_bias = _behind(prefix(), query, key, value, attention_mask, position_bias, causal)
+            is_causal = False
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias, sliding_window=sliding_window, **other
         )
-    return _apart(module, query, key, value, dropout, scaling, is_causal, position_bias, sliding_window, segments, fast_dropout, other), None
+    check_known(other)
+    given = None if prefix is None else prefix()
+    return _apart(module, query, key, value, dropout, scaling, is_causal, position_bias, sliding_window, segments, fast_dropout, given), None
+
+
+def check_known(other: dict[str, Any]) -> None:
+    """Refuse keywords that attention functions get and `attend` does not implement."""
+    if unknown := sorted(name for name, setting in other.items() if setting is not None and name not in HARMLESS):
+        raise Unsupported(f"its attention wants {', '.join(unknown)}")
+
+
+def _behind(
+    prefix: tuple[torch.Tensor, torch.Tensor],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Keys, values, mask and bias with those of a prefix in front, which all positions look at.
+
+    query, key, value: [B, heads, L, head_dim].  Without a mask, positions look at all, or at none after their own if `causal`.
+    """
+    before = (states.to(key.dtype).expand(len(key), *states.shape) for states in prefix)
+    (key, value), n = (torch.cat(pair, 2) for pair in zip(before, (key, value), strict=True)), prefix[0].shape[1]
+    if mask is not None:
+        mask = F.pad(mask, (n, 0), value=True if mask.dtype is torch.bool else 0)
+    elif causal and query.shape[2] > 1:
+        length = query.shape[2]
+        mask = torch.ones(length, key.shape[2], dtype=torch.bool, device=key.device).tril(key.shape[2] - length)
+    return key, value, mask, None if bias is None else F.pad(bias, (n, 0))
 
 
 @torch.compiler.disable  # lengths differ in each batch: it would be compiled for each
@@ -193,26 +239,24 @@ def _apart(
     sliding_window: int | None,
     segments: Segments,
     fast_dropout: bool,
-    other: dict[str, Any],
+    prefix: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> torch.Tensor:
     """`attend`, of segments."""
-    if unknown := sorted(name for name, setting in other.items() if setting is not None and name not in HARMLESS):
-        raise Unsupported(f"its attention wants {', '.join(unknown)}")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     window = _window(module, sliding_window)
-    if query.is_cuda and query.dtype != torch.float32 and not dropout and position_bias is None:
-        return _varlen(query, key, value, segments, scaling, causal, window)
+    if query.is_cuda and query.dtype != torch.float32 and not dropout and position_bias is None and (prefix is None or window is None):
+        return _varlen(query, key, value, segments, scaling, causal, window, prefix)
     if query.device.type == "cpu" and (torch.is_autocast_enabled("cpu") or value.dtype != torch.float32):
         # in half precision, torch's backward pass takes 2 to 5 times as long
         with torch.autocast("cpu", enabled=False):
             wide = (state.float() for state in (query, key, value))
-            return _apart(module, *wide, dropout, scaling, is_causal, position_bias, sliding_window, segments, fast_dropout, other).to(value.dtype)
+            return _apart(module, *wide, dropout, scaling, is_causal, position_bias, sliding_window, segments, fast_dropout, prefix).to(value.dtype)
     query, key, value = (state.squeeze(0).transpose(0, 1) for state in (query, key, value))  # [N, heads, head_dim]
     masks: Iterable[torch.Tensor | None] = _masks(segments, window, causal, query.device)
     padding = segments.padding
     if padding:
         query, key, value = (_Padded.apply(state, *padding) for state in (query, key, value))
-    if dropout and fast_dropout and not query.is_cuda:
+    if dropout and fast_dropout and not query.is_cuda and prefix is None:
         lengths = (length for _, length in segments.groups)
         masks = [_band(length, length, causal, query.device) if causal and mask is None else mask for mask, length in zip(masks, lengths, strict=True)]
         output = dropped_attention.attend(query, key, value, segments.groups, masks, position_bias, scaling, dropout)
@@ -223,7 +267,11 @@ def _apart(
         for group, mask, part in zip(segments.groups, masks, parts, strict=True):
             q, k, v = (state.unflatten(0, group).transpose(1, 2) for state in part)  # [count, heads, length, head_dim]
             bias = None if position_bias is None else position_bias[:, :, : group[1], : group[1]]  # of distances, so the same anywhere
-            outputs.append(sdpa_attention_forward(module, q, k, v, mask, dropout, scaling, causal, bias)[0].flatten(0, 1))
+            looks_back = causal
+            if prefix is not None:
+                k, v, mask, bias = _behind(prefix, q, k, v, mask, bias, causal)
+                looks_back = False
+            outputs.append(sdpa_attention_forward(module, q, k, v, mask, dropout, scaling, looks_back, bias)[0].flatten(0, 1))
         output = torch.cat(outputs)
     return (_Real.apply(output, *padding) if padding else output).unsqueeze(0)
 
@@ -285,25 +333,51 @@ def _mask(lengths: torch.Tensor | None, longest: int, window: int | None, causal
 
 
 def _varlen(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scaling: float | None, causal: bool, window: int | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: Segments,
+    scaling: float | None,
+    causal: bool,
+    window: int | None,
+    prefix: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> torch.Tensor:
     """The same by torch's kernel for rows of any length: [1, heads, N, head_dim] -> [1, N, heads, head_dim]."""
     from torch.nn.attention.varlen import varlen_attn
 
     longest, reach = max(segments.lengths), -1 if window is None else window - 1
+    query, key, value = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
+    bounds, n = segments.bounds, 0
+    if prefix is not None:
+        n = prefix[0].shape[1]
+        key, value = (_in_front(own, states, segments) for own, states in zip(prefix, (key, value), strict=True))
+        bounds = bounds + n * torch.arange(len(bounds), device=bounds.device, dtype=bounds.dtype)
     output: Any = varlen_attn(
-        query.squeeze(0).transpose(0, 1),
-        key.squeeze(0).transpose(0, 1),
-        value.squeeze(0).transpose(0, 1),
+        query,
+        key,
+        value,
         cu_seq_q=segments.bounds,
-        cu_seq_k=segments.bounds,
+        cu_seq_k=bounds,
         max_q=longest,
-        max_k=longest,
+        max_k=n + longest,
         scale=scaling,
         window_size=(reach, 0 if causal else reach),
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return output.unsqueeze(0)
+
+
+def _in_front(prefix: torch.Tensor, states: torch.Tensor, segments: Segments) -> torch.Tensor:
+    """Of every segment its n prefix states, then its own: [heads, n, head_dim], [N, heads, head_dim] -> [N + n * segments, heads, head_dim]."""
+    n, count = prefix.shape[1], len(segments.lengths)
+    lengths = segments.bounds.long().diff()
+    row = torch.arange(count, device=states.device).repeat_interleave(lengths, output_size=len(states))
+    places = torch.arange(len(states), device=states.device) + n * (row + 1)
+    starts = segments.bounds[:-1].long() + n * torch.arange(count, device=states.device)
+    first = (starts[:, None] + torch.arange(n, device=states.device)).flatten()
+    joined = states.new_empty(len(states) + n * count, *states.shape[1:])
+    before = prefix.to(states.dtype).transpose(0, 1).repeat(count, 1, 1)
+    return joined.index_copy(0, places, states).index_copy(0, first, before)
 
 
 def _band(length: int, window: int, causal: bool, device: torch.device) -> torch.Tensor:

@@ -53,7 +53,7 @@ def finish(session: Session, output: Path, report: Reporter, stop: StopRequest, 
             rows = verify.choose(_sample_split(session))
             if session.recipe.model.attention == "flash_attention_2":  # takes no float32, which learned weights are stored in
                 session.base.model.set_attn_implementation("sdpa")
-            expected = verify.capture(session.learner, session.prepared.tokenizer, rows, output / "model", artifact, converted=bool(session.base.initial))
+            expected = verify.capture(session.learner, session.prepared.tokenizer, rows, output / "model", artifact, converted=session.recipe.method.converts)
     _release(session)
     if not main:
         return {}
@@ -116,7 +116,7 @@ def write_model(method: Method, learner: nn.Module, base: Base, overrides: dict[
     if base.source is not None and base.source.trust_remote_code:
         artifact["load_kwargs"]["trust_remote_code"] = True
     if method_artifact.loads_with == "ftkit":
-        adapters.write_settings(method, artifact, learner, directory)
+        adapters.write_settings(method.stored(), artifact, learner, directory)
     return artifact
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ftkit import chunks
+from ftkit import chunks, prompts
 from ftkit.data.batches import Sampler, ahead, collate, rounded, split
 from ftkit.data.types import Batch, Scores
 from ftkit.errors import Diverged
@@ -43,13 +43,18 @@ class Trainee(nn.Module):
         super().__init__()
         self.model, self.task, self.objective, self.flat, self.noise = model, task, objective, flat, noise
         self.frozen: Frozen | None = None
+        self.virtual = prompts.of(model)
         self.still = {name or "the whole base": module for module in frozen_bottom(inner) for name, other in inner.named_modules() if other is module}
 
     def forward(self, batch: Batch, judge: Callable[[Iterator[Scores]], None] | None = None) -> torch.Tensor | None:
         """The summed loss of the batch, float32; with `judge`, nothing: that is given the scores of the supervised items, a chunk at a time."""
+        if self.virtual:
+            batch = self.virtual.extended(batch)
         if self.flat and self.flat.round_batches and made_for_each_shape(self.model):
             batch = rounded(batch, positions=judge is None)
         with ExitStack() as stack:
+            if self.virtual:
+                stack.enter_context(self.virtual.given())
             if self.flat:
                 stack.enter_context(self.flat.rows(batch.segments))
             if self.noise and self.training:

@@ -50,7 +50,7 @@ def open_run(target: str | Path, device: torch.device) -> Opened:
     directory = path / "model"
     weights = reload.base_name(directory, artifact) if artifact.get("base") else str(directory)
     with hub_errors(Source(weights, artifact.get("revision"))):
-        model = reload.load(directory, artifact, str(device))
+        model = _load(directory, artifact, str(device))
     with hub_errors(Source(str(directory))):
         tokenizer = reload.load_tokenizer(directory, artifact)
     assert recipe.data.max_length is not None, "a run resolves it"
@@ -59,14 +59,22 @@ def open_run(target: str | Path, device: torch.device) -> Opened:
     return Opened(path, manifest, recipe, model, tokenizer, Limits(recipe.data.max_length, recipe.data.truncation))
 
 
+def _load(directory: Path, artifact: dict[str, Any], device: str) -> Any:
+    """The model of a run: as its manifest says, but for soft prompts, of which PEFT loses positions and takes no padding on the left."""
+    from ftkit import prompts, reload
+
+    loader = prompts if artifact["loads_with"] == "peft" and prompts.is_stored(directory) else reload
+    return loader.load(directory, artifact, device)
+
+
 def load_model(path: str | PathLike[str], device: str) -> Any:
     """`ftkit.load`."""
-    from ftkit import adapters, reload
+    from ftkit import adapters
 
     given = Path(path)
     if rundir.is_run(given):
         artifact = rundir.finished(given)["artifact"]
-        return reload.load(given / "model", artifact, device)
+        return _load(given / "model", artifact, device)
     if adapters.is_own(given):
         return adapters.load(given, device)
     if rundir.is_run(given.parent) and given.name == "model":

@@ -29,6 +29,9 @@ BUILTIN: dict[str, dict[str, str]] = {
         "ia3": "ftkit.methods.ia3:IA3",
         "vera": "ftkit.methods.vera:VeRA",
         "bitfit": "ftkit.methods.bitfit:BitFit",
+        "prompt": "ftkit.methods.prompt:PromptTuning",
+        "p-tuning": "ftkit.methods.p_tuning:PTuning",
+        "prefix": "ftkit.methods.prefix:PrefixTuning",
         "adapter": "ftkit.methods.adapter:Adapter",
     },
     "objective": {

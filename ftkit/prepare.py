@@ -167,10 +167,16 @@ def max_length(resolved: Resolved, config: Any, tokenizer: Any, note: Callable[[
     """Tokens in a row at most: what the recipe says, or the default where model and tokenizer are made for as many."""
     from ftkit.model import max_positions
 
+    taken = resolved.recipe.method.positions
     asked, positions, usual = resolved.recipe.data.max_length, max_positions(config), max_positions(config, tokenizer)
+    if taken and positions is not None:
+        if taken >= positions:
+            raise RecipeError(f"method {resolved.recipe.method.kind}: {taken} virtual tokens leave none of the {positions} positions of the model for a row")
+        positions, usual = positions - taken, min(usual or positions, positions - taken)
     if asked is not None and not resolved.origins.get("data.max_length", "default").startswith("default"):
         if positions is not None and asked > positions:
-            raise RecipeError(f"data.max_length: {asked}, but the model has {positions} positions")
+            left = f" beside {taken} virtual tokens" if taken else ""
+            raise RecipeError(f"data.max_length: {asked}, but the model has {positions} positions{left}")
         return asked
     if usual is None or (asked is not None and asked <= usual):
         return asked or 512

@@ -94,8 +94,14 @@ def answers(model: Any, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
 
 
 def digests(model: Any) -> dict[str, str]:
-    """sha256 of every tensor by name; not of the heads that PEFT replaced, which compute nothing."""
-    return {name: _sha256(tensor) for name, tensor in model.state_dict().items() if ".original_module." not in name}
+    """sha256 of every tensor by name; not of the heads that PEFT replaced, which compute nothing.
+
+    Where PEFT leaves the base as it is, beside a prompt, names are those of the base.
+    """
+    found = {name: _sha256(tensor) for name, tensor in model.state_dict().items() if ".original_module." not in name}
+    if not getattr(model, "_is_prompt_learning", False):
+        return found
+    return {name.removeprefix("base_model.").replace(".modules_to_save.default.", "."): digest for name, digest in found.items()}
 
 
 def _sha256(tensor: torch.Tensor) -> str:
@@ -104,9 +110,9 @@ def _sha256(tensor: torch.Tensor) -> str:
     return digest.hexdigest()
 
 
-def facts(model: Any, tokenizer: Any, texts: Sequence[str]) -> dict[str, Any]:
+def facts(model: Any, tokenizer: Any, texts: Sequence[str], artifact: Mapping[str, Any]) -> dict[str, Any]:
     """What must survive a save beside the weights, JSON-able: labels, and all that the tokenizer does."""
-    settings = getattr(model, "generation_config", None) if not hasattr(model, "peft_config") else None  # an adapter leaves its base's
+    settings = getattr(model, "generation_config", None) if artifact["loads_with"] != "peft" else None  # PEFT leaves the base's
     return {
         "end tokens": settings and settings.eos_token_id,
         "labels": {str(index): label for index, label in (model.config.id2label or {}).items()},
@@ -124,7 +130,7 @@ def main(request: Path) -> None:
     rows = [{name.partition(".")[2]: tensors[name] for name in tensors if name.startswith(f"{i}.")} for i in range(asked["rows"])]
     model = load(Path(asked["directory"]), asked["artifact"], asked["device"])
     tokenizer = load_tokenizer(Path(asked["directory"]), asked["artifact"])
-    found = facts(model, tokenizer, asked["texts"]) | {"digests": digests(model)}
+    found = facts(model, tokenizer, asked["texts"], asked["artifact"]) | {"digests": digests(model)}
     save_file(answers(model, rows), request / "answers.safetensors")
     (request / "facts.json").write_text(json.dumps(found), encoding="utf-8")
 

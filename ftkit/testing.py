@@ -82,7 +82,7 @@ def check_method(
     """
     _check_spec(method)
     base = base_factory(method)
-    limits = Limits(max_positions(base.model.config, base.tokenizer) or 512, "right")
+    limits = Limits((max_positions(base.model.config, base.tokenizer) or 512) - method.positions, "right")
     features = FeatureSet.of([base.task.encode(row, base.tokenizer, limits) for row in rows])
     batch = collate(features, np.arange(len(features)), base.tokenizer.pad_token_id)
     new = {name: len(list(base.model.get_submodule(name).parameters())) for name in base.new_modules}
@@ -401,7 +401,7 @@ def _check_saving(method: Method, learner: Any, base: Base, features: FeatureSet
     artifact = finish.write_model(method, learner, base, {}, model)
     pickled = [str(path) for path in model.rglob("*") if path.suffix in {".bin", ".pt", ".pth", ".pkl", ".ckpt"}]
     _require(not pickled, f"{_name(method)}.save writes pickles: {pickled}; write safetensors")
-    expected = verify.capture(learner, base.tokenizer, verify.choose(features), model, artifact, converted=bool(base.initial))
+    expected = verify.capture(learner, base.tokenizer, verify.choose(features), model, artifact, converted=method.converts)
     verification = verify.check(model, artifact, expected)
     if method.mergeable and artifact["loads_with"] != "transformers":
         rundir.write_json(directory / "manifest.json", {"status": "finished", "artifact": artifact, "verification": verification})

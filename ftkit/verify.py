@@ -108,7 +108,7 @@ def capture(model: Any, tokenizer: Any, rows: Sequence[reload.Row], directory: P
         texts=texts,
         answers=answers,
         digests=digests,
-        facts=reload.facts(model, tokenizer, texts),
+        facts=reload.facts(model, tokenizer, texts, artifact),
         files=_file_digests(directory),
         tolerance=tolerance(artifact["load_kwargs"], answers),
         base_sha256=None if unknown else base_sha256(digests, learned),

@@ -29,6 +29,8 @@ class Method(Protocol):
     kind: str
     mergeable: ClassVar[bool]  # what it learned can become part of the base's own weights
     frozen_base: ClassVar[bool]  # the base stays as it was and is not saved again
+    converts: bool  # what is saved has other tensors than what learned: only what the model says can be compared
+    positions: int  # of the model's, which it takes for itself in every row
     reuse: bool  # layers below the first one that learns are computed once for each row, not in every epoch
     example: ClassVar[Mapping[str, Any]]  # what a recipe must give it, by example
     defaults: ClassVar[Mapping[str, Default]]  # dotted recipe key -> value and source
@@ -61,6 +63,10 @@ class Method(Protocol):
         """Put the modules that `apply` added into a model that has none yet; called for what `ftkit` loads only."""
         ...
 
+    def stored(self) -> Method:
+        """The settings that `attach` needs for what was saved, where `ftkit` loads it."""
+        ...
+
     def save(self, model: nn.Module, base: Base, directory: Path) -> Artifact:
         """Write weights that load without ftkit wherever that can be; safetensors and JSON only."""
         ...
@@ -70,6 +76,8 @@ class MethodSpec(Spec):
     """A method whose base is loaded as it is stored, and of which everything learns at one rate."""
 
     mergeable: ClassVar[bool] = True
+    converts: ClassVar[bool] = False
+    positions: ClassVar[int] = 0
     example: ClassVar[Mapping[str, Any]] = {}
 
     def needs(self, new_head: bool) -> set[str]:
@@ -89,6 +97,9 @@ class MethodSpec(Spec):
 
     def attach(self, model: nn.Module) -> None:
         raise AssertionError(f"{self.kind} is loaded by another library")  # type: ignore[attr-defined]
+
+    def stored(self) -> MethodSpec:
+        return self
 
     def save_own(self, model: nn.Module, base: Base, directory: Path) -> Artifact:
         """What learned, in ftkit's own format, for methods whose `attach` puts it back."""

@@ -57,6 +57,10 @@ class LoRA(MethodSpec):
             raise ValueError(f"dora and init: {self.init} both change how the frozen weight counts; choose one")
         return self
 
+    @property
+    def converts(self) -> bool:  # type: ignore[override]
+        return self.init != "default"
+
     def needs(self, new_head: bool) -> set[str]:
         return {"linear", *({"untransposed"} if self.init == "olora" else ()), *({"layers"} if self.layers else ())}
 
@@ -134,8 +138,13 @@ def peft_settings(base: Base, chosen: list[str]) -> dict[str, Any]:
     """What every adapter's config of PEFT says of its base and of the modules that it changes."""
     from transformers.pytorch_utils import Conv1D
 
+    transposed = isinstance(base.model.get_submodule(chosen[0]), Conv1D)  # GPT-2 keeps its weights so
+    return {"fan_in_fan_out": transposed, **adapter_settings(base)}
+
+
+def adapter_settings(base: Base) -> dict[str, Any]:
+    """What every config of PEFT says of its base."""
     return {
-        "fan_in_fan_out": isinstance(base.model.get_submodule(chosen[0]), Conv1D),  # GPT-2 keeps weights transposed
         "modules_to_save": base.new_modules or None,
         "task_type": base.task.peft_type,
         "revision": base.source.revision if base.source and base.stored else None,

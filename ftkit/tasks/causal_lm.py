@@ -347,10 +347,12 @@ class _Room:
     """How a prompt and its answer share the positions of a model."""
 
     def __init__(self, model: Any, limits: Limits, generation: Generation) -> None:
+        from ftkit import prompts
         from ftkit.model import max_positions
 
         self.limits, self.asked = limits, generation.max_new_tokens
-        self.positions = max_positions(model.config) or sys.maxsize
+        virtual = prompts.of(model)
+        self.positions = (max_positions(model.config) or sys.maxsize) - (virtual.length if virtual else 0)
         # The answer comes first, but an answer as long as the model has positions would leave nothing of the question.
         self.prompt = min(limits.max_length, max(self.positions - self.asked, self.positions // 2))
 

@@ -18,6 +18,9 @@ from ftkit.methods.head import Head
 from ftkit.methods.ia3 import IA3
 from ftkit.methods.lora import LoRA
 from ftkit.methods.partial import Partial
+from ftkit.methods.p_tuning import PTuning
+from ftkit.methods.prefix import PrefixTuning
+from ftkit.methods.prompt import PromptTuning
 from ftkit.methods.qlora import QLoRA
 from ftkit.methods.vera import VeRA
 from ftkit.recipe.spec import Model
@@ -38,9 +41,15 @@ METHODS = {
     "vera": VeRA(r=16),
     "bitfit": BitFit(),
     "adapter": Adapter(reduction=4),
+    "prompt": PromptTuning(num_virtual_tokens=4),
+    "p-tuning": PTuning(num_virtual_tokens=4),
+    "prefix": PrefixTuning(num_virtual_tokens=4),
 }
 VARIANTS = {
     "adapter-houlsby": Adapter(placement="houlsby", reduction=8, activation="gelu", dropout=0.1),
+    "prompt-random": PromptTuning(num_virtual_tokens=6, init="random"),
+    "p-tuning-lstm": PTuning(num_virtual_tokens=4, encoder="lstm", encoder_hidden_size=16),
+    "prefix-projection": PrefixTuning(num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=16),
     "partial-reinit": Partial(last="all", reinit=1, lr_decay=0.5),
     "lora-attention": LoRA(targets="attention", dropout=0.0),
     "dora": LoRA(dora=True),
@@ -104,6 +113,10 @@ def intended(name: str, architecture: str, new_head: bool):
             return lambda parameter: parameter.endswith("bias") or (new_head and of_head(parameter))
         case "adapter" | "adapter-houlsby":
             return lambda parameter: ".bottleneck." in parameter or (new_head and of_head(parameter))
+        case "prompt" | "prompt-random" | "p-tuning" | "p-tuning-lstm":
+            return lambda parameter: ".prompt." in parameter or (new_head and of_head(parameter))
+        case "prefix" | "prefix-projection":
+            return lambda parameter: ".prefix." in parameter or (new_head and of_head(parameter))
         case "ia3":
             return lambda parameter: "ia3_l" in parameter or "modules_to_save" in parameter
         case "vera":

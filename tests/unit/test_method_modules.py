@@ -14,6 +14,8 @@ from ftkit.methods.ia3 import IA3
 from ftkit.methods.lora import LoRA
 from ftkit.methods.modules import choose_targets, feed_forward_outputs, keys_and_values, layers, linear_modules, shortest_endings
 from ftkit.methods.partial import Partial
+from ftkit.methods.prefix import PrefixTuning
+from ftkit.methods.prompt import PromptTuning
 from ftkit.methods.vera import VeRA
 from ftkit.model import Base, Source, head_of, num_values, parameters_by_group, skeleton
 from ftkit.optim import decays
@@ -68,6 +70,8 @@ def llama_3_2_3b():
         (LoRA(r=64, targets=["q_proj", "v_proj"]), 18_350_080),
         (LoRA(r=32, targets=["q_proj", "v_proj"], dora=True), 9_289_728),
         (IA3(), 286_720),
+        (PromptTuning(num_virtual_tokens=200), 614_400),
+        (PrefixTuning(num_virtual_tokens=200), 11_468_800),
     ],
 )
 def test_adapters_on_llama_count_as_in_pefts_comparison(method, count):

@@ -1,0 +1,92 @@
+"""Prefix tuning (arXiv 2101.00190, and 2110.07602 for encoders): learned keys and values in every attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from ftkit.errors import RecipeError
+from ftkit.methods import Artifact, MethodSpec
+from ftkit.recipe.spec import Default, option
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
+
+    from ftkit.model import Base
+
+
+class PrefixTuning(MethodSpec):
+    """Keys and values in front of those of every row learn, in every layer, and every new head; the base is frozen."""
+
+    kind: Literal["prefix"] = "prefix"
+    num_virtual_tokens: int = option(20, "keys and values in each layer; they take no positions of the model", "classification (arXiv 2110.07602, B)", ge=1)
+    prefix_projection: bool = option(False, "learn through a network, which is dropped afterwards (arXiv 2101.00190, 4.3)")
+    encoder_hidden_size: int | None = option(None, "width of that network; 512 if empty, as in arXiv 2101.00190", ge=1)
+    init: Literal["random", "text"] = option(
+        "random", "first values: small random ones, or text: the keys and values of the tokens of init_text (arXiv 2101.00190, 7.4)"
+    )
+    init_text: Annotated[str, Field(min_length=1)] | None = option(None, "with init: text, the text that the prefix begins as, repeated or cut to its length")
+
+    mergeable: ClassVar[bool] = False
+    frozen_base: ClassVar[bool] = True
+    reuse: ClassVar[bool] = False
+    defaults: ClassVar[Mapping[str, Default]] = {
+        "train.learning_rate": Default(1e-2, "to be measured"),
+    }
+
+    @model_validator(mode="after")
+    def _no_option_without_effect(self) -> PrefixTuning:
+        if (self.init == "text") != (self.init_text is not None):
+            raise ValueError("init: text needs init_text" if self.init_text is None else f"init_text has no effect with init: {self.init}; set init: text")
+        if self.init == "text" and self.prefix_projection:
+            raise ValueError("init: text gives the prefix itself, and prefix_projection makes it by a network; choose one")
+        if self.encoder_hidden_size is not None and not self.prefix_projection:
+            raise ValueError("encoder_hidden_size has no effect without prefix_projection: true")
+        return self
+
+    def needs(self, new_head: bool) -> set[str]:
+        return {"attention interface"}
+
+    def apply(self, base: Base) -> nn.Module:
+        if base.model.device.type == "meta" or self.init == "random":
+            ids = None
+        elif not (ids := base.tokenizer(self.init_text, add_special_tokens=False)["input_ids"]):
+            raise RecipeError("method.init_text: the tokenizer makes no token of it")
+        model = base.freeze()
+        self._add(model, (self.encoder_hidden_size or 512) if self.prefix_projection else None, ids)
+        return model
+
+    def attach(self, model: Any) -> None:
+        """Put a prefix into every attention."""
+        self._add(model, None, None)
+
+    def _add(self, model: Any, hidden: int | None, ids: list[int] | None) -> None:
+        from ftkit import prefixes
+        from ftkit.attention import Unsupported
+
+        n = self.num_virtual_tokens
+        try:
+            prefixes.add(model, n, hidden, ids and [ids[i % len(ids)] for i in range(n)])
+        except Unsupported as error:
+            raise RecipeError(f"method prefix: {type(model).__name__}: {error}; use method: prompt") from error
+
+    def miniature(self, width: int) -> Self:
+        update: dict[str, Any] = {"num_virtual_tokens": min(self.num_virtual_tokens, 8)}
+        if self.encoder_hidden_size is not None:
+            update["encoder_hidden_size"] = min(self.encoder_hidden_size, width)
+        return self.model_copy(update=update)
+
+    def stored(self) -> MethodSpec:
+        """As plain keys and values: whatever made them is not needed any more."""
+        return PrefixTuning(num_virtual_tokens=self.num_virtual_tokens)
+
+    def save(self, model: Any, base: Base, directory: Path) -> Artifact:
+        """Keys and values, and the new head: PEFT's prefixes would move the positions of all tokens."""
+        from ftkit import prefixes
+
+        prefixes.fold(model)
+        return self.save_own(model, base, directory)

@@ -1,0 +1,237 @@
+"""Virtual tokens in front of every row: what soft prompts are made of.
+
+They have ids of their own, those after the vocabulary, and the input embedding gives what was learned for them.
+Everything else in a model sees longer rows: positions, masks, layouts and caches are its own code's.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ftkit.data.batches import segments
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from transformers import PreTrainedModel
+
+    from ftkit.data.types import Batch
+
+CONFIG = "adapter_config.json"  # PEFT's
+
+
+class Prompt(nn.Module):
+    """What the virtual tokens are embedded as: [n, width], learned, or what an encoder makes of it (arXiv 2103.10385, 3.2)."""
+
+    def __init__(self, length: int, width: int, encoder: nn.Module | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(length, width))
+        self.encoder = encoder
+
+    def forward(self) -> torch.Tensor:
+        if self.encoder is None:
+            return self.weight
+        with torch.autocast(self.weight.device.type, enabled=False):
+            encoded: torch.Tensor = self.encoder(self.weight)
+        return encoded
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Keep what the encoder gives, without the encoder."""
+        self.weight = nn.Parameter(self(), requires_grad=self.weight.requires_grad)
+        self.encoder = None
+
+
+class Virtual:
+    """A model whose rows begin with virtual tokens; calls and generations that do not give them get them.
+
+    Rows may be padded on either side.  Of a call, outputs at virtual positions are among the others, as in PEFT; what is
+    generated has none of them.
+    """
+
+    def __init__(self, model: PreTrainedModel, prompt: Prompt) -> None:
+        embedding = embedding_of(model)
+        self.prompt, self.vocabulary, self._given = prompt, embedding.num_embeddings, False
+        embedding.add_module("prompt", prompt)
+        for module in {embedding, *_embeddings_of_decoder(model)}:
+            module.forward = partial(self._embedded, module.forward)
+        if model.can_generate():
+            self._generate, model.generate = model.generate, self._generated  # type: ignore[method-assign]
+        model.register_forward_pre_hook(self._called, with_kwargs=True)
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt.weight)
+
+    @contextmanager
+    def given(self) -> Iterator[None]:
+        """What is called herein gives the virtual tokens itself."""
+        before, self._given = self._given, True
+        try:
+            yield
+        finally:
+            self._given = before
+
+    def extended(self, batch: Batch) -> Batch:
+        """The batch with virtual tokens in front of each row, of which none is supervised."""
+        (count, width), n = batch.input_ids.shape, self.length
+
+        def longer(values: torch.Tensor, value: int) -> torch.Tensor:
+            return F.pad(values, (n, 0), value=value)
+
+        input_ids = longer(batch.input_ids, 0)
+        input_ids[:, :n] = self._ids(batch.input_ids.device)
+        changed: dict[str, Any] = {"input_ids": input_ids, "attention_mask": longer(batch.attention_mask, 1)}
+        if batch.token_type_ids is not None:
+            changed["token_type_ids"] = longer(batch.token_type_ids, 0)
+        if batch.targets.dim() == 2:
+            changed |= {"targets": longer(batch.targets, 0), "weights": longer(batch.weights, 0)}
+            changed["supervised"] = batch.supervised + n * (batch.supervised // width + 1)
+        if batch.segments is not None:
+            lengths = np.array(batch.segments.lengths) + n
+            changed["segments"] = segments((np.arange(width + n) < lengths[:, None]).astype(np.int64)).to(batch.input_ids.device, non_blocking=True)
+        return replace(batch, **changed)
+
+    def _ids(self, device: torch.device) -> torch.Tensor:
+        return torch.arange(self.vocabulary, self.vocabulary + self.length, device=device)
+
+    def _embedded(self, embed: Callable[[torch.Tensor], torch.Tensor], input_ids: torch.Tensor) -> torch.Tensor:
+        """[B, L] -> [B, L, width], by the embedding's own `embed` but for virtual tokens."""
+        virtual = input_ids >= self.vocabulary
+        known = embed(input_ids.masked_fill(virtual, 0))
+        learned = F.embedding((input_ids - self.vocabulary).clamp(min=0), self.prompt().to(known.dtype))
+        return torch.where(virtual.unsqueeze(-1), learned, known)
+
+    def _called(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Put the virtual tokens in front of the rows of a call, where it has no states of earlier ones."""
+        if self._given:
+            return None
+        inputs = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
+        earlier = inputs.get("past_key_values")
+        if inputs.get("input_ids") is None or (earlier is not None and earlier.get_seq_length()):
+            return None
+        if inputs.get("position_ids") is not None:
+            raise ValueError("position_ids: positions are counted with the virtual tokens of the prompt; leave them out")
+        return (), inputs | self._with_virtual(inputs["input_ids"], inputs)
+
+    def _with_virtual(self, input_ids: torch.Tensor, kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """The inputs of rows [B, L] with virtual tokens before the first real one, [B, n + L]."""
+        mask = kwargs.get("attention_mask")
+        mask = torch.ones_like(input_ids) if mask is None else mask
+        n, (count, width) = self.length, input_ids.shape
+        start = (mask.cumsum(1) == 0).sum(1, keepdim=True)  # [B, 1]: padding on the left
+        place = torch.arange(n + width, device=input_ids.device).expand(count, -1)
+        virtual = (place >= start) & (place < start + n)
+        source = torch.where(place < start, place, (place - n).clamp(min=0))  # where the others come from
+        changed = {
+            "input_ids": torch.where(virtual, self.vocabulary + place - start, input_ids.gather(1, source)),
+            "attention_mask": mask.gather(1, source).masked_fill(virtual, 1),
+        }
+        if (types := kwargs.get("token_type_ids")) is not None:
+            changed["token_type_ids"] = types.gather(1, source).masked_fill(virtual, 0)
+        return changed
+
+    def _generated(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """`generate` of the rows with virtual tokens in front."""
+        input_ids = kwargs.pop("input_ids", None)
+        asked = inputs if input_ids is None else input_ids
+        if self._given or asked is None:
+            return self._generate(inputs, **kwargs)
+        with self.given():
+            output: Any = self._generate(**kwargs | self._with_virtual(asked, kwargs))
+
+        def real(ids: torch.Tensor) -> torch.Tensor:
+            return ids[ids < self.vocabulary].view(len(ids), -1)
+
+        if isinstance(output, torch.Tensor):
+            return real(output)
+        output.sequences = real(output.sequences)
+        return output
+
+
+def embedding_of(model: Any) -> Any:
+    """The module that embeds the tokens of a row."""
+    return (model.get_encoder() if model.config.is_encoder_decoder else model).get_input_embeddings()
+
+
+def _embeddings_of_decoder(model: Any) -> list[Any]:
+    """The module that embeds the tokens of a second stack: as a classifier, it reads the row once more."""
+    return [model.get_decoder().get_input_embeddings()] if model.config.is_encoder_decoder else []
+
+
+def add(model: PreTrainedModel, length: int, encoder: nn.Module | None = None) -> Prompt:
+    """Let the rows of a model begin with `length` virtual tokens, whose embeddings have no values yet."""
+    embedding = embedding_of(model)
+    prompt = Prompt(length, embedding.embedding_dim, encoder).to(embedding.weight.device)
+    model._ftkit_virtual = Virtual(model, prompt)  # type: ignore[assignment]
+    return prompt
+
+
+def of(model: Any) -> Virtual | None:
+    """The virtual tokens of a model, if it has any."""
+    outer = model.get_base_model() if hasattr(model, "get_base_model") else model
+    found: Virtual | None = getattr(outer, "_ftkit_virtual", None)
+    return found
+
+
+def is_stored(directory: Path) -> bool:
+    """Whether it holds a soft prompt in PEFT's format."""
+    try:
+        settings = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return settings.get("peft_type") == "PROMPT_TUNING"
+
+
+def write(model: Any, virtual: Virtual, heads: list[str], settings: dict[str, Any], directory: Path) -> None:
+    """The prompt and the heads in PEFT's format; `settings` are those of any adapter's config."""
+    from peft import PromptTuningConfig
+    from safetensors.torch import save_file
+
+    text = model.config.get_text_config()
+    config = PromptTuningConfig(
+        num_virtual_tokens=virtual.length,
+        token_dim=virtual.prompt.weight.shape[1],
+        num_layers=text.num_hidden_layers,
+        num_attention_heads=text.num_attention_heads,
+        num_transformer_submodules=1,
+        base_model_name_or_path=model.name_or_path,
+        inference_mode=True,
+        **settings,
+    )
+    state = {"prompt_embeddings": virtual.prompt()}
+    for head in heads:
+        state |= {f"base_model.{head}.{name}": tensor for name, tensor in model.get_submodule(head).state_dict().items()}
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, directory / "adapter_model.safetensors", {"format": "pt"})
+    config.save_pretrained(directory)
+
+
+def load(directory: Path, artifact: Mapping[str, Any], device: str) -> Any:
+    """The base with a prompt in PEFT's format, in eval mode: unlike PEFT's own, for rows padded on either side, and with their positions."""
+    from safetensors.torch import load_file
+
+    from ftkit import reload
+
+    model = reload.load_base(directory, artifact, device)
+    state = load_file(directory / "adapter_model.safetensors")
+    values = state.pop("prompt_embeddings")
+    prompt = add(model, len(values))
+    places = model.state_dict(keep_vars=True)
+    with torch.no_grad():
+        prompt.weight.copy_(values)
+        for name, tensor in state.items():
+            places[name.removeprefix("base_model.")].copy_(tensor)
+    return model.eval()
