@@ -267,8 +267,7 @@ def check_empty(output: Path) -> None:
 def check_mergeable(adapter: Adapter, base: str) -> None:
     if adapter.config is None and not (method := adapters.method_of(adapter.directory)).mergeable:
         raise RecipeError(
-            f"{adapter.directory}: method {method.kind} adds modules between those of its base and changes none of these, so there is nothing to merge; "
-            "ftkit.load loads both"
+            f"{adapter.directory}: method {method.kind} adds to its base and changes none of its weights, so there is nothing to merge; ftkit.load loads both"
         )
     kind = adapter.config and PeftType(adapter.config.peft_type)
     if kind and not hasattr(PEFT_TYPE_TO_TUNER_MAPPING.get(kind), "merge_and_unload"):

@@ -81,7 +81,7 @@ def add(model: PreTrainedModel, length: int, hidden: int | None = None, ids: lis
         shared = None if hidden is None else Shared(length, width, hidden)
         for module, keys, values in found:
             first = [states[0].float() if ids else torch.randn(states.shape[1], length, states.shape[3]) * STD for states in (keys, values)]
-            module.add_module("prefix", Prefix(*first, shared, owns=module is owner).to(device))
+            module.add_module("prefix", Prefix(first[0], first[1], shared, owns=module is owner).to(device))
 
 
 @torch.no_grad()

@@ -51,6 +51,7 @@ def check(resolved: Resolved, report: Reporter) -> list[FtkitError]:
     attempt(device.precision, recipe.train.precision, device.pick())
     attempt(_check_devices, recipe.train)
     attempt(kernels.check, recipe.train.liger, device.pick())
+    attempt(session.check_attention, recipe)
     attempt(trackers.check, recipe.train.trackers)
     rows = attempt(load_rows, recipe.data, recipe.task, recipe.train.seed, report.note)
     task = attempt(recipe.task.resolve, rows.pool) if rows else None

@@ -68,7 +68,8 @@ class Virtual:
         for module in {embedding, *_embeddings_of_decoder(model)}:
             module.forward = partial(self._embedded, module.forward)
         if model.can_generate():
-            self._generate, model.generate = model.generate, self._generated  # type: ignore[method-assign]
+            self._generate: Callable[..., Any] = model.generate  # type: ignore[assignment]
+            model.generate = self._generated  # type: ignore[assignment]
         model.register_forward_pre_hook(self._called, with_kwargs=True)
 
     @property
@@ -86,7 +87,7 @@ class Virtual:
 
     def extended(self, batch: Batch) -> Batch:
         """The batch with virtual tokens in front of each row, of which none is supervised."""
-        (count, width), n = batch.input_ids.shape, self.length
+        width, n = batch.input_ids.shape[1], self.length
 
         def longer(values: torch.Tensor, value: int) -> torch.Tensor:
             return F.pad(values, (n, 0), value=value)
@@ -145,8 +146,7 @@ class Virtual:
 
     def _generated(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """`generate` of the rows with virtual tokens in front."""
-        input_ids = kwargs.pop("input_ids", None)
-        asked = inputs if input_ids is None else input_ids
+        asked = kwargs.get("input_ids", inputs)
         if self._given or asked is None:
             return self._generate(inputs, **kwargs)
         with self.given():
@@ -216,7 +216,7 @@ def write(model: Any, virtual: Virtual, heads: list[str], settings: dict[str, An
         state |= {f"base_model.{head}.{name}": tensor for name, tensor in model.get_submodule(head).state_dict().items()}
     directory.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, directory / "adapter_model.safetensors", {"format": "pt"})
-    config.save_pretrained(directory)
+    config.save_pretrained(str(directory))
 
 
 def load(directory: Path, artifact: Mapping[str, Any], device: str) -> Any:

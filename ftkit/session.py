@@ -116,6 +116,7 @@ def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any]
     threads = device.use_all_cores(world.size if here.type == "cpu" else 1)
     precision = device.precision(train.precision, here)
     _check_parallel(train, here, world.size)
+    check_attention(recipe)
     if prepared.source and prepared.source.adapter:
         report.note(f"starting from {prepared.source.name} with the adapter {prepared.source.adapter} merged into it")
     with report.stage("loading the model"):
@@ -240,6 +241,14 @@ def _check_parallel(train: Train, here: torch.device, size: int) -> None:
         raise MissingDependency("train.parallel: fsdp needs GPUs; on CPUs accelerate would silently run DDP. Use parallel: ddp")
     if train.parallel == "fsdp" and size == 1:
         raise RecipeError("train.parallel: fsdp shares a model among processes, and this is one alone; set train.processes, or leave parallel out")
+
+
+def check_attention(recipe: Recipe) -> None:
+    """Refuse an attention function of the recipe's choice where the method has its own."""
+    if recipe.model.attention and "attention interface" in recipe.method.needs(False):
+        raise RecipeError(
+            f"model.attention: {recipe.model.attention} asks for another attention function than the one that prefixes are put into; leave it out"
+        )
 
 
 def check_checkpointing(base: Base, train: Train) -> None:

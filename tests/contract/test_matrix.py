@@ -169,7 +169,8 @@ def learns(learner, base, batch, kind: str) -> None:
 def keep(learner, base, method, directory) -> None:
     """Save what learned, and what it answers."""
     artifact = finish.write_model(method, learner, base, {}, directory / "model")
-    rows = [{"input_ids": torch.tensor(base.tokenizer(text)["input_ids"])} for text in TEXTS]
+    ids = [[token for token in base.tokenizer(text)["input_ids"] if token != 1] for text in TEXTS]  # MPNet takes 1 for padding, whatever its config says
+    rows = [{"input_ids": torch.tensor(each)} for each in ids]
     verify._as_loaded(learner, torch.float32)
     answers = reload.answers(learner.eval(), rows)
     (directory / "artifact.json").write_text(json.dumps(artifact))

@@ -17,8 +17,8 @@ from ftkit.methods.full import Full
 from ftkit.methods.head import Head
 from ftkit.methods.ia3 import IA3
 from ftkit.methods.lora import LoRA
-from ftkit.methods.partial import Partial
 from ftkit.methods.p_tuning import PTuning
+from ftkit.methods.partial import Partial
 from ftkit.methods.prefix import PrefixTuning
 from ftkit.methods.prompt import PromptTuning
 from ftkit.methods.qlora import QLoRA

@@ -155,6 +155,23 @@ def longer_than_the_model(scene):
     scene.recipe["data"]["max_length"] = 4096
 
 
+@mistake(2, r"method prompt: 96 virtual tokens leave none of the 96 positions of the model for a row")
+def a_prompt_longer_than_the_model(scene):
+    scene.recipe["method"] = {"kind": "prompt", "num_virtual_tokens": 96}
+
+
+@mistake(2, r"data\.max_length: 90, but the model has 76 positions beside 20 virtual tokens")
+def rows_longer_than_a_prompt_leaves_room_for(scene):
+    scene.recipe["method"] = "p-tuning"
+    scene.recipe["data"]["max_length"] = 90
+
+
+@mistake(2, r"model\.attention: sdpa asks for another attention function than the one that prefixes are put into; leave it out")
+def a_prefix_with_other_attention(scene):
+    scene.recipe["method"] = "prefix"
+    scene.recipe["model"] = {"name": scene.recipe["model"], "attention": "sdpa"}
+
+
 @mistake(8, r"someone/unknown-model.*(hub|network)")
 def unknown_model(scene):
     scene.recipe["model"] = "someone/unknown-model"

@@ -76,7 +76,7 @@ def test_adapters_are_not_merged_and_the_reason_is_said(train, ftkit, tmp_path):
     run = train("bert", "single", "adapter")
     done = ftkit("merge-adapter", run, "-o", tmp_path / "merged")
     assert done.code == 2
-    assert "method adapter adds modules between those of its base and changes none of these" in done.err
+    assert "method adapter adds to its base and changes none of its weights" in done.err
     assert not (tmp_path / "merged").exists()
 
 

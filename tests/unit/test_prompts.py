@@ -227,7 +227,14 @@ def test_gradients_are_those_of_embeddings_in_front(llama):
 def test_heads_of_encoder_decoders_see_their_end_of_text():
     """BART's classifier reads the end of text, which it finds by its id: PEFT cannot give it a prompt."""
     config = transformers.BartConfig(
-        vocab_size=60, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32
+        vocab_size=60,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
     )
     torch.manual_seed(0)
     model = transformers.BartForSequenceClassification(config).eval()
