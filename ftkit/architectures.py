@@ -95,9 +95,10 @@ def lacking(architecture: str, method: Method, task: Task) -> list[str]:
 
 
 def methods() -> dict[str, Method]:
-    """Each known method with its defaults, and by example what it must be given."""
+    """Each known method with its defaults, and by example what it must be given; those that may have their base in 4 bits also as `kind/4`."""
     kinds = {kind: plugins.find("method", kind) for kind in plugins.known("method")}
-    return {kind: cls(**cls.example) for kind, cls in kinds.items()}
+    found = {kind: cls(**cls.example) for kind, cls in kinds.items()}
+    return found | {f"{kind}/4": kinds[kind](**kinds[kind].example, bits=4) for kind, method in found.items() if getattr(method, "bits", 4) is None}
 
 
 def gaps(task: Task) -> Iterator[Gap]:

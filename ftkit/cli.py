@@ -254,6 +254,8 @@ def _show_matrix(as_json: bool) -> None:
         print()
     if as_json:
         _print_json(document)
+    else:
+        print("method/4: beside a base in 4 bits")
 
 
 @app.command()

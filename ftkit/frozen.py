@@ -163,6 +163,9 @@ def choose(
     layers = _unchanging(model, trainee, collate(rows, np.arange(2), pad_token_id), compute)
     if not layers:
         return None
+    if getattr(getattr(model.config, "quantization_config", None), "load_in_8bit", False):
+        note(f"the lowest {len(layers)} layers are frozen, but computed anew each time: in 8 bits they round their inputs by what else is in a batch")
+        return None
     frozen = trainee.frozen = Frozen(layers)
     trainee.eval()
     try:
@@ -206,8 +209,7 @@ def _unchanging(model: PreTrainedModel, trainee: Trainee, batch: Batch, compute:
     layers = [layer for layer in layers_of(model) if "forward" not in vars(layer)]
     config = model.config.get_text_config()
     skips_layers = any(getattr(config, name, 0) for name in ("layerdrop", "decoder_layerdrop", "encoder_layerdrop"))
-    rounds = getattr(getattr(config, "quantization_config", None), "load_in_8bit", False)  # inputs, by what else is in the batch
-    if not layers or len(layers) != len(layers_of(model)) or skips_layers or rounds:
+    if not layers or len(layers) != len(layers_of(model)) or skips_layers:
         return []
     if any(parameter.requires_grad for parameter in layers[0].parameters()):
         return []

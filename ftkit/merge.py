@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ftkit import adapters, device, reload, rundir, verify
 from ftkit.errors import DiskError, RecipeError, VerificationFailed
-from ftkit.model import Source, hub_errors, load_tokenizer, max_positions, quiet_libraries
+from ftkit.model import Source, forget_loading_steps, hub_errors, load_tokenizer, max_positions, quiet_libraries
 from ftkit.recipe.spec import Model
 
 HEADS = {  # PEFT's task_type -> the Auto class that has the head
@@ -351,23 +351,11 @@ def load_float(adapter: Adapter, base: str, here: str) -> Any:
     if getattr(model, "is_quantized", False):
         # Merging into 4 bits would round the update away: on MiniLM, outputs were off by 0.07 where classes lie 0.2 apart.
         model = model.dequantize()
-        _forget_quantisation(model)
+        forget_loading_steps(model)
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
         _restore_conv1d(model)
     return model
-
-
-def _forget_quantisation(model: Any) -> None:
-    """Let `save_pretrained` write plain weights.
-
-    Up to transformers 5.23 a checkpoint that was stored in few bits keeps bitsandbytes' loading steps, which cannot be
-    reversed: saving the dequantised model raises NotImplementedError.
-    """
-    steps = getattr(model, "_weight_conversions", None) or []
-    model._weight_conversions = [
-        step for step in steps if not any("bitsandbytes" in type(operation).__module__ for operation in getattr(step, "operations", []))
-    ]
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
 
 
 def _restore_conv1d(model: Any) -> None:

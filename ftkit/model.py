@@ -18,7 +18,7 @@ from torch import nn
 from ftkit import rundir
 from ftkit.errors import FtkitError, HubError, MissingDependency, RecipeError
 from ftkit.exits import DISK_ERRORS
-from ftkit.methods.modules import added
+from ftkit.methods.modules import added, linear_modules
 
 if TYPE_CHECKING:
     from ftkit.methods import Method
@@ -288,17 +288,30 @@ def plan(model: Model, source: Source | None, config: Any, tokenizer: Any, task:
         )
     head = head_of(plain)
     extra = method.load_kwargs(head, precision)
-    if extra and model.init == "random":
-        raise RecipeError(f"method {method.kind} loads stored weights in few bits; with init: random there are none (train them first, then name that run)")
-    stored = getattr(config, "quantization_config", None)
-    if extra and stored:
+    base = Base(plain, tokenizer, None if model.init == "random" else source, task, head, load_kwargs=extra)
+    _check_bits(model, base, method)
+    return base
+
+
+def _check_bits(model: Model, base: Base, method: Method) -> None:
+    """Refuse few bits where there is nothing to store in them, and methods that cannot work beside a base that is stored so."""
+    asked = f"method {method.kind} loads stored weights in few bits"
+    stored = getattr(base.model.config, "quantization_config", None)
+    if stored and base.source:
         kind = stored["quant_method"] if isinstance(stored, dict) else stored.quant_method
-        raise RecipeError(f"method {method.kind}: {model.name} is stored quantised already ({kind}), which cannot be done twice; use method: lora")
-    if extra and source and source.adapter:
-        raise RecipeError(
-            f"method {method.kind} loads stored weights in few bits, and {model.name} holds an adapter: merge it first: ftkit merge-adapter {model.name} -o DIR"
-        )
-    return Base(plain, tokenizer, None if model.init == "random" else source, task, head, load_kwargs=extra)
+        told = f"method {method.kind}: {model.name} is stored quantised already ({getattr(kind, 'value', kind)})"
+        if base.load_kwargs:
+            raise RecipeError(f"{told}, which cannot be done twice; leave method.bits out, or use method: lora in place of qlora")
+        if "float weights" in method.needs(base.task.new_head):
+            raise RecipeError(f"{told}, and its weights can neither learn nor be decomposed; use method: lora, with init: default")
+    if not base.load_kwargs:
+        return
+    if base.source is None:
+        raise RecipeError(f"{asked}; with init: random there are none (train them first, then name that run)")
+    if base.source.adapter:
+        raise RecipeError(f"{asked}, and {model.name} holds an adapter: merge it first: ftkit merge-adapter {model.name} -o DIR")
+    if not linear_modules(base):
+        raise RecipeError(f"{asked}, which only linear modules can be, and {type(base.model).__name__} has none; leave method.bits out")
 
 
 def _pad_alike(config: Any, tokenizer: Any) -> None:
@@ -428,16 +441,61 @@ def steady_quantised(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-        of_bitsandbytes = hasattr(module, "compute_type_is_set") or hasattr(module, "init_8bit_state")
-        if of_bitsandbytes and module.bias is not None:
+        if _of_bitsandbytes(module) and module.bias is not None:
             _keep_bias(module)
+
+
+def forget_loading_steps(model: Any) -> None:
+    """Let `save_pretrained` write weights as they are.
+
+    Up to transformers 5.23 a checkpoint that was stored in few bits keeps bitsandbytes' loading steps, which cannot be
+    reversed: saving its model, dequantised or not, raises NotImplementedError.
+    """
+    steps = getattr(model, "_weight_conversions", None) or []
+    model._weight_conversions = [
+        step for step in steps if not any("bitsandbytes" in type(operation).__module__ for operation in getattr(step, "operations", []))
+    ]
+
+
+def _of_bitsandbytes(module: nn.Module) -> bool:
+    return hasattr(module, "compute_type_is_set") or hasattr(module, "init_8bit_state")
 
 
 def _keep_bias(module: Any) -> None:
     """Give a layer its bias back after each forward pass."""
-    stored: list[torch.Tensor] = []
-    module.register_forward_pre_hook(lambda *_: stored.append(module.bias.data))
-    module.register_forward_hook(lambda *_: setattr(module.bias, "data", stored.pop()))
+    stored: list[tuple[nn.Parameter, torch.Tensor]] = []
+
+    def give_back(*_: Any) -> None:
+        bias, data = stored.pop()
+        bias.data = data
+
+    module.register_forward_pre_hook(lambda *_: stored.append((module.bias, module.bias.data)))
+    module.register_forward_hook(give_back, always_call=True)  # recomputed layers may end early
+
+
+def add_biases_apart(model: nn.Module) -> None:
+    """Let layers of bitsandbytes add their biases to what they give without, so that these can learn in float32.
+
+    A layer that computes in bfloat16 would give them gradients of that type, which no optimizer takes.
+    """
+    for module in model.modules():
+        if _of_bitsandbytes(module) and module.bias is not None:
+            _add_bias_apart(module)
+
+
+def _add_bias_apart(module: Any) -> None:
+    taken: list[nn.Parameter] = []
+
+    def take(*_: Any) -> None:
+        taken.append(module.bias)
+        module.bias = None
+
+    def add(_: Any, args: Any, output: torch.Tensor | None) -> torch.Tensor | None:
+        module.bias = taken.pop()
+        return None if output is None else output + module.bias.to(output.dtype)
+
+    module.register_forward_pre_hook(take)
+    module.register_forward_hook(add, always_call=True)
 
 
 def parameters_by_group(model: nn.Module, head: list[str]) -> dict[str, dict[str, int]]:
@@ -469,6 +527,12 @@ def num_values(parameter: torch.Tensor) -> int:
     """How many numbers a tensor stands for: 4-bit tensors hold two in a byte."""
     state = getattr(parameter, "quant_state", None)
     return state.shape.numel() if state is not None else parameter.numel()
+
+
+def share_in_few_bits(model: nn.Module) -> float:
+    """How much of a model's values are in packed or whole bytes, not in float."""
+    counts = [(num_values(parameter), parameter.is_floating_point()) for parameter in model.parameters()]
+    return sum(count for count, is_float in counts if not is_float) / sum(count for count, _ in counts)
 
 
 class hub_errors:

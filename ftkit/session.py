@@ -121,6 +121,8 @@ def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any]
         report.note(f"starting from {prepared.source.name} with the adapter {prepared.source.adapter} merged into it")
     with report.stage("loading the model"):
         base = load_base(prepared, precision, here)
+        if "quantization_config" in base.load_kwargs:
+            report.note(f"{model.share_in_few_bits(base.model):.0%} of the base's weights are in few bits, those of its linear modules")
         torch.manual_seed(train.seed)
         learner = method.apply(base)
     for parameter in learner.parameters():

@@ -73,13 +73,14 @@ def choose(features: FeatureSet, count: int = 8) -> list[reload.Row]:
     return chosen
 
 
-def tolerance(load_kwargs: Mapping[str, Any], answers: Mapping[str, torch.Tensor]) -> float:
-    """The largest absolute difference between two loads of a model that is loaded with `load_kwargs`."""
-    relative = TOLERANCE[load_kwargs["dtype"]]
-    quantization = load_kwargs.get("quantization_config", {})
+def tolerance(dtype: str, config: Any, answers: Mapping[str, torch.Tensor]) -> float:
+    """The largest absolute difference between two loads in `dtype` of a model with this config, whose weights may be in few bits."""
+    relative = TOLERANCE[dtype]
+    stored = getattr(config, "quantization_config", None)
+    quantization = stored if isinstance(stored, dict) else stored.to_dict() if stored else {}
     if quantization.get("load_in_4bit"):
         relative = max(relative, TOLERANCE[quantization.get("bnb_4bit_compute_dtype", "float32")])
-    elif quantization:
+    elif quantization.get("load_in_8bit"):
         relative = max(relative, TOLERANCE_8BIT)
     return relative * scale(answers)
 
@@ -110,7 +111,7 @@ def capture(model: Any, tokenizer: Any, rows: Sequence[reload.Row], directory: P
         digests=digests,
         facts=reload.facts(model, tokenizer, texts, artifact),
         files=_file_digests(directory),
-        tolerance=tolerance(artifact["load_kwargs"], answers),
+        tolerance=tolerance(artifact["load_kwargs"]["dtype"], model.config, answers),
         base_sha256=None if unknown else base_sha256(digests, learned),
         device=str(model.device),
     )

@@ -75,6 +75,7 @@ class Method(Protocol):
 class MethodSpec(Spec):
     """A method whose base is loaded as it is stored, and of which everything learns at one rate."""
 
+    kind: str
     mergeable: ClassVar[bool] = True
     converts: ClassVar[bool] = False
     positions: ClassVar[int] = 0
@@ -96,7 +97,7 @@ class MethodSpec(Spec):
         return self
 
     def attach(self, model: nn.Module) -> None:
-        raise AssertionError(f"{self.kind} is loaded by another library")  # type: ignore[attr-defined]
+        raise AssertionError(f"{self.kind} is loaded by another library")
 
     def stored(self) -> MethodSpec:
         return self

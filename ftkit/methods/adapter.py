@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftkit.errors import RecipeError
-from ftkit.methods import Artifact, MethodSpec
+from ftkit.methods import Artifact
 from ftkit.methods.modules import attention_outputs, feed_forward_outputs, size_of
+from ftkit.methods.quantised import Quantisable
 from ftkit.recipe.spec import Default, option
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from ftkit.model import Base
 
 
-class Adapter(MethodSpec):
+class Adapter(Quantisable):
     """Two narrow linear layers after sublayers learn, and every new head; the base is frozen."""
 
     kind: Literal["adapter"] = "adapter"
@@ -39,7 +40,7 @@ class Adapter(MethodSpec):
     }
 
     def needs(self, new_head: bool) -> set[str]:
-        return {"linear", "attention output" if self.placement == "houlsby" else "feed-forward"}
+        return super().needs(new_head) | {"linear", "attention output" if self.placement == "houlsby" else "feed-forward"}
 
     def apply(self, base: Base) -> nn.Module:
         model = base.freeze()

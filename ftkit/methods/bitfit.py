@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ftkit.errors import RecipeError
-from ftkit.methods import Artifact, MethodSpec
+from ftkit.methods import Artifact
+from ftkit.methods.quantised import Quantisable
 from ftkit.recipe.spec import Default
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from ftkit.model import Base
 
 
-class BitFit(MethodSpec):
+class BitFit(Quantisable):
     """Every bias learns, and every new head; all other weights are frozen."""
 
     kind: Literal["bitfit"] = "bitfit"
@@ -29,22 +30,24 @@ class BitFit(MethodSpec):
     }
 
     def needs(self, new_head: bool) -> set[str]:
-        return {"biases"}
+        return super().needs(new_head) | {"biases"}
 
     def apply(self, base: Base) -> nn.Module:
         model = base.freeze()
-        if getattr(model, "is_quantized", False):
-            raise RecipeError(f"method bitfit: the biases of {base.source and base.source.name} belong to modules in few bits; use method: lora")
         new = tuple(f"{name}." for name in base.new_modules)
         biases = [parameter for name, parameter in model.named_parameters() if name.endswith("bias") and not name.startswith(new)]
         if not biases:
             raise RecipeError(f"method bitfit: {type(model).__name__} has no biases; use method: ia3, which learns about as little")
         for parameter in biases:
             parameter.requires_grad_(True)
+        self.attach(model)
         return model
 
     def attach(self, model: nn.Module) -> None:
-        """Nothing: biases are there."""
+        """Biases are there; modules in few bits do not let them learn by themselves."""
+        from ftkit.model import add_biases_apart
+
+        add_biases_apart(model)
 
     def save(self, model: nn.Module, base: Base, directory: Path) -> Artifact:
         """The biases, and the new head."""

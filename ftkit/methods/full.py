@@ -27,6 +27,9 @@ class Full(MethodSpec):
         "train.learning_rate": Default(2e-5, "BERT: 2e-5 to 5e-5 (arXiv 1810.04805 A.3)"),
     }
 
+    def needs(self, new_head: bool) -> set[str]:
+        return {"float weights"}
+
     def apply(self, base: Base) -> nn.Module:
         return base.model.requires_grad_(True)
 
@@ -37,5 +40,9 @@ class Full(MethodSpec):
 
 def save_whole(base: Base, directory: Path) -> Artifact:
     """Write the whole model; plain transformers loads it."""
+    from ftkit.model import forget_loading_steps
+
+    if getattr(base.model, "is_quantized", False):
+        forget_loading_steps(base.model)
     base.model.save_pretrained(directory)
     return Artifact("transformers", {"dtype": str(base.model.dtype).removeprefix("torch.")})

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ftkit.errors import RecipeError
-from ftkit.methods import Artifact, MethodSpec
+from ftkit.methods import Artifact
 from ftkit.methods.full import save_whole
+from ftkit.methods.quantised import Quantisable
 from ftkit.recipe.spec import Default, option
 
 if TYPE_CHECKING:
@@ -18,19 +19,19 @@ if TYPE_CHECKING:
     from ftkit.model import Base
 
 
-class Head(MethodSpec):
+class Head(Quantisable):
     """Only the head learns; the model below it is frozen and runs without dropout."""
 
     kind: Literal["head"] = "head"
     reuse: bool = option(True, "compute frozen layers once for each row and keep what they give, not in every epoch again; the result is the same")
 
-    frozen_base: ClassVar[bool] = False  # it stays as it was, but is saved again, in full precision
+    frozen_base: ClassVar[bool] = False  # it stays as it was, but is saved again
     defaults: ClassVar[Mapping[str, Default]] = {
         "train.learning_rate": Default(1e-3, "a linear probe on frozen features: arXiv 1903.05987 (feature extraction needs larger rates than fine-tuning)"),
     }
 
     def needs(self, new_head: bool) -> set[str]:
-        return set() if new_head else {"own head"}
+        return super().needs(new_head) | (set() if new_head else {"own head"})
 
     def apply(self, base: Base) -> nn.Module:
         base.freeze()

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftkit.errors import RecipeError
-from ftkit.methods import Artifact, MethodSpec
+from ftkit.methods import Artifact
 from ftkit.methods.lora import peft_settings, save_adapter
 from ftkit.methods.modules import choose_targets, endings, feed_forward_outputs, keys_and_values, shortest_endings
+from ftkit.methods.quantised import Quantisable
 from ftkit.recipe.spec import Default, option
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from ftkit.model import Base
 
 
-class IA3(MethodSpec):
+class IA3(Quantisable):
     """Factors on keys, values and inner activations of feed-forward layers learn, and every new head; the base is frozen."""
 
     kind: Literal["ia3"] = "ia3"
@@ -41,7 +42,8 @@ class IA3(MethodSpec):
     }
 
     def needs(self, new_head: bool) -> set[str]:
-        return {"linear", *({"keys, values"} if self.targets == "keys-values" else ()), *({"feed-forward"} if self.feedforward == "inner" else ())}
+        chosen = {"keys, values": self.targets == "keys-values", "feed-forward": self.feedforward == "inner"}
+        return super().needs(new_head) | {"linear", *(trait for trait, needed in chosen.items() if needed)}
 
     def apply(self, base: Base) -> nn.Module:
         from peft import IA3Config, get_peft_model

@@ -62,7 +62,8 @@ class LoRA(MethodSpec):
         return self.init != "default"
 
     def needs(self, new_head: bool) -> set[str]:
-        return {"linear", *({"untransposed"} if self.init == "olora" else ()), *({"layers"} if self.layers else ())}
+        needed = {"float weights": self.init != "default", "untransposed": self.init == "olora", "layers": bool(self.layers)}
+        return {"linear", *(trait for trait, is_needed in needed.items() if is_needed)}
 
     def lr_factor(self, base: Base) -> Callable[[str], float]:
         return lambda name: self.lr_ratio if ".lora_B." in name else 1.0

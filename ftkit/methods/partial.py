@@ -55,7 +55,7 @@ class Partial(MethodSpec):
         return self
 
     def needs(self, new_head: bool) -> set[str]:
-        return set() if self.pattern is not None else {"layers"}
+        return set() if self.pattern is not None else {"layers", "float weights"}
 
     def lr_factor(self, base: Base) -> Callable[[str], float]:
         if self.lr_decay == 1:

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from ftkit.errors import RecipeError
 from ftkit.methods import Artifact, MethodSpec
+from ftkit.methods.quantised import Quantisable
 from ftkit.recipe.spec import Default, option
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from ftkit.model import Base
 
 
-class PrefixTuning(MethodSpec):
+class PrefixTuning(Quantisable):
     """Keys and values in front of those of every row learn, in every layer, and every new head; the base is frozen."""
 
     kind: Literal["prefix"] = "prefix"
@@ -49,7 +50,7 @@ class PrefixTuning(MethodSpec):
         return self
 
     def needs(self, new_head: bool) -> set[str]:
-        return {"attention interface"}
+        return super().needs(new_head) | {"attention interface"}
 
     def apply(self, base: Base) -> nn.Module:
         if base.model.device.type == "meta" or self.init == "random":

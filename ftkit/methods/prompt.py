@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from ftkit.errors import RecipeError
 from ftkit.methods import Artifact, MethodSpec
 from ftkit.methods.lora import adapter_settings
+from ftkit.methods.quantised import Quantisable
 from ftkit.recipe.spec import Default, option
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ COMMON = 5000  # first tokens of a vocabulary, among which its commonest are (ar
 SPREAD = 0.5  # of uniform first values (arXiv 2104.08691, 3)
 
 
-class SoftPrompt(MethodSpec):
+class SoftPrompt(Quantisable):
     """Virtual tokens in front of every row learn, and every new head; the base is frozen."""
 
     num_virtual_tokens: int = option(20, "virtual tokens; they take positions of the model", "more gain little (arXiv 2104.08691, 3.2)", ge=1)

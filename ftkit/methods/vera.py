@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ftkit.methods import Artifact, MethodSpec
+from ftkit.methods import Artifact
 from ftkit.methods.lora import peft_settings, save_adapter
 from ftkit.methods.modules import choose_targets, shortest_endings
+from ftkit.methods.quantised import Quantisable
 from ftkit.recipe.spec import Default, option
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from ftkit.model import Base
 
 
-class VeRA(MethodSpec):
+class VeRA(Quantisable):
     """Two vectors beside each linear module learn, and every new head; the base and the random matrices between them are frozen."""
 
     kind: Literal["vera"] = "vera"
@@ -39,7 +40,7 @@ class VeRA(MethodSpec):
     }
 
     def needs(self, new_head: bool) -> set[str]:
-        return {"linear"}
+        return super().needs(new_head) | {"linear"}
 
     def apply(self, base: Base) -> nn.Module:
         from peft import VeraConfig, get_peft_model

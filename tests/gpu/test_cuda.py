@@ -107,7 +107,16 @@ def test_the_loss_in_chunks_is_the_loss_of_all_logits(monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
-@pytest.mark.parametrize(("model", "data", "method"), [("bert", "single", "full"), ("llama", "chats", "lora"), ("llama", "prompts", "qlora")])
+@pytest.mark.parametrize(
+    ("model", "data", "method"),
+    [
+        ("bert", "single", "full"),
+        ("llama", "chats", "lora"),
+        ("llama", "prompts", "qlora"),
+        ("bert", "single", {"kind": "head", "bits": 4}),
+        ("gpt2", "prompts", {"kind": "bitfit", "bits": 4}),
+    ],
+)
 def test_the_real_command(precision, model, data, method, recipe, ftkit, tmp_path):
     done = ftkit("train", recipe(model, data, {"precision": precision, "steps": 6}, method=method))
     assert done.code == 0, done.err

@@ -343,7 +343,10 @@ def test_check_finds_nothing_wrong_and_writes_nothing(ftkit, recipe, tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("method", ["full", "head", {"kind": "partial", "last": 1}, {"kind": "lora", "init": "pissa"}, {"kind": "lora", "dora": True}, "qlora"])
+@pytest.mark.parametrize(
+    "method",
+    ["full", "head", {"kind": "partial", "last": 1}, {"kind": "lora", "init": "pissa"}, {"kind": "lora", "dora": True}, "qlora", {"kind": "head", "bits": 4}],
+)
 def test_check_knows_every_method(ftkit, recipe, method):
     done = ftkit("check", recipe(method=method))
     assert done.code == 0, done.err
@@ -388,16 +391,36 @@ def test_check_tries_rows_of_each_set(ftkit, recipe, data, tmp_path):
     assert "odd.csv:2: label 'sky'" in done.err
 
 
-def test_check_sees_a_base_that_is_quantised_already(ftkit, recipe, checkpoint, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("qlora", "which cannot be done twice; leave method.bits out, or use method: lora in place of qlora"),
+        ({"kind": "ia3", "bits": 8}, "which cannot be done twice; leave method.bits out"),
+        ("full", "and its weights can neither learn nor be decomposed; use method: lora"),
+        ({"kind": "partial", "last": 1}, "and its weights can neither learn nor be decomposed; use method: lora"),
+        ({"kind": "lora", "init": "pissa"}, "and its weights can neither learn nor be decomposed; use method: lora, with init: default"),
+    ],
+)
+def test_check_sees_a_base_that_is_quantised_already(method, words, ftkit, recipe, checkpoint, tmp_path):
     shutil.copytree(checkpoint("bert"), tmp_path / "base")
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}))
-    done = ftkit("check", recipe(model=str(tmp_path / "base"), method="qlora"))
+    done = ftkit("check", recipe(model=str(tmp_path / "base"), method=method))
     assert done.code == 2
-    assert "stored quantised already (bitsandbytes)" in done.err
+    assert f"stored quantised already (bitsandbytes), {words}" in done.err
 
 
-@pytest.mark.parametrize("method", ["full", "head", {"kind": "partial", "last": 1}, {"kind": "lora", "r": 4}])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "full",
+        "head",
+        {"kind": "partial", "last": 1},
+        {"kind": "lora", "r": 4},
+        "qlora",
+        *({"kind": kind, "bits": 4} for kind in ("head", "ia3", "bitfit", "adapter")),
+    ],
+)
 def test_show_counts_the_parameters_of_the_run(ftkit, recipe, verify_here, method):
     path = recipe(method=method, train={"steps": 1})
     shown = json.loads(ftkit("show", path, "--json").out)

@@ -27,7 +27,10 @@ def metrics(run):
     return json.loads((run / "metrics.json").read_text())
 
 
-@pytest.mark.parametrize(("method", "then"), [("lora", "lora"), ("bitfit", "full"), ({"kind": "lora", "init": "pissa"}, "adapter"), ("ia3", "partial")])
+@pytest.mark.parametrize(
+    ("method", "then"),
+    [("lora", "lora"), ("bitfit", "full"), ({"kind": "lora", "init": "pissa"}, "adapter"), ("ia3", "partial"), ({"kind": "bitfit", "bits": 4}, "lora")],
+)
 def test_it_starts_where_the_first_one_ended(method, then, first, ftkit, recipe, tmp_path):
     before = first("gpt2", "prompts", method)
     then = {"kind": "partial", "last": 1} if then == "partial" else then
@@ -49,6 +52,15 @@ def test_a_classifier_goes_on_with_its_head(first, ftkit, recipe, tmp_path):
     done = ftkit("train", recipe({"name": str(before)}, "single", {"steps": 2}, method="lora"))
     assert done.code == 0, done.err
     assert metrics(tmp_path / "run")["base"]["validation"]["loss"] == pytest.approx(metrics(before)["validation"]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("then", ["head", "bitfit", "lora"])
+def test_a_model_that_was_saved_in_few_bits_is_a_base_too(then, first, ftkit, recipe, tmp_path):
+    before = first("bert", "single", {"kind": "head", "bits": 4})
+    done = ftkit("train", recipe({"name": str(before)}, "single", {"steps": 2}, method=then))
+    assert done.code == 0, done.err
+    assert metrics(tmp_path / "run")["base"]["validation"]["loss"] == pytest.approx(metrics(before)["validation"]["loss"], rel=1e-5)
+    assert package.load(tmp_path / "run").is_quantized
 
 
 def test_what_cannot_be_merged_is_refused(first, ftkit, recipe, tmp_path):

@@ -45,6 +45,9 @@ RUNS = {  # model, rows, method
     "gpt2-prompts-bitfit": ("gpt2", "prompts", {"kind": "bitfit"}),
     "bert-ia3": ("bert", "pairs", {"kind": "ia3"}),
     "llama-chats-vera": ("llama", "chats", {"kind": "vera", "r": 16}),
+    "bert-head-4-bits": ("bert", "single", {"kind": "head", "bits": 4}),
+    "gpt2-prompts-bitfit-4-bits": ("gpt2", "prompts", {"kind": "bitfit", "bits": 4}),
+    "llama-chats-adapter-4-bits": ("llama", "chats", {"kind": "adapter", "reduction": 4, "bits": 4}),
 }
 STEP_KEYS = {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_bytes"}
 
@@ -64,6 +67,9 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
         ("bert", "single", {"kind": "partial", "last": 1}),
         ("bert", "single", {"kind": "qlora", "bits": 4}),
         ("gpt2", "prompts", {"kind": "qlora", "bits": 8}),
+        ("bert", "single", {"kind": "head", "bits": 8}),
+        ("gpt2", "prompts", {"kind": "bitfit", "bits": 4}),
+        ("bert", "single", {"kind": "vera", "bits": 4, "r": 16}),
         ("llama", "chats", {"kind": "lora"}),
     ],
 )
@@ -190,7 +196,9 @@ def damaged(path: Path) -> bytes:
     return version
 
 
-@pytest.mark.parametrize("name", ["bert-full", "llama-text-lora", "llama-chats-pissa", "llama-chats-qlora", "bert-adapter", "gpt2-prompts-bitfit"])
+@pytest.mark.parametrize(
+    "name", ["bert-full", "llama-text-lora", "llama-chats-pissa", "llama-chats-qlora", "bert-adapter", "gpt2-prompts-bitfit", "bert-head-4-bits"]
+)
 def test_one_changed_bit_in_any_saved_file_is_seen_and_exit_9(name, ftkit, recipe, tmp_path, verify_here, monkeypatch):
     model, rows, method = RUNS[name]
     check, unseen, tried = verify.check, [], set()

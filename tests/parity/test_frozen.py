@@ -21,6 +21,7 @@ from ftkit.session import open_session
 
 RUNS = {  # model, overrides, rows, method, frozen layers
     "bert-head": ("bert", {}, "single", {"kind": "head"}, 2),
+    "bert-head-in-4-bits": ("bert", {}, "single", {"kind": "head", "bits": 4}, 2),
     "bert-partial": ("bert", {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}, "pairs", {"kind": "partial", "last": 1}, 1),
     "distilbert-head": ("distilbert", {"seq_classif_dropout": 0.0}, "single", {"kind": "head"}, 2),
     "llama-partial": ("llama", {}, "chats", {"kind": "partial", "last": 1}, 1),
