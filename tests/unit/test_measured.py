@@ -1,0 +1,59 @@
+"""The processes that drivers start: how they end and what they leave."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import measured
+
+    return measured
+
+
+@pytest.fixture
+def place(measured: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Where modules are found in tmp_path."""
+    monkeypatch.setattr(measured, "SCRIPTS", tmp_path)
+    return measured.Place(tmp_path, tmp_path, quick=True)
+
+
+def write(place: Any, code: str) -> str:
+    (place.work / "example.py").write_text(code, encoding="utf-8")
+    return "example"
+
+
+def test_a_run_gives_its_output_and_the_time_of_all_its_processes(measured: Any, place: Any) -> None:
+    burn = "import time\nend = time.process_time() + 0.3\nwhile time.process_time() < end: pass"
+    code = f"import os, subprocess, sys\nsubprocess.run([sys.executable, '-c', {burn!r}])\nprint(os.environ['HF_HUB_OFFLINE'], sys.argv[1])"
+    taken, output = measured.run(place, write(place, code), "argument")
+    assert output == "1 argument\n"
+    assert taken["cpu_seconds"] >= 0.3
+    assert taken["seconds"] > 0
+
+
+def test_an_error_is_raised_with_its_last_words(measured: Any, place: Any) -> None:
+    with pytest.raises(measured.Failed, match=r"code 3\nits last words"):
+        measured.run(place, write(place, "import sys\nprint('its last words', file=sys.stderr)\nsys.exit(3)"))
+
+
+def test_a_process_under_way_is_not_waited_for_and_ended_on_closing(measured: Any, place: Any) -> None:
+    process = measured.Process(place, write(place, "import time\ntime.sleep(60)"), threads=3)
+    assert not process.ended()
+    process.close()
+    assert process.ended()
+    assert process.code != 0
+
+
+def test_a_process_has_as_many_threads_as_are_said(measured: Any, place: Any) -> None:
+    process = measured.Process(place, write(place, "import os\nprint(os.environ['OMP_NUM_THREADS'])"), threads=3)
+    assert process.ended(wait=True)
+    assert process.output == "3\n"
+    process.close()
