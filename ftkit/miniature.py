@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 HIDDEN, HEADS, POSITIONS, WINDOW = 32, 2, 128, 64
 NARROWEST = HIDDEN // HEADS  # width of a matrix: keys of one head
-WIDTH = re.compile(r"(^|_)(size|dim|inner|embd|model)$")  # names of widths, which shrink as the hidden one does
+WIDTH = re.compile(r"(^|_)(size|dim|inner|embd|model|ff)$")  # names of widths, which shrink as the hidden one does
 NO_WIDTH = {"vocab_size", "type_vocab_size", "head_dim"}
 
 # What a name on the hub contains -> its architecture, where no config is at hand; the first hit counts.
@@ -49,6 +49,13 @@ ARCHITECTURES = {
     "llama": "llama",
     "opt-": "opt",
     "bloom": "bloom",
+    "mbart": "mbart",
+    "bart": "bart",
+    "pegasus": "pegasus",
+    "opus-mt": "marian",
+    "umt5": "umt5",
+    "mt5": "mt5",
+    "t5": "t5",
 }
 
 
@@ -79,7 +86,10 @@ def miniature(config: PreTrainedConfig, layers: int, tokenizer: Any) -> PreTrain
     sizes = {
         "hidden_size": HIDDEN,
         "num_hidden_layers": layers,
+        "num_decoder_layers": layers,
+        "decoder_layers": layers,
         "num_attention_heads": HEADS,
+        "decoder_attention_heads": HEADS,
         "num_key_value_heads": HEADS // 2 if grouped else HEADS,
         "head_dim": NARROWEST,
         "rotary_dim": NARROWEST,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,8 @@ from torch import nn
 from ftkit import rundir
 from ftkit.errors import FtkitError, HubError, MissingDependency, RecipeError
 from ftkit.exits import DISK_ERRORS
-from ftkit.methods.modules import added, linear_modules
+from ftkit.methods.modules import added, base_prefix, linear_modules
+from ftkit.tasks.language_model import decoder_inputs
 
 if TYPE_CHECKING:
     from ftkit.methods import Method
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 # Families whose positions start after the padding token: two of max_position_embeddings cannot be used.
 OFFSET_POSITIONS = {"camembert", "data2vec-text", "ibert", "longformer", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"}
+DECODER_TOKENS = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")  # that T5's class of configs does not know of itself
 MAX_TOKENIZER_LENGTH = 1_000_000  # transformers says "no limit" with 1e30
 
 
@@ -82,8 +84,15 @@ class Base:
         return self.model
 
     def inner(self) -> nn.Module:
-        """The base model below the head."""
-        return getattr(self.model, self.model.base_model_prefix)
+        """The base model below the head; the model itself where that keeps its layers beside the head, as T5 does."""
+        return self.model.base_model
+
+    def below_head(self) -> Iterator[nn.Parameter]:
+        """The parameters of the base model; among them is the head's where the two share it."""
+        heads, prefix = tuple(f"{name}." for name in self.head), base_prefix(self.model)
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if name.startswith(prefix) and not name.startswith(heads):
+                yield parameter
 
 
 def quiet_libraries() -> None:
@@ -140,19 +149,35 @@ def load_config(model: Model, source: Source | None, tokenizer: Any = None) -> t
             config = _adapter(source).base_config if source.adapter else transformers.AutoConfig.from_pretrained(source.name, **source.kwargs)
     with _config_errors():
         for key, value in overrides.items():
-            if key not in config.to_dict() and key not in config.attribute_map:
+            if key not in config.to_dict() and key not in config.attribute_map and not (config.is_encoder_decoder and key in DECODER_TOKENS):
                 raise RecipeError(f"model.config: {type(config).__name__} has no {key!r}{_nearest(key, list(config.to_dict()))}")
             setattr(config, key, value)
         if source is None:  # made anew, so that what a config derives from other settings (head_dim, key and value heads) follows them
             config = type(config)(**overrides)
+    if model.init == "random" and config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = config.pad_token_id  # as the stored configs of T5 say, and its class does not
     if model.init == "random" and tokenizer is not None:
         config.vocab_size = max(len(tokenizer), overrides.get("vocab_size", 0))
-        for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            setattr(config, key, getattr(tokenizer, key))
+        adopt_tokens(config, tokenizer, overrides)
     if model.config:
         with _config_errors():  # its own checks speak now, not when the trained model is saved
             config.validate()
     return config
+
+
+def adopt_tokens(config: transformers.PreTrainedConfig, tokenizer: Any, given: Container[str] = ()) -> None:
+    """Let the config name the special tokens of this tokenizer.
+
+    What a decoder begins and ends with are the same of them as before, T5's padding or BART's end of a text, unless the recipe has `given` it.
+    """
+    roles = ("bos_token_id", "eos_token_id", "pad_token_id")
+    before = {getattr(config, role, None): role for role in roles}
+    for role in roles:
+        setattr(config, role, getattr(tokenizer, role))
+    for key in DECODER_TOKENS if config.is_encoder_decoder else ():
+        value = getattr(config, key, None)
+        if value is not None and key not in given:
+            setattr(config, key, getattr(tokenizer, before[value]) if value in before else None)
 
 
 def pinned(source: Source | None, config: transformers.PreTrainedConfig) -> Source | None:
@@ -234,7 +259,21 @@ def skeleton(config: transformers.PreTrainedConfig, task: Task, attention: str |
         raise (MissingDependency if isinstance(error, ImportError) else RecipeError)(f"model.attention: {attention}: {_first_line(error)}") from error
     if task.auto_class == "AutoModelForCausalLM" and not getattr(model.config, "is_decoder", True) and not _says_causal(model):
         raise _sees_answers(model, task)
+    if task.auto_class == "AutoModelForSeq2SeqLM" and not _can_begin(model):
+        raise RecipeError(
+            f"task {task.kind}: the config of {type(model).__name__} does not say which token its decoder begins with; "
+            "give it in model.config: {decoder_start_token_id: N}, such as that of padding for T5"
+        )
     return model
+
+
+def _can_begin(model: transformers.PreTrainedModel) -> bool:
+    """Whether the model's own code finds out what its decoder reads first."""
+    try:
+        decoder_inputs(model, torch.tensor([[2, 1]]))
+    except (ValueError, AttributeError, TypeError):  # the token is none, or the config knows no such setting
+        return False
+    return True
 
 
 def _says_causal(model: nn.Module) -> bool:
@@ -265,7 +304,9 @@ def check_causal(model: transformers.PreTrainedModel, task: Task) -> None:
 
 
 def head_of(model: transformers.PreTrainedModel) -> list[str]:
-    """Names of the modules with parameters above the base model."""
+    """Names of the modules with parameters above the base model; where there is no base model, of the one that gives logits."""
+    if not base_prefix(model):
+        return [name for name, module in model.named_children() if module is model.get_output_embeddings()]
     children = model.named_children()
     return [name for name, module in children if name != model.base_model_prefix and next(module.parameters(), None) is not None]
 
@@ -279,14 +320,14 @@ def plan(model: Model, source: Source | None, config: Any, tokenizer: Any, task:
         setattr(config, key, value)
     _pad_alike(config.get_text_config(), tokenizer)
     plain = skeleton(config, task, model.attention, model.trust_remote_code)
-    if not hasattr(plain, plain.base_model_prefix):
+    head = head_of(plain)
+    if not base_prefix(plain) and not head:
         raise RecipeError(f"{type(plain).__name__} does not tell its head from its base; it cannot be fine-tuned here")
     embeddings: Any = plain.get_input_embeddings()
     if len(tokenizer) > embeddings.num_embeddings:
         raise RecipeError(
             f"the tokenizer has {len(tokenizer)} tokens but the model has embeddings for {embeddings.num_embeddings}: they do not belong together"
         )
-    head = head_of(plain)
     extra = method.load_kwargs(head, precision)
     base = Base(plain, tokenizer, None if model.init == "random" else source, task, head, load_kwargs=extra)
     _check_bits(model, base, method)
@@ -376,8 +417,7 @@ def load(
     resized = {entry[0] for entry in info["mismatched_keys"]}
     if wrong := sorted(name for name in resized if not any(name.startswith(f"{h}.") for h in head)):
         raise RecipeError(f"{source.name}: the config gives {', '.join(wrong)} another shape than the stored weights have")
-    base_prefix = f"{loaded.base_model_prefix}."
-    stored_base = [name for name in loaded.state_dict() if name.startswith(base_prefix) and name not in missing]
+    stored_base = [name for name in loaded.state_dict() if name.startswith(base_prefix(loaded)) and name not in missing]
     if not stored_base:
         raise RecipeError(f"{source.name} holds no weights of {type(loaded).__name__}: every parameter of the base would be random")
     if resized:  # a head for other labels is stored there: whoever loads this base must leave it out, too

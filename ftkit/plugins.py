@@ -19,6 +19,7 @@ BUILTIN: dict[str, dict[str, str]] = {
     "task": {
         "text-classification": "ftkit.tasks.text_classification:TextClassification",
         "causal-lm": "ftkit.tasks.causal_lm:CausalLM",
+        "seq2seq": "ftkit.tasks.seq2seq:Seq2Seq",
     },
     "method": {
         "full": "ftkit.methods.full:Full",

@@ -62,6 +62,7 @@ def check(resolved: Resolved, report: Reporter) -> list[FtkitError]:
     if found is None or tokenizer is None:
         return problems
     attempt(recipe.task.check, tokenizer)
+    attempt(prepare.check_targets, recipe.task, found.config)
     length = attempt(prepare.max_length, resolved, found.config, tokenizer, report.note)
     if rows is None or task is None:
         return problems

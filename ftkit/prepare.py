@@ -75,6 +75,7 @@ def prepare(resolved: Resolved, report: Reporter, poll: Callable[[], None] = lam
         names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
         tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names  # the latter is stored with the tokenizer
     task.check(tokenizer)
+    check_targets(task, config)
     limits = Limits(max_length(resolved, config, tokenizer, report.note), recipe.data.truncation)
 
     audits: dict[str, dict[str, Any]] = {}
@@ -104,7 +105,7 @@ def tokenise(
     if not done.audit.supervised:
         cut = f" (data.max_length: {limits.max_length} cuts it off)" if done.audit.truncated_rows else ""
         raise DataError(f"{name}: nothing is supervised in its {len(rows):,} rows, so there is nothing to measure{cut}")
-    for line in features.describe(name, done.audit):
+    for line in features.describe(name, done.audit, done.features.apart):
         report.warn(line.removeprefix("WARNING ")) if line.startswith("WARNING ") else report.note(line)
     return done
 
@@ -118,6 +119,15 @@ def check_metrics(recipe: Recipe, rows: Rows) -> None:
             raise RecipeError(f"{key}: {name!r} is not a metric of {recipe.task.kind} on these rows; there are {', '.join(known)}")
     if rule and not rows.validation:
         raise RecipeError("train.early_stopping needs validation rows (data.validation: a file, or a fraction such as 0.1)")
+
+
+def check_targets(task: Task, config: Any) -> None:
+    """Refuse targets that are longer than a decoder has positions."""
+    from ftkit.model import max_positions
+
+    longest, positions = getattr(task, "max_target_length", 0), max_positions(config)
+    if positions is not None and longest > positions:
+        raise RecipeError(f"task.max_target_length: {longest}, but the model has {positions} positions; give {positions} or fewer")
 
 
 def load_tokenizer(recipe: Recipe, source: Source | None, rows: Rows, report: Reporter, poll: Callable[[], None] = lambda: None) -> Any:

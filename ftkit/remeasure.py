@@ -65,7 +65,7 @@ def _measure_run(target: str, data: str | None, split: str | None, report: Repor
     device.use_tf32(precision == "tf32")
     accelerator = Accelerator(mixed_precision=device.autocast_to(precision), cpu=here.type == "cpu")
     base = run.model.get_base_model() if hasattr(run.model, "get_base_model") else run.model
-    trainee = Trainee(run.model, getattr(base, base.base_model_prefix), recipe.task, recipe.objective)
+    trainee = Trainee(run.model, base.base_model, recipe.task, recipe.objective)
     wrapped = accelerator.prepare_model(trainee, evaluation_mode=True)
     subject = _Run(recipe, accelerator, wrapped, run.tokenizer.pad_token_id, _encoded(rows, recipe, run.tokenizer, run.limits, report))
     measured = measure(subject, subject.splits, report, StopRequest(), keep_records=True)

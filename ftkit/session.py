@@ -139,7 +139,8 @@ def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any]
     asked, otherwise = train.layout, "bucketed"
     if asked == "auto" and "layout" in before:
         asked, otherwise = ("auto", "padded") if before["layout"] == "flat" else (before["layout"], "")  # padded batches are those of flat
-    noise = Noise(base.model.get_input_embeddings(), train.neftune) if train.neftune else None
+    embedding = (base.model.get_encoder() if base.model.config.is_encoder_decoder else base.model).get_input_embeddings()
+    noise = Noise(embedding, train.neftune) if train.neftune else None
     trainee = Trainee(learner, base.inner(), recipe.task, recipe.objective, layout.flat(asked, otherwise, recipe, base.model, report), noise)
     if train.parallel == "ddp":  # FSDP takes weights from main memory
         trainee.to(here)
@@ -257,7 +258,7 @@ def check_checkpointing(base: Base, train: Train) -> None:
     """Refuse gradient checkpointing where the architecture has none, or nothing would be recomputed; after `Method.apply`."""
     if not base.model.supports_gradient_checkpointing:
         raise RecipeError(f"train.gradient_checkpointing: {type(base.model).__name__} does not support it")
-    if not any(parameter.requires_grad for parameter in base.inner().parameters()):
+    if not any(parameter.requires_grad for parameter in base.below_head()):
         raise RecipeError("train.gradient_checkpointing has no effect here: no gradient goes through the layers below the head; leave it out")
     if train.parallel == "fsdp" and isinstance(train.gradient_checkpointing, str):
         raise RecipeError("train.gradient_checkpointing: what layers keep is measured on one device, not with parallel: fsdp; give true")

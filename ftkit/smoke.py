@@ -74,6 +74,8 @@ def shrink(resolved: Resolved, report: Reporter) -> Resolved:
     _claim(output)
     rows = _rows(recipe, report)
     task = recipe.task.resolve(rows.pool)
+    if getattr(task, "max_target_length", 0) > POSITIONS:
+        task = task.model_copy(update={"max_target_length": POSITIONS})
     train, few = _few(rows.train, TRAIN_ROWS), {name: _few(split, OTHER_ROWS) for name, split in rows.validation.items()}
     rows = Rows(train, few, _few(rows.test, OTHER_ROWS), {}, {}, [], train)
     spec, config, tokenizer = _model(recipe, task, rows, report)
@@ -224,8 +226,7 @@ def _model(recipe: Recipe, task: Task, rows: Rows, report: Reporter) -> tuple[Mo
             trained, tokenizer = _small_tokenizer("wordpiece" if encoder else "bpe", texts)
             name = spec.tokenizer or spec.name
             report.note(f"substituted: the tokenizer of {name} is not in the hub's cache; a {trained.kind} one of {len(tokenizer)} tokens stands for it")
-            for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
-                setattr(config, key, getattr(tokenizer, key))
+            model.adopt_tokens(config, tokenizer)
     spec = spec.model_copy(update={"name": None, "revision": None, "config": {}, "trust_remote_code": False, "tokenizer": small_tokenizer})
     if spec.attention == "flash_attention_2" and device.pick().type == "cpu":
         report.note("model.attention: left to the model, since flash_attention_2 needs a GPU")

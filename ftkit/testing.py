@@ -222,7 +222,8 @@ def _check_features(row: Row, encoded: list[Features], limits: Limits, vocabular
         _require(all(0 <= token < vocabulary for token in features.input_ids), f"{where} gives token ids outside of the tokenizer's {vocabulary}")
         _require(len(features.targets) == len(features.weights), f"{where}: {len(features.targets)} targets, but {len(features.weights)} weights")
         _require(
-            len(features.targets) in (1, length), f"{where}: {len(features.targets)} targets for {length} tokens: give one for each token, or one for the row"
+            features.apart or len(features.targets) in (1, length),
+            f"{where}: {len(features.targets)} targets for {length} tokens: give one for each token, or one for the row, or say that they are apart",
         )
         types = features.token_type_ids
         _require(types is None or len(types) == length, f"{where}: token_type_ids are not as long as input_ids")

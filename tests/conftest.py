@@ -46,6 +46,7 @@ class DataSets(NamedTuple):
     text: Path
     prompts: Path
     chats: Path
+    rewritten: Path
 
 
 def write_csv(path: Path, header: list[str], rows: list) -> None:
@@ -68,6 +69,7 @@ def data(tmp_path_factory) -> DataSets:
         write_csv(found.pairs / f"{split}.csv", ["sentence1", "sentence2", "label"], pairs)
         write_jsonl(found.text / f"{split}.jsonl", [{"text": text} for text, _ in rows])
         write_jsonl(found.prompts / f"{split}.jsonl", [{"prompt": f"where are {text}? ", "completion": f"in the {topic}"} for text, topic in rows])
+        write_jsonl(found.rewritten / f"{split}.jsonl", [{"source": text, "target": f"{topic} {text.split()[0]}"} for text, topic in rows])
         chats = [[{"role": "user", "content": f"where are {text}?"}, {"role": "assistant", "content": f"in the {topic}"}] for text, topic in rows]
         write_jsonl(found.chats / f"{split}.jsonl", [{"messages": chat if i % 2 else [*chat, *chats[i - 1]]} for i, chat in enumerate(chats)])
     return found
@@ -99,6 +101,12 @@ def architecture(name: str):
     if name == "llama":
         sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 160}
         return transformers.LlamaConfig(**sizes, num_key_value_heads=1), "bpe"
+    if name in ("t5", "mt5"):
+        sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
+        return (transformers.T5Config if name == "t5" else transformers.MT5Config)(**sizes), "bpe"
+    if name == "bart":
+        sizes = {f"{stack}_{size}": value for stack in ("encoder", "decoder") for size, value in {"layers": 2, "attention_heads": 2, "ffn_dim": 64}.items()}
+        return transformers.BartConfig(**sizes, d_model=32, max_position_embeddings=160, init_std=0.1), "bpe"
     assert name == "gpt2"
     return transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=160), "bpe"
 
@@ -112,16 +120,18 @@ def checkpoint(tokenizers, tmp_path_factory):
     import torch
     import transformers
 
+    from ftkit.model import adopt_tokens
+
     @cache
     def make(name: str) -> str:
         config, kind = architecture(name)
         tokenizer = tokenizers[kind]
         config.vocab_size = len(tokenizer)
         config.initializer_range = 0.1  # with the usual 0.02 a random model of 32 channels tells no two texts apart
-        for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            setattr(config, key, getattr(tokenizer, key))
+        adopt_tokens(config, tokenizer)
         torch.manual_seed(0)
-        auto = transformers.AutoModel if kind == "wordpiece" else transformers.AutoModelForCausalLM
+        written = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+        auto = transformers.AutoModel if kind == "wordpiece" else written
         directory = tmp_path_factory.mktemp(name)
         auto.from_config(config).save_pretrained(directory)
         tokenizer.save_pretrained(directory)
@@ -190,7 +200,7 @@ def recipe(data, checkpoint, tmp_path):
         files = {split: str(next(directory.glob(f"{split}.*"))) for split in ("train", "validation", "test")}
         values = {
             "model": checkpoint(model) if isinstance(model, str) else model,
-            "task": "text-classification" if rows in ("single", "pairs") else "causal-lm",
+            "task": "text-classification" if rows in ("single", "pairs") else "seq2seq" if rows == "rewritten" else "causal-lm",
             "data": files,
             "train": {**TRAIN, **(train or {})},
             "output": str(tmp_path / "run"),

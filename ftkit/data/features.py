@@ -43,15 +43,16 @@ Numbers: TypeAlias = "np.ndarray | Stored"
 class FeatureSet:
     """The tokenised rows of a split, one after the other in flat arrays: n features of T tokens in all.
 
-    Targets and weights have an entry a token, or an entry a feature (`per_row`).
+    Targets and weights have an entry a token, or an entry a feature (`per_row`), or are sequences of their own: U of them in all.
     """
 
     input_ids: Numbers  # int32 [T]
     offsets: Numbers  # int64 [n + 1]: feature i has the tokens from offsets[i] to offsets[i + 1]
-    targets: Numbers  # int32 or float32, [T] or [n]
+    targets: Numbers  # int32 or float32, [T], [n] or [U]
     weights: Numbers  # float32, as targets
     row: Numbers  # int64 [n], ascending: index of the row that a feature came from
     token_type_ids: Numbers | None = None  # int8 [T]
+    target_offsets: Numbers | None = None  # int64 [n + 1]: as offsets, of sequences of their own
 
     @classmethod
     def of(cls, rows: Iterable[list[Features]]) -> FeatureSet:
@@ -66,15 +67,9 @@ class FeatureSet:
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """int32 [n]: tokens of each feature."""
-        if not isinstance(self.offsets, Stored):
-            return np.diff(self.offsets).astype(np.int32)
-        found, place = np.empty(len(self), np.int32), 0
-        for start in range(0, len(self), BUFFER):
-            bounds = self.offsets[start : start + BUFFER + 1]
-            found[place : place + len(bounds) - 1] = np.diff(bounds)
-            place += len(bounds) - 1
-        return found
+        """int32 [n]: tokens of each feature, those that a decoder writes counted."""
+        own = _lengths(self.offsets)
+        return own if self.target_offsets is None else own + _lengths(self.target_offsets)
 
     def rows(self) -> Iterator[int]:
         """The rows that have features, in order."""
@@ -91,12 +86,20 @@ class FeatureSet:
 
         Where every feature is one token long the two look alike; only a row can be classified then.
         """
-        return len(self.targets) == len(self)
+        return not self.apart and len(self.targets) == len(self)
+
+    @property
+    def apart(self) -> bool:
+        """Whether targets are sequences of their own, which a decoder writes."""
+        return self.target_offsets is not None
 
     def get(self, index: int) -> dict[str, Any]:
         """Views of one feature's input_ids, targets, weights and token_type_ids."""
         tokens = slice(*self.offsets[index : index + 2].tolist())
-        supervised = slice(index, index + 1) if self.per_row else tokens
+        if self.target_offsets is not None:
+            supervised = slice(*self.target_offsets[index : index + 2].tolist())
+        else:
+            supervised = slice(index, index + 1) if self.per_row else tokens
         return {
             "input_ids": self.input_ids[tokens],
             "targets": self.targets[supervised],
@@ -130,6 +133,18 @@ class FeatureSet:
             return cls(**{name: file.get_tensor(name).numpy() for name in file.keys()}), json.loads(file.metadata()["ftkit"])  # noqa: SIM118 - not a dict
 
 
+def _lengths(offsets: Numbers) -> np.ndarray:
+    """int32 [n]: of what lies between n + 1 offsets."""
+    if not isinstance(offsets, Stored):
+        return np.diff(offsets).astype(np.int32)
+    found, place = np.empty(len(offsets) - 1, np.int32), 0
+    for start in range(0, len(found), BUFFER):
+        bounds = offsets[start : start + BUFFER + 1]
+        found[place : place + len(bounds) - 1] = np.diff(bounds)
+        place += len(bounds) - 1
+    return found
+
+
 class _Builder:
     """Feature sets grow in compact arrays, in memory or on disk: a list of Python numbers takes ten times the memory."""
 
@@ -137,25 +152,32 @@ class _Builder:
         new: Callable[[str], Any] = Growing if on_disk else array
         self.input_ids, self.offsets, self.row = new("i"), new("q"), new("q")
         self.targets, self.weights, self.token_type_ids = new("d"), new("f"), new("b")
+        self.target_offsets = new("q")
         self.offsets.append(0)
-        self.real_targets = False
+        self.real_targets = self.apart = False
         self.on_disk = on_disk
 
     def add(self, row: int, features: list[Features]) -> None:
         for each in features:
             assert len(each.targets) == len(each.weights), "targets and weights go in pairs"
             assert each.token_type_ids is None or len(each.token_type_ids) == len(each.input_ids)
+            if each.apart and not len(self.row):
+                self.apart = True
+                self.target_offsets.append(0)
+            assert each.apart == self.apart, "targets are sequences of their own in all features, or in none"
             self.row.append(row)
             self.input_ids.extend(each.input_ids)
             self.offsets.append(len(self.input_ids))
             self.targets.extend(each.targets)
             self.weights.extend(each.weights)
+            if self.apart:
+                self.target_offsets.append(len(self.targets))
             self.token_type_ids.extend(each.token_type_ids or ())
             self.real_targets = self.real_targets or any(isinstance(target, float) for target in each.targets)
 
     def build(self) -> FeatureSet:
         num_tokens, n = len(self.input_ids), len(self.row)
-        assert len(self.targets) in (num_tokens, n), "a target for each token, or one for each feature"
+        assert self.apart or len(self.targets) in (num_tokens, n), "a target for each token, or one for each feature"
         assert len(self.token_type_ids) in (0, num_tokens), "token types for all features, or for none"
 
         def done(grown: Any, dtype: Any) -> Any:
@@ -168,6 +190,7 @@ class _Builder:
             weights=done(self.weights, np.float32),
             row=done(self.row, np.int64),
             token_type_ids=done(self.token_type_ids, np.int8) if len(self.token_type_ids) else None,
+            target_offsets=done(self.target_offsets, np.int64) if self.apart else None,
         )
 
 
@@ -248,8 +271,8 @@ def encode(
     return encoded
 
 
-def describe(split: str, audit: Audit) -> list[str]:
-    """The account in lines for the log; those that ask for attention begin with WARNING."""
+def describe(split: str, audit: Audit, apart: bool = False) -> list[str]:
+    """The account in lines for the log; those that ask for attention begin with WARNING.  `apart`: targets have a limit of their own."""
     lengths = ", ".join(f"{name} {value}" for name, value in audit.lengths.items())
     lines = [f"{split}: {audit.rows:,} rows, {audit.features:,} features, {audit.tokens:,} tokens, {audit.supervised:,} supervised; length {lengths}"]
     if audit.tokens_per_word is not None:
@@ -260,7 +283,9 @@ def describe(split: str, audit: Audit) -> list[str]:
     if cut := audit.truncated_rows + audit.dropped_rows:
         warning = "WARNING " if cut > 0.05 * audit.rows else ""
         lost = f"{audit.truncated_rows:,} truncated (losing {audit.truncated_tokens:,} tokens), {audit.dropped_rows:,} dropped"
-        lines.append(f"{warning}{split}: {cut / audit.rows:.1%} of the rows are longer than data.max_length: {lost}")
+        lines.append(
+            f"{warning}{split}: {cut / audit.rows:.1%} of the rows are longer than data.max_length{' or task.max_target_length' if apart else ''}: {lost}"
+        )
     if audit.unsupervised_rows:
         lines.append(f"WARNING {split}: in {len(audit.unsupervised_rows):,} rows nothing is supervised: they count for nothing")
     if audit.untrained_answers:
@@ -311,10 +336,11 @@ class _Counts:
     def add(self, row: Row, features: list[Features], whole: bool) -> None:
         text = 0
         for each in features:
-            self.lengths[len(each.input_ids)] += 1
+            tokens = each.tokens
+            self.lengths[len(tokens)] += 1
             self.supervised += len(each.weights) - each.weights.count(0)
-            self.unknowns += each.input_ids.count(self.unknown)
-            text += sum(token not in self.special for token in each.input_ids)
+            self.unknowns += tokens.count(self.unknown)
+            text += sum(token not in self.special for token in tokens)
         self.text += text
         if features and whole:
             texts = [text for name, value in row.values.items() if name not in NOT_TEXT for text in _texts(value)]

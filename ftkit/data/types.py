@@ -60,6 +60,7 @@ class Features:
 
     `targets` and `weights` are aligned with `input_ids` for tasks that supervise positions (already
     shifted: targets[i] is what position i must predict), and have one entry for tasks that supervise rows.
+    `apart`, they are a sequence of their own, as long as it likes: what a decoder writes.
     """
 
     input_ids: list[int]
@@ -68,6 +69,12 @@ class Features:
     token_type_ids: list[int] | None = None
     truncated: int = 0  # tokens that did not fit into max_length
     untrained_answers: int = 0  # of a chat: answers that its template shows differently once the chat goes on
+    apart: bool = False  # alike in all features of a set
+
+    @property
+    def tokens(self) -> list[int]:
+        """All that the model reads or writes."""
+        return [*self.input_ids, *map(int, self.targets)] if self.apart else self.input_ids
 
 
 class Padding(NamedTuple):
@@ -126,9 +133,9 @@ class Batch:
 
     input_ids: torch.Tensor  # int64 [B, L]
     attention_mask: torch.Tensor  # int64 [B, L]: 1 on real tokens
-    targets: torch.Tensor  # int64 or float32, [B, L] or [B]
+    targets: torch.Tensor  # int64 or float32, [B, L], [B], or [B, T] of a decoder, padded as input_ids are
     weights: torch.Tensor  # float32, as targets
-    supervised: torch.Tensor  # int64 [n]: where weights are not 0, among the B * L positions or the B rows
+    supervised: torch.Tensor  # int64 [n]: where weights are not 0, among the B * L or B * T positions, or the B rows
     row_ids: torch.Tensor  # int64 [B]: index into the feature set
     source: tuple[FeatureSet, np.ndarray]  # that the rows come from, and row_ids where no device has to be asked
     token_type_ids: torch.Tensor | None = None  # int64 [B, L]

@@ -35,7 +35,7 @@ class Head(Quantisable):
 
     def apply(self, base: Base) -> nn.Module:
         base.freeze()
-        shared = {id(parameter) for parameter in base.inner().parameters()}
+        shared = {id(parameter) for parameter in base.below_head()}
         for name in base.head:
             for parameter in base.model.get_submodule(name).parameters():
                 if id(parameter) in shared:

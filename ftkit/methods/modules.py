@@ -24,19 +24,26 @@ def added(name: str) -> bool:
     return ADDED.search(name) is not None
 
 
+def base_prefix(model: Any) -> str:
+    """What the names of a base model's parameters begin with; empty where the base model is the model itself."""
+    return f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
+
+
 def layers(base: Base) -> list[str]:
-    """Names of the layers of the base model, bottom first: the entries of its longest list of alike modules."""
+    """Names of the layers of the base model, bottom first: the entries of its longest list of alike modules.
+
+    An encoder-decoder has two such lists: the encoder's layers come first.
+    """
     from torch import nn
 
     lists = [(name, module) for name, module in base.inner().named_modules() if isinstance(module, nn.ModuleList) and len({type(m) for m in module}) == 1]
-    # Nested lists (experts in a layer) are longer names: the outermost wins among equally long ones.
-    lists.sort(key=lambda item: (-len(item[1]), item[0].count(".")))
+    # Nested lists (experts in a layer) are longer names: the outermost wins.
     outer = [item for item in lists if not any(item[0].startswith(f"{name}.") for name, _ in lists)]
     if not outer:
         raise RecipeError(f"{type(base.model).__name__} has no list of layers to choose from; name parameters with method.pattern")
-    prefix = base.model.base_model_prefix
-    stacks = [item for item in outer if len(item[1]) == len(outer[0][1]) or "layer" in item[0].lower() or "block" in item[0].lower()]
-    return [f"{prefix}.{name}.{i}" for name, module in stacks for i in range(len(module))]
+    longest = max(len(module) for _, module in outer)
+    stacks = [item for item in outer if len(item[1]) == longest or "layer" in item[0].lower() or "block" in item[0].lower()]
+    return [f"{base_prefix(base.model)}{name}.{i}" for name, module in stacks for i in range(len(module))]
 
 
 def linear_modules(base: Base) -> list[str]:
@@ -50,7 +57,7 @@ def _linear(model: Any) -> list[str]:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    prefix = f"{model.base_model_prefix}."
+    prefix = base_prefix(model)
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     return [name for name in linear if name.startswith(prefix) and "pooler" not in name.split(".")]
 

@@ -25,7 +25,9 @@ class Partial(MethodSpec):
     """Some layers learn, and every new head; the rest is frozen."""
 
     kind: Literal["partial"] = "partial"
-    last: Annotated[int, Field(ge=1)] | Literal["all"] | None = option(None, "the last N layers, or all, learn, and the final norm and head above them")
+    last: Annotated[int, Field(ge=1)] | Literal["all"] | None = option(
+        None, "the last N layers, or all, learn, and the final norm and head above them; a decoder's layers come after its encoder's"
+    )
     first: int | None = option(None, "the first N layers learn", ge=1)
     pattern: str | None = option(None, "parameters whose name the regular expression finds learn")
     embeddings: bool = option(False, "the embeddings learn, too")
@@ -89,20 +91,20 @@ class Partial(MethodSpec):
         for name in chosen_layers:
             model.get_submodule(name).requires_grad_(True)
         if self.last:
-            self._train_above(base)
+            self._train_above(base, count)
         if self.embeddings:
             depths = _depths(base)
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(parameter.requires_grad or depths[name] > len(names))
         return model
 
-    def _train_above(self, base: Base) -> None:
-        """What comes after the layers learns too: final norm, pooler, untied head."""
+    def _train_above(self, base: Base, count: int) -> None:
+        """What comes after the last layers learns too: final norm, pooler, untied head."""
         depths = _depths(base)
         layer = tuple(f"{name}." for name in layers(base))
-        shared = {id(parameter) for parameter in base.inner().parameters()}
+        shared = {id(parameter) for parameter in base.below_head()}
         for name, parameter in base.model.named_parameters():
-            above = depths[name] == 1 and not name.startswith(layer)
+            above = 1 <= depths[name] <= count and not name.startswith(layer)
             if above or (depths[name] == 0 and id(parameter) not in shared):
                 parameter.requires_grad_(True)
 
@@ -126,16 +128,21 @@ class Partial(MethodSpec):
 def _depths(base: Base) -> dict[str, int]:
     """Steps down from the head, 0, to each parameter: 1 for the highest layer and what is above it, and so on, to what is below all layers."""
     names = layers(base)
-    path = names[0].split(".")[:-1]  # to the list of layers
-    after: set[str] = set()  # prefixes of what is defined after it, or after what it is in
-    for length in range(1, len(path)):
-        parent = ".".join(path[:length])
-        children = [child for child, _ in base.model.get_submodule(parent).named_children()]
-        later = children[children.index(path[length]) + 1 :]
-        after |= {f"{parent}.{child}." for child in children if child in later or "final" in child}  # OPT defines its final norm first
-    heads, layer = tuple(f"{head}." for head in base.head), {f"{name}.": len(names) - number for number, name in enumerate(names)}
+    layer = {f"{name}.": len(names) - number for number, name in enumerate(names)}
+    highest = {name.rpartition(".")[0]: depth for name, depth in zip(names, layer.values(), strict=True)}  # of each list of layers: two in an encoder-decoder
+    above: dict[str, int] = {}  # prefixes of what is defined after a list, or after what it is in
+    for stack, depth in highest.items():
+        path = stack.split(".")
+        for length in range(1, len(path)):
+            parent = ".".join(path[:length])
+            children = [child for child, _ in base.model.get_submodule(parent).named_children()]
+            later = children[children.index(path[length]) + 1 :]
+            # OPT defines its final norm first, BART the norm of its embeddings last
+            after = [child for child in children if (child in later or "final" in child) and not child.endswith("norm_embedding")]
+            above |= {f"{parent}.{child}.": depth for child in after if not any(f"{other}.".startswith(f"{parent}.{child}.") for other in highest)}
+    heads, inside = tuple(f"{head}." for head in base.head), layer | above
     found = {}
     for name, _ in base.model.named_parameters():
-        inside = next((depth for prefix, depth in layer.items() if name.startswith(prefix)), None)
-        found[name] = 0 if name.startswith(heads) else inside or (1 if name.startswith(tuple(after)) else len(names) + 1)
+        depth = next((depth for prefix, depth in inside.items() if name.startswith(prefix)), len(names) + 1)
+        found[name] = 0 if name.startswith(heads) else depth
     return found

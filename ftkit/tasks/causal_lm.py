@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
@@ -13,11 +12,10 @@ from weakref import WeakKeyDictionary
 from ftkit.data.types import Features, Items, Limits, Row, RowError
 from ftkit.errors import DataError, RecipeError
 from ftkit.recipe.spec import Default, Generation, Spec
-from ftkit.tasks import Column, Shape, chat
+from ftkit.tasks import Column, Shape, chat, language_model
+from ftkit.tasks.language_model import LanguageModelMetrics, generation_config
 
 if TYPE_CHECKING:
-    import torch
-
     from ftkit.data.types import Batch, Scores
 
 MESSAGES = Column("messages", "a chat: a list of {role, content}; assistant messages are learned", "conversation", "chat", "dialogue")
@@ -72,7 +70,7 @@ class CausalLM(Spec):
         "train.weight_decay": Default(0.0, "Stanford Alpaca's training command"),
         "eval.batch_size": Default(16, "16 x 1024 positions; their logits are computed a chunk at a time"),
     }
-    metric_names: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy")
+    metric_names: ClassVar[tuple[str, ...]] = LanguageModelMetrics.NAMES
     main_metric: ClassVar[str] = "loss"
 
     def examples(self) -> list[dict[str, Any]]:
@@ -143,13 +141,13 @@ class CausalLM(Spec):
         """The n supervised positions before the output head: it never sees the others."""
         outer = model.get_base_model() if hasattr(model, "get_base_model") else model
         if outer not in self._trunks:
-            self._trunks[outer] = _trunk(outer)
+            self._trunks[outer] = language_model.trunk(outer)
         trunk = self._trunks[outer]
         mask = None if batch.segments is None else batch.attention_mask
         output = trunk(input_ids=batch.input_ids, attention_mask=mask, use_cache=False, return_dict=True)
         return Items(
             states=output.last_hidden_state.flatten(0, 1)[batch.supervised],
-            head=lambda states: _logits(outer, trunk, output, states),
+            head=lambda states: language_model.logits(outer, trunk, output, states, input_ids=states.new_zeros(1, len(states)).long()),
             num_classes=outer.config.get_text_config().vocab_size,
             targets=batch.targets.flatten()[batch.supervised],
             weights=batch.weights.flatten()[batch.supervised],
@@ -169,13 +167,7 @@ class CausalLM(Spec):
         return LanguageModelMetrics()
 
     def records(self, parts: Iterable[Scores]) -> list[dict[str, Any]]:
-        """Mean loss of each feature's supervised tokens, and how many they are."""
-        found: dict[int, list[float]] = {}
-        for scores in parts:
-            losses, _ = _judged(scores)
-            for row, loss in zip(scores.rows.tolist(), losses.tolist(), strict=True):
-                found.setdefault(row, []).append(loss)
-        return [{"feature": row, "loss": sum(values) / len(values), "tokens": len(values)} for row, values in found.items()]
+        return language_model.records(parts)
 
     def predict(self, model: Any, tokenizer: Any, rows: list[Row], limits: Limits, generation: Generation) -> list[dict[str, Any]]:
         """Continuations: `text`, and whether it `finished` by itself.
@@ -259,90 +251,6 @@ class CausalLM(Spec):
         return WeakKeyDictionary()
 
 
-class LanguageModelMetrics:
-    """Token-weighted loss, perplexity and token accuracy."""
-
-    def __init__(self) -> None:
-        import torch
-
-        self.sums: dict[str, torch.Tensor] = {name: torch.zeros((), dtype=torch.float64) for name in ("loss", "correct", "count")}
-
-    def update(self, scores: Scores) -> None:
-        losses, correct = _judged(scores)
-        weights = scores.weights.double()
-        self.sums["loss"] += (losses.double() * weights).sum().cpu()
-        self.sums["correct"] += (correct.double() * weights).sum().cpu()
-        self.sums["count"] += weights.sum().cpu()
-
-    def compute(self) -> dict[str, float]:
-        """Not a number where nothing was supervised: `loss_count` is 0 then.
-
-        A perplexity beyond the largest float, of a loss above 709, is given as that float: JSON has no infinity.
-        """
-        count = self.sums["count"]
-        loss = self.sums["loss"] / count
-        accuracy = self.sums["correct"] / count
-        perplexity = min(loss.exp().item(), sys.float_info.max)
-        return {"loss": loss.item(), "perplexity": perplexity, "token_accuracy": accuracy.item(), "loss_count": count.item()}
-
-
-def _judged(scores: Scores) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss (float32 [n]) of each position, and whether its likeliest token is the right one (bool [n])."""
-    from torch.nn import functional as F
-
-    losses = F.cross_entropy(scores.logits.float(), scores.targets, reduction="none")
-    return losses, scores.logits.argmax(-1) == scores.targets
-
-
-class _Reached(Exception):
-    """A module that is looked for was called."""
-
-    def __init__(self, module: Any) -> None:
-        self.module = module
-
-
-@contextmanager
-def _instead(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let `forward` answer for the module."""
-    own = vars(module).get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
-
-
-def _trunk(model: Any) -> Any:
-    """The module below the output head: that which the language model calls for hidden states.
-
-    The base model as a rule; OPT's calls the decoder within it.  Raises RecipeError where it is neither.
-    """
-    import torch
-
-    def reached(module: Any, *args: Any, **kwargs: Any) -> Any:
-        raise _Reached(module)
-
-    token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-    with ExitStack() as stack, torch.no_grad():
-        for module in filter(None, (model.base_model, getattr(model.base_model, "decoder", None))):
-            stack.enter_context(_instead(module, partial(reached, module)))
-        try:
-            model(input_ids=token, use_cache=False)
-        except _Reached as reached_first:
-            return reached_first.module
-    raise RecipeError(f"{type(model).__name__} does not call its base model for hidden states, so its output head cannot be told from it")
-
-
-def _logits(model: Any, trunk: Any, output: Any, states: torch.Tensor) -> torch.Tensor:
-    """What a language model makes of hidden states [m, H]: logits [m, V], scaled and capped as its own code does it."""
-    given = type(output)(**{**output, "last_hidden_state": states.unsqueeze(0)})
-    with _instead(trunk, lambda *args, **kwargs: given):
-        return model(input_ids=states.new_zeros(1, len(states)).long(), use_cache=False).logits.squeeze(0)
-
-
 class _Room:
     """How a prompt and its answer share the positions of a model."""
 
@@ -379,22 +287,12 @@ def _batches(order: list[int], allowed: Callable[[int], int]) -> Iterator[tuple[
 def _generate(model: Any, prompts: list[list[int]], stops: list[int], tokenizer: Any, generation: Generation, streamer: Any = None) -> list[list[int]]:
     """The tokens that the model writes after each prompt, the stop token included, padding after it."""
     import torch
-    from transformers import GenerationConfig
 
     length = max(len(prompt) for prompt in prompts)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
     input_ids = torch.tensor([[pad] * (length - len(prompt)) + prompt for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
-    sampled = generation.temperature > 0
-    config = GenerationConfig(
-        max_new_tokens=generation.max_new_tokens,
-        num_beams=generation.num_beams,
-        do_sample=sampled,
-        **({"temperature": generation.temperature, "top_p": generation.top_p, "top_k": 0} if sampled else {}),
-        eos_token_id=stops,
-        pad_token_id=pad,
-        use_cache=True,
-    )
+    config = generation_config(generation, stops, pad)
     return model.generate(input_ids=input_ids, attention_mask=mask, generation_config=config, streamer=streamer)[:, length:].tolist()
 
 

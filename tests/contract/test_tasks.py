@@ -13,6 +13,7 @@ from ftkit.data.types import Features, Row, RowError
 from ftkit.methods.full import Full
 from ftkit.recipe.spec import Model
 from ftkit.tasks.causal_lm import CausalLM
+from ftkit.tasks.seq2seq import Seq2Seq
 from ftkit.tasks.text_classification import ClassificationMetrics, TextClassification
 from ftkit.testing import check_task
 
@@ -22,6 +23,7 @@ SHAPES = {  # data set -> task, how its file calls the columns, architectures wi
     "text": (CausalLM(), {"text": "text"}, ("llama", "gpt2")),
     "prompts": (CausalLM(), {"prompt": "prompt", "completion": "completion"}, ("llama", "gpt2")),
     "chats": (CausalLM(), {"messages": "messages"}, ("llama",)),
+    "rewritten": (Seq2Seq(), {"source": "source", "target": "target"}, ("t5", "mt5", "bart")),
 }
 
 

@@ -338,6 +338,31 @@ def unknown_config_override(scene):
     scene.recipe["data"] = {"train": str(scene.data.text / "train.jsonl")}
 
 
+@mistake(2, r"task\.max_target_length: 200, but the model has 160 positions; give 160 or fewer")
+def targets_beyond_the_decoders_positions(scene):
+    scene.recipe |= {"task": {"kind": "seq2seq", "max_target_length": 200}, "model": scene.checkpoint("bart")}
+    scene.recipe["data"] = {"train": str(scene.data.rewritten / "train.jsonl")}
+
+
+@mistake(2, r"train\.layout: flat is impossible here \(T5ForConditionalGeneration: it has two stacks of layers\); use layout: bucketed")
+def two_stacks_without_padding(scene):
+    scene.recipe |= {"task": "seq2seq", "model": scene.checkpoint("t5"), "train": {"steps": 1, "layout": "flat"}}
+    scene.recipe["data"] = {"train": str(scene.data.rewritten / "train.jsonl")}
+
+
+@mistake(2, r"task seq2seq: llama has no head for it")
+def a_decoder_that_is_to_rewrite(scene):
+    scene.recipe |= {"task": "seq2seq", "model": scene.checkpoint("llama")}
+    scene.recipe["data"] = {"train": str(scene.data.rewritten / "train.jsonl")}
+
+
+@mistake(3, r"2 rows cannot be used:\n.*t\.jsonl:1: target is empty\n.*t\.jsonl:2: source must be text, but is a number")
+def rows_with_nothing_to_write(scene):
+    scene.recipe |= {"task": "seq2seq", "model": scene.checkpoint("t5")}
+    scene.recipe["data"].pop("validation")
+    scene.train("t.jsonl", '{"source": "a", "target": " "}\n{"source": 3, "target": "b"}\n{"source": "a", "target": "b"}\n')
+
+
 @mistake(2, r"has no adapter_model.safetensors; pickled weights \(.bin\) are not read")
 def half_an_adapter_as_the_model(scene):
     adapter = scene.path / "adapter"

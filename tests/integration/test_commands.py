@@ -23,6 +23,7 @@ def make_run(tmp_path_factory, checkpoint, data):
         "pairs": {"model": checkpoint("bert"), "task": "text-classification", "data": files(data.pairs, "csv"), "method": "lora"},
         "chats": {"model": checkpoint("llama"), "task": "causal-lm", "data": files(data.chats, "jsonl"), "method": "lora"},
         "prompts": {"model": checkpoint("gpt2"), "task": "causal-lm", "data": files(data.prompts, "jsonl"), "method": "full"},
+        "rewritten": {"model": checkpoint("bart"), "task": "seq2seq", "data": files(data.rewritten, "jsonl"), "method": "lora"},
     }
     made: dict[str, Path] = {}
 
@@ -55,7 +56,7 @@ def verify_in_this_process(patch: pytest.MonkeyPatch) -> None:
 # --- eval ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["single", "pairs", "chats", "prompts"])
+@pytest.mark.parametrize("name", ["single", "pairs", "chats", "prompts", "rewritten"])
 def test_eval_gives_the_numbers_of_the_run(make_run, ftkit, name):
     run = make_run(name)
     metrics = json.loads((run / "metrics.json").read_text())
@@ -253,6 +254,13 @@ def test_predict_answers_chats_in_every_form(make_run, ftkit, tmp_path, name, co
     assert [{"text": answer["text"], "finished": answer["finished"]} for answer in found] == answers(
         ftkit("predict", make_run("chats"), "where are roses?", "where is soup?")
     )
+
+
+def test_predict_rewrites_texts(make_run, ftkit, tmp_path):
+    (tmp_path / "rows.csv").write_text("document,summary\nroses and bees,\nsoup,\n")
+    found = answers(ftkit("predict", make_run("rewritten"), "--file", tmp_path / "rows.csv"))
+    again = answers(ftkit("predict", make_run("rewritten"), "roses and bees", "soup"))
+    assert [{"text": answer["text"], "finished": answer["finished"]} for answer in found] == again
 
 
 def test_predict_continues_prompts(make_run, ftkit, tmp_path):

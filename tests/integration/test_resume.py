@@ -17,6 +17,7 @@ CONFIGURATIONS = {
     "lora": ("llama", "prompts", {"kind": "lora", "r": 4, "dropout": 0.2}, {"layout": "flat", "schedule": "cosine"}),
     "flat-frozen": ("bert", "pairs", {"kind": "partial", "last": 1}, {"layout": "flat"}),
     "biases-in-4-bits": ("gpt2", "prompts", {"kind": "bitfit", "bits": 4}, {"precision": "bf16"}),
+    "rewritten": ("t5", "rewritten", {"kind": "partial", "last": 3}, {"accumulate": 2}),
     "bucketed": ("distilbert", "single", {"kind": "partial", "last": 1}, {"layout": "bucketed", "optimizer": "sgd"}),
 }
 STEPS = {"steps": 10, "batch_size": 8, "eval_every": 3, "save_every": 2, "log_every": 1, "keep": 2}
@@ -71,7 +72,9 @@ def _train_until_killed(path: str, place: str, call: int, flags: tuple[str, ...]
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_signals_in_every_stage_checkpoint_and_the_run_goes_on(name, ftkit, recipe, whole, tmp_path, monkeypatch, assert_same_run):
     path, run = write(recipe, name, tmp_path / "cut"), tmp_path / "cut"
-    encode = "ftkit.tasks.causal_lm._plain_ids" if CONFIGURATIONS[name][1] == "prompts" else "ftkit.tasks.text_classification._name"
+    encode = {"prompts": "ftkit.tasks.causal_lm._plain_ids", "rewritten": "ftkit.tasks.seq2seq._ended"}.get(
+        CONFIGURATIONS[name][1], "ftkit.tasks.text_classification._name"
+    )
     stops = [
         (encode, 40, signal.SIGTERM, 75),  # while rows are tokenised: nothing is written yet
         ("ftkit.evaluate.collate", 1, signal.SIGINT, 130),  # while the base is measured

@@ -9,6 +9,7 @@ from conftest import send_at
 RUNS = {
     "classification-fraction-limit": ("bert", "single", {"kind": "full"}, {"validation": 0.25, "limit": 20}, {}),
     "pairs-bucketed": ("bert", "pairs", {"kind": "partial", "last": 1}, {}, {"layout": "bucketed"}),
+    "rewritten-tokens": ("bart", "rewritten", {"kind": "full"}, {}, {"batch_size": None, "batch_tokens": 200}),
     "chats-lora-tokens": ("llama", "chats", {"kind": "lora", "r": 4, "dropout": 0.2}, {}, {"batch_size": None, "batch_tokens": 300}),
 }
 

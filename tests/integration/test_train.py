@@ -48,6 +48,9 @@ RUNS = {  # model, rows, method
     "bert-head-4-bits": ("bert", "single", {"kind": "head", "bits": 4}),
     "gpt2-prompts-bitfit-4-bits": ("gpt2", "prompts", {"kind": "bitfit", "bits": 4}),
     "llama-chats-adapter-4-bits": ("llama", "chats", {"kind": "adapter", "reduction": 4, "bits": 4}),
+    "t5-rewritten-full": ("t5", "rewritten", {"kind": "full"}),
+    "bart-rewritten-lora": ("bart", "rewritten", {"kind": "lora", "r": 4}),
+    "t5-rewritten-adapter": ("t5", "rewritten", {"kind": "adapter", "placement": "houlsby"}),
 }
 STEP_KEYS = {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_bytes"}
 
@@ -71,6 +74,7 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
         ("gpt2", "prompts", {"kind": "bitfit", "bits": 4}),
         ("bert", "single", {"kind": "vera", "bits": 4, "r": 16}),
         ("llama", "chats", {"kind": "lora"}),
+        ("t5", "rewritten", {"kind": "full"}),
     ],
 )
 def test_a_run_in_bfloat16_gives_back_what_it_saved(model, rows, method, ftkit, recipe, tmp_path, verify_here):

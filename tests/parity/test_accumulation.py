@@ -19,17 +19,18 @@ from ftkit.objectives.supervised import Supervised
 from ftkit.recipe.spec import Model, Train
 from ftkit.session import check_checkpointing
 from ftkit.tasks.causal_lm import CausalLM
+from ftkit.tasks.seq2seq import Seq2Seq
 from ftkit.tasks.text_classification import TextClassification
 
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 SAME = 1e-6  # of the largest gradient
 
 
-@pytest.fixture(params=["bert", "llama", "llama-lora"])
+@pytest.fixture(params=["bert", "llama", "llama-lora", "t5"])
 def case(request, data, checkpoint):
     name = request.param.partition("-")[0]
-    task = TextClassification(labels=["garden", "harbour", "kitchen"]) if name == "bert" else CausalLM()
-    spec = Model(name=checkpoint(name), config=STILL if name == "bert" else {})
+    task = {"bert": TextClassification(labels=["garden", "harbour", "kitchen"]), "t5": Seq2Seq()}.get(name, CausalLM())
+    spec = Model(name=checkpoint(name), config={"bert": STILL, "t5": {"dropout_rate": 0.0}}.get(name, {}))
     source = model.locate(spec)
     tokenizer = model.load_tokenizer(spec, source, None, ())
     method = LoRA(dropout=0.0) if "lora" in request.param else Full()
@@ -40,7 +41,8 @@ def case(request, data, checkpoint):
         lines = (data.single / "train.csv").read_text().splitlines()[1:]
         rows = [Row(dict(zip(("text", "label"), line.rsplit(",", 1), strict=True)), "train.csv", i) for i, line in enumerate(lines, 1)]
     else:
-        rows = [Row(json.loads(line), "train.jsonl", i) for i, line in enumerate((data.prompts / "train.jsonl").read_text().splitlines(), 1)]
+        directory = data.rewritten if name == "t5" else data.prompts
+        rows = [Row(json.loads(line), "train.jsonl", i) for i, line in enumerate((directory / "train.jsonl").read_text().splitlines(), 1)]
     features = FeatureSet.of([task.encode(row, tokenizer, Limits(96, "error")) for row in rows])
     return SimpleNamespace(base=base, trainee=Trainee(learner, base.inner(), task, Supervised()), features=features, pad=tokenizer.pad_token_id)
 

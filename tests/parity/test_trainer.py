@@ -20,6 +20,7 @@ from ftkit.methods.lora import LoRA
 from ftkit.objectives.supervised import Supervised
 from ftkit.recipe.spec import Model, Train
 from ftkit.tasks.causal_lm import CausalLM
+from ftkit.tasks.seq2seq import Seq2Seq
 from ftkit.tasks.text_classification import TextClassification
 
 IGNORED = -100
@@ -38,6 +39,8 @@ def sentences(count: int) -> list[str]:
 CASES = {
     "bert-classification": ("bert", Full(), TextClassification(), {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}),
     "llama-lora": ("llama", LoRA(r=4, dropout=0.0), CausalLM(), {}),
+    "t5-seq2seq": ("t5", Full(), Seq2Seq(), {"dropout_rate": 0.0}),
+    "bart-lora-seq2seq": ("bart", LoRA(r=4, dropout=0.0), Seq2Seq(), {"dropout": 0.0}),
 }
 
 
@@ -45,6 +48,8 @@ def rows(task) -> list[Row]:
     texts = sentences(ROWS)
     if isinstance(task, TextClassification):
         return [Row({"text": text, "label": "even" if len(text) % 2 else "odd"}, "rows", i) for i, text in enumerate(texts, 1)]
+    if isinstance(task, Seq2Seq):
+        return [Row({"source": text, "target": text[: len(text) // 2 : -1]}, "rows", i) for i, text in enumerate(texts, 1)]
     return [Row({"prompt": text, "completion": text[::-1]}, "rows", i) for i, text in enumerate(texts, 1)]
 
 
@@ -122,19 +127,24 @@ def mean_over_the_batch(outputs, labels, num_items_in_batch):
 
 def theirs(case, accumulate: int, tmp_path) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
     """The same of Trainer with its usual data collator, cross-entropy of the model, AdamW and schedule."""
-    learner, _ = case.learner()
-    language = isinstance(case.task, CausalLM)
+    learner, base = case.learner()
+    classification, pairs = isinstance(case.task, TextClassification), isinstance(case.task, Seq2Seq)
 
     def example(index: int) -> dict:
         row = case.features.get(index)
-        if not language:
+        if pairs:
+            return {"input_ids": row["input_ids"].tolist(), "labels": row["targets"].tolist()}
+        if classification:
             return {"input_ids": row["input_ids"].tolist(), "token_type_ids": row["token_type_ids"].tolist(), "labels": int(row["targets"][0])}
         # the model shifts labels itself; the last target is a token of its own
         ids = [*row["input_ids"].tolist(), int(row["targets"][-1])]
         labels = [IGNORED, *(int(t) if w else IGNORED for t, w in zip(row["targets"], row["weights"], strict=True))]
         return {"input_ids": ids, "labels": labels}
 
-    collator = transformers.DataCollatorForTokenClassification(case.tokenizer) if language else transformers.DataCollatorWithPadding(case.tokenizer)
+    if pairs:
+        collator = transformers.DataCollatorForSeq2Seq(case.tokenizer, base.model)
+    else:
+        collator = (transformers.DataCollatorWithPadding if classification else transformers.DataCollatorForTokenClassification)(case.tokenizer)
     losses = Losses()
     trainer = InOrder(
         model=learner,
@@ -157,11 +167,16 @@ def theirs(case, accumulate: int, tmp_path) -> tuple[list[tuple[float, float]], 
         ),
         train_dataset=[example(i) for i in range(ROWS)],
         data_collator=collator,
-        compute_loss_func=None if language else mean_over_the_batch,
+        compute_loss_func=mean_over_the_batch if classification else mean_over_the_tokens if pairs else None,
         callbacks=[losses],
     )
     trainer.train()
     return losses.steps, learned(learner)
+
+
+def mean_over_the_tokens(outputs, labels, num_items_in_batch):
+    """So do encoder-decoders."""
+    return F.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum") / num_items_in_batch
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])

@@ -20,6 +20,7 @@ from ftkit.data.rows import load_rows
 from ftkit.errors import DataError, DiskError, RecipeError
 from ftkit.recipe.spec import Data
 from ftkit.tasks.causal_lm import CausalLM
+from ftkit.tasks.seq2seq import Seq2Seq
 from ftkit.tasks.text_classification import TextClassification
 
 
@@ -186,23 +187,28 @@ def test_files_that_are_read_as_a_whole_are_refused(name, content, advice, tmp_p
         load_rows(Data(train=str(tmp_path / name), streaming=True), CausalLM(), 3, lambda text: None)
 
 
-def test_the_features_that_are_kept_and_the_kept_ones_read_again_are_on_disk(data, tokenizers, place, monkeypatch):
+@pytest.mark.parametrize(("name", "task", "tokenizer"), [("single", TextClassification(), "wordpiece"), ("rewritten", Seq2Seq(), "bpe")])
+def test_the_features_that_are_kept_and_the_kept_ones_read_again_are_on_disk(name, task, tokenizer, data, tokenizers, place, monkeypatch):
     from ftkit.data import features
     from ftkit.data.features import encode
     from ftkit.data.types import Limits
 
-    rows = load_rows(Data(train=str(data.single / "train.csv"), streaming=True), TextClassification(), 3, lambda text: None).train
-    task = TextClassification().resolve(rows)
+    file = next(getattr(data, name).glob("train.*"))
+    rows = load_rows(Data(train=str(file), streaming=True), task, 3, lambda text: None).train
+    task = task.resolve(rows)
 
     def encoded(these):
-        return encode(these, task, tokenizers["wordpiece"], Limits(96, "right"), split="train", on_bad_rows="error", note=lambda text: None)
+        return encode(these, task, tokenizers[tokenizer], Limits(96, "right"), split="train", on_bad_rows="error", note=lambda text: None)
 
     first = encoded(rows)
     monkeypatch.setattr(features, "_tokenise", None)  # from now on from the cache
     second, memory = encoded(rows), encoded(list(rows))
     assert first.audit == second.audit == memory.audit
+    assert (memory.features.target_offsets is None) == (task.kind != "seq2seq")
     for name in FeatureSet.__dataclass_fields__:
         values = [getattr(each.features, name) for each in (first, second, memory)]
+        if values == [None, None, None]:
+            continue
         assert [type(value) for value in values] == [Stored, Stored, np.ndarray]
         assert values[0][:].tolist() == values[1][:].tolist() == values[2].tolist()
         assert values[0].dtype == values[1].dtype == values[2].dtype

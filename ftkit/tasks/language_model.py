@@ -1,0 +1,173 @@
+"""What tasks share whose models write tokens: hidden states before the output head, what the head makes of them, metrics, generation."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ftkit.errors import RecipeError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ftkit.data.types import Scores
+    from ftkit.recipe.spec import Generation
+
+
+class LanguageModelMetrics:
+    """Token-weighted loss, perplexity and token accuracy."""
+
+    NAMES = ("loss", "perplexity", "token_accuracy")
+
+    def __init__(self) -> None:
+        import torch
+
+        self.sums: dict[str, torch.Tensor] = {name: torch.zeros((), dtype=torch.float64) for name in ("loss", "correct", "count")}
+
+    def update(self, scores: Scores) -> None:
+        losses, correct = _judged(scores)
+        weights = scores.weights.double()
+        self.sums["loss"] += (losses.double() * weights).sum().cpu()
+        self.sums["correct"] += (correct.double() * weights).sum().cpu()
+        self.sums["count"] += weights.sum().cpu()
+
+    def compute(self) -> dict[str, float]:
+        """Not a number where nothing was supervised: `loss_count` is 0 then.
+
+        A perplexity beyond the largest float, of a loss above 709, is given as that float: JSON has no infinity.
+        """
+        count = self.sums["count"]
+        loss = self.sums["loss"] / count
+        accuracy = self.sums["correct"] / count
+        perplexity = min(loss.exp().item(), sys.float_info.max)
+        return {"loss": loss.item(), "perplexity": perplexity, "token_accuracy": accuracy.item(), "loss_count": count.item()}
+
+
+def records(parts: Iterable[Scores]) -> list[dict[str, Any]]:
+    """Mean loss of each feature's supervised tokens, and how many they are."""
+    found: dict[int, list[float]] = {}
+    for scores in parts:
+        losses, _ = _judged(scores)
+        for row, loss in zip(scores.rows.tolist(), losses.tolist(), strict=True):
+            found.setdefault(row, []).append(loss)
+    return [{"feature": row, "loss": sum(values) / len(values), "tokens": len(values)} for row, values in found.items()]
+
+
+def _judged(scores: Scores) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss (float32 [n]) of each position, and whether its likeliest token is the right one (bool [n])."""
+    from torch.nn import functional as F
+
+    losses = F.cross_entropy(scores.logits.float(), scores.targets, reduction="none")
+    return losses, scores.logits.argmax(-1) == scores.targets
+
+
+# --- the modules below the output head ------------------------------------------------------------------------------
+
+
+class _Reached(Exception):
+    """A module that is looked for was called."""
+
+    def __init__(self, module: Any, given: dict[str, Any]) -> None:
+        self.module, self.given = module, given
+
+
+def _reached(module: Any, *args: Any, **kwargs: Any) -> Any:
+    raise _Reached(module, kwargs)
+
+
+@contextmanager
+def _instead(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let `forward` answer for the module."""
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+def trunk(model: Any) -> Any:
+    """The module below the output head: that which the language model calls for hidden states.
+
+    The base model as a rule; OPT's calls the decoder within it.  Raises RecipeError where it is neither.
+    """
+    import torch
+
+    token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    with ExitStack() as stack, torch.no_grad():
+        for module in filter(None, (model.base_model, getattr(model.base_model, "decoder", None))):
+            stack.enter_context(_instead(module, partial(_reached, module)))
+        try:
+            model(input_ids=token, use_cache=False)
+        except _Reached as first:
+            return first.module
+    raise RecipeError(f"{type(model).__name__} does not call its base model for hidden states, so its output head cannot be told from it")
+
+
+def logits(model: Any, below: Any, output: Any, states: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    """What a language model makes of hidden states [m, H]: logits [m, V], scaled and capped as its own code does it.
+
+    `output` is one of the module `below` the head; `inputs` are what the model takes that calls it.
+    """
+    given = type(output)(**{**output, "last_hidden_state": states.unsqueeze(0)})
+    with _instead(below, lambda *args, **kwargs: given):
+        return model(**inputs, use_cache=False).logits.squeeze(0)
+
+
+class Stacks(NamedTuple):
+    """The two stacks of an encoder-decoder."""
+
+    encoder: Any
+    decoder: Any
+
+
+def stacks(model: Any) -> Stacks:
+    """Those that the model runs one after the other; RecipeError where it does more with their states than hand them on."""
+    import torch
+    from transformers.modeling_outputs import BaseModelOutput
+
+    found = Stacks(model.get_encoder(), model.get_decoder())
+    states = torch.zeros(1, 1, model.config.get_text_config().hidden_size, device=model.device)
+    token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    with _instead(found.encoder, lambda *args, **kwargs: BaseModelOutput(states)), _instead(found.decoder, partial(_reached, None)), torch.no_grad():
+        try:
+            model(input_ids=token, decoder_input_ids=token, use_cache=False)
+        except _Reached as decoder:
+            if decoder.given.get("encoder_hidden_states") is states:
+                return found
+    raise RecipeError(f"{type(model).__name__} does not hand the states of its encoder to its decoder as they are; it cannot be fine-tuned here")
+
+
+def decoder_inputs(model: Any, targets: torch.Tensor) -> torch.Tensor:
+    """What a decoder reads that is to write `targets`, int64 [B, T]: those before each, as the model's own code shifts them."""
+    import torch
+
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        return model.prepare_decoder_input_ids_from_labels(labels=targets)
+    first = torch.full_like(targets[:, :1], model.config.decoder_start_token_id)
+    return torch.cat((first, targets[:, :-1]), 1)
+
+
+# --- generation -----------------------------------------------------------------------------------------------------
+
+
+def generation_config(generation: Generation, stops: list[int], pad: int) -> Any:
+    """The recipe's settings as transformers takes them; the model's own hold for all others."""
+    from transformers import GenerationConfig
+
+    sampled = generation.temperature > 0
+    return GenerationConfig(
+        max_new_tokens=generation.max_new_tokens,
+        num_beams=generation.num_beams,
+        do_sample=sampled,
+        **({"temperature": generation.temperature, "top_p": generation.top_p, "top_k": 0} if sampled else {}),
+        eos_token_id=stops,
+        pad_token_id=pad,
+        use_cache=True,
+    )
