@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 TRAITS = {
     "AutoModelForSequenceClassification": "no classification head",
     "AutoModelForCausalLM": "no head that continues text",
+    "AutoModelForSeq2SeqLM": "no head that rewrites text",
     "layers": "no list of layers",
     "linear": "no linear modules",
     "untransposed": "linear modules that keep their weights transposed",
@@ -29,10 +30,12 @@ TRAITS = {
     "own head": "the head is the input embedding",
     "attention interface": "attention that is its own, or wants what others have not",
 }
-CLASSIFIER, CAUSAL = "AutoModelForSequenceClassification", "AutoModelForCausalLM"
+CLASSIFIER, CAUSAL, REWRITER = "AutoModelForSequenceClassification", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"
 USUAL = {CLASSIFIER, "layers", "linear", "untransposed", "keys, values", "feed-forward", "attention output", "attention interface"}
 BIASED = {*USUAL, "biases"}
 DECODER, BIASED_DECODER = {*USUAL, CAUSAL}, {*BIASED, CAUSAL}
+# The heads that some of them have for other tasks are not looked at.
+TWO_STACKS, BIASED_TWO_STACKS = {*USUAL, REWRITER} - {CLASSIFIER}, {*BIASED, REWRITER} - {CLASSIFIER}
 OWN = {"attention interface"}  # which attention that is an architecture's own does not go through
 
 TABLE: dict[str, set[str]] = {
@@ -77,6 +80,21 @@ TABLE: dict[str, set[str]] = {
     "smollm3": DECODER,
     "stablelm": BIASED_DECODER | {"own head"},  # in its norms
     "starcoder2": BIASED_DECODER,
+    "bart": BIASED_TWO_STACKS,
+    "blenderbot": BIASED_TWO_STACKS,
+    "bigbird_pegasus": BIASED_TWO_STACKS,
+    "led": BIASED_TWO_STACKS,
+    "longt5": TWO_STACKS,
+    "m2m_100": BIASED_TWO_STACKS,
+    "marian": BIASED_TWO_STACKS,
+    "mbart": BIASED_TWO_STACKS,
+    "mt5": TWO_STACKS,
+    "mvp": BIASED_TWO_STACKS,
+    "pegasus": BIASED_TWO_STACKS,
+    "pegasus_x": BIASED_TWO_STACKS,
+    "plbart": BIASED_TWO_STACKS,
+    "t5": TWO_STACKS,
+    "umt5": TWO_STACKS,
 }
 
 

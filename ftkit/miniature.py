@@ -103,7 +103,7 @@ def miniature(config: PreTrainedConfig, layers: int, tokenizer: Any) -> PreTrain
     text.vocab_size = 1 + max(tokenizer.get_vocab().values())
     for name, value in settings.items():
         if name.endswith("_token_id") and isinstance(value, int) and value >= text.vocab_size:
-            setattr(text, name, getattr(tokenizer, name, None))
+            setattr(text, name, getattr(tokenizer, "pad_token_id" if name == "decoder_start_token_id" else name, None))
     if hasattr(small, "quantization_config"):
         del small.quantization_config
     return small

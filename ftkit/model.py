@@ -177,7 +177,8 @@ def adopt_tokens(config: transformers.PreTrainedConfig, tokenizer: Any, given: C
     for key in DECODER_TOKENS if config.is_encoder_decoder else ():
         value = getattr(config, key, None)
         if value is not None and key not in given:
-            setattr(config, key, getattr(tokenizer, before[value]) if value in before else None)
+            same = getattr(tokenizer, before[value]) if value in before else None
+            setattr(config, key, tokenizer.pad_token_id if same is None and key == "decoder_start_token_id" else same)
 
 
 def pinned(source: Source | None, config: transformers.PreTrainedConfig) -> Source | None:

@@ -130,7 +130,7 @@ class Stacks(NamedTuple):
 def stacks(model: Any) -> Stacks:
     """Those that the model runs one after the other; RecipeError where it does more with their states than hand them on."""
     import torch
-    from transformers.modeling_outputs import BaseModelOutput
+    from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
 
     found = Stacks(model.get_encoder(), model.get_decoder())
     states = torch.zeros(1, 1, model.config.get_text_config().hidden_size, device=model.device)
@@ -139,9 +139,16 @@ def stacks(model: Any) -> Stacks:
         try:
             model(input_ids=token, decoder_input_ids=token, use_cache=False)
         except _Reached as decoder:
-            if decoder.given.get("encoder_hidden_states") is states:
-                return found
-    raise RecipeError(f"{type(model).__name__} does not hand the states of its encoder to its decoder as they are; it cannot be fine-tuned here")
+            if decoder.given.get("encoder_hidden_states") is not states:
+                name = type(model).__name__
+                raise RecipeError(f"{name} does not hand the states of its encoder to its decoder as they are; it cannot be fine-tuned here") from None
+    try:
+        with torch.no_grad():
+            given = BaseModelOutputWithPastAndCrossAttentions(states)
+            logits(model, found.decoder, given, states[0], encoder_outputs=BaseModelOutput(states), decoder_input_ids=token)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise RecipeError(f"{type(model).__name__} makes its logits of more than the states of its decoder; it cannot be fine-tuned here") from error
+    return found
 
 
 def decoder_inputs(model: Any, targets: torch.Tensor) -> torch.Tensor:

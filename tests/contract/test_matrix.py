@@ -19,10 +19,12 @@ from ftkit.methods.modules import added
 from ftkit.miniature import miniature
 from ftkit.model import Source
 from ftkit.objectives.supervised import Supervised
+from ftkit.recipe.spec import Model
 from ftkit.tasks.causal_lm import CausalLM
+from ftkit.tasks.seq2seq import Seq2Seq
 from ftkit.tasks.text_classification import TextClassification
 
-TASKS = {"text-classification": TextClassification(labels=["garden", "harbour", "kitchen"]), "causal-lm": CausalLM()}
+TASKS = {"text-classification": TextClassification(labels=["garden", "harbour", "kitchen"]), "causal-lm": CausalLM(), "seq2seq": Seq2Seq()}
 CELLS = [(task, name) for task in TASKS for name in architectures.TABLE if TASKS[task].auto_class in architectures.TABLE[name]]
 METHODS = {  # without dropout, so that two ways to compute can be compared
     kind: method.model_copy(update={"dropout": 0.0} if "dropout" in type(method).model_fields else {}) for kind, method in architectures.methods().items()
@@ -57,10 +59,9 @@ def written(tmp_path_factory):
 
 def small(name: str, tokenizers):
     """The config of an architecture in small, and its tokenizer."""
-    tokenizer = tokenizers["wordpiece" if architectures.CAUSAL not in architectures.TABLE[name] else "bpe"]
-    config = miniature(transformers.CONFIG_MAPPING[name](), 2, tokenizer)
-    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        setattr(config, key, getattr(tokenizer, key))
+    tokenizer = tokenizers["bpe" if {architectures.CAUSAL, architectures.REWRITER} & architectures.TABLE[name] else "wordpiece"]
+    config = model.load_config(Model(init="random", config={"model_type": name}), None, tokenizer)
+    config = miniature(config, 2, tokenizer)
     for key, value in config.to_dict().items():
         if "drop" in key and isinstance(value, float):
             setattr(config, key, 0.0)
@@ -89,8 +90,6 @@ def applied(method, config, tokenizer, task):
 
 
 def model_spec():
-    from ftkit.recipe.spec import Model
-
     return Model(name="somewhere")
 
 
@@ -126,6 +125,8 @@ def test_what_is_possible_learns_and_is_saved(task, name, tokenizers, tmp_path, 
 
 def batch_of(task, tokenizer):
     rows = [{"text": text, "label": ["garden", "harbour", "kitchen", "harbour"][number]} for number, text in enumerate(TEXTS)]
+    if task.kind == "seq2seq":
+        rows = [{"source": row["text"], "target": row["label"]} for row in rows]
     if task.kind == "causal-lm":
         rows = [{"text": row["text"]} for row in rows]
     encoded = [task.encode(Row(row, "rows", number), tokenizer, Limits(64, "right")) for number, row in enumerate(rows)]

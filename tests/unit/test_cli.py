@@ -112,6 +112,7 @@ class TestMatrix:
         assert (len(cells), cells.count("yes")) == (546, 510)
         assert table["causal-lm"]["llama"]["bitfit"] == "no biases"
         assert table["text-classification"]["squeezebert"]["head/4"] == "no linear modules"
+        assert (table["seq2seq"]["t5"]["bitfit"], table["seq2seq"]["bart"]["bitfit"]) == ("no biases", "yes")
 
     def test_it_needs_none_of_the_heavy_modules(self) -> None:
         code = "import sys\nfrom ftkit.cli import main\nmain(['list', '--matrix'])\nprint(sorted(sys.modules), file=sys.stderr)"

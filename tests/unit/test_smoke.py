@@ -71,11 +71,11 @@ METHODS = {
 MODELS = {
     "text-classification": ("distilbert/distilbert-base-uncased", ["single", "pairs"]),
     "causal-lm": ("meta-llama/Llama-3.2-1B-Instruct", ["chats", "prompts", "text"]),
+    "seq2seq": ("google-t5/t5-small", ["rewritten"]),
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("task", MODELS)
+@pytest.mark.parametrize(("task", "method"), [(task, method) for task in MODELS for method in METHODS if (task, method) != ("seq2seq", "head")])
 def test_every_method_is_rehearsed_for_every_task(smoke, data, tmp_path, task, method):
     model, kinds = MODELS[task]
     directory: Path = getattr(data, kinds[list(METHODS).index(method) % len(kinds)])
@@ -99,6 +99,14 @@ def test_every_method_is_rehearsed_for_every_task(smoke, data, tmp_path, task, m
     assert "the config of" in done.err
     assert "stands for the data" not in done.err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("model", ["facebook/bart-base", "google/mt5-small", "google/flan-t5-small", "google/pegasus-xsum"])
+def test_encoder_decoders_are_told_by_name(smoke, data, model):
+    files = {name: str(data.rewritten / f"{name}.jsonl") for name in ("train", "validation")}
+    done = smoke({"model": model, "task": {"kind": "seq2seq", "max_target_length": 512}, "method": "lora", "data": files, "eval": {"generation": {}}})
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["merge"]["max_difference"] < 1e-4
 
 
 def test_what_is_on_the_disk_is_used(smoke, data, checkpoint, tmp_path):
@@ -216,14 +224,16 @@ def test_any_architecture_is_made_tiny(tokenizers, kind):
     config = transformers.CONFIG_MAPPING[kind]()
     small = miniature(config, 2, tokenizers["bpe"])
     assert small.num_hidden_layers == 2
-    for auto in (transformers.AutoModelForSequenceClassification, transformers.AutoModelForCausalLM):
+    heads = [transformers.AutoModelForSequenceClassification, transformers.AutoModelForCausalLM]
+    for auto in [transformers.AutoModelForSeq2SeqLM] if small.is_encoder_decoder else heads:
         if type(small) not in auto._model_mapping:
             continue
         small.pad_token_id = 0
         model = auto.from_config(small).eval()
         assert sum(parameter.numel() for parameter in model.parameters()) < 300_000
         ids = torch.randint(1, len(tokenizers["bpe"]), (2, 100))
-        assert model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.isfinite().all()
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | ({"decoder_input_ids": ids} if small.is_encoder_decoder else {})
+        assert model(**inputs).logits.isfinite().all()
 
 
 def test_stretched_positions_and_layer_lists_follow(tokenizers):
@@ -240,6 +250,9 @@ def test_names_tell_their_architecture():
     assert architecture("microsoft/deberta-v3-base") == "deberta-v2"
     assert architecture("microsoft/Phi-3-mini-4k-instruct") == "phi3"
     assert architecture("HuggingFaceTB/SmolLM2-135M-Instruct") == "llama"
+    assert architecture("google-t5/t5-small") == "t5"
+    assert architecture("google/mt5-small") == "mt5"
+    assert architecture("facebook/bart-large-cnn") == "bart"
     assert architecture("bert-fans/our-own-thing") is None
     assert all(kind in transformers.CONFIG_MAPPING for kind in ARCHITECTURES.values())
 
