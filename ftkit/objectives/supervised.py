@@ -20,11 +20,15 @@ class Supervised(Spec):
         True, "in training, output head and loss for some of the supervised items at a time, where they have many classes; false: all their logits at once"
     )
 
+    label_smoothing: float = option(
+        0.0, "share of the probability spread over all classes in training, such as 0.1 (arXiv 1512.00567); metrics are of the loss without", ge=0, lt=1
+    )
+
     def loss(self, scores: Scores) -> torch.Tensor:
         """Weighted sum of cross-entropies over the n supervised items, in float32."""
         from torch.nn import functional as F
 
         if len(scores.targets) == 0:  # keep the graph, so that every process has gradients to add up
             return scores.logits.float().sum()
-        losses = F.cross_entropy(scores.logits.float(), scores.targets, reduction="none")
+        losses = F.cross_entropy(scores.logits.float(), scores.targets, reduction="none", label_smoothing=self.label_smoothing)
         return (losses * scores.weights).sum()

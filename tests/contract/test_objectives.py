@@ -5,9 +5,11 @@ from typing import Literal
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers.trainer_pt_utils import LabelSmoother
 
 from ftkit import plugins
 from ftkit.data.types import Scores
+from ftkit.objectives.supervised import Supervised
 from ftkit.recipe.spec import Spec, option
 from ftkit.testing import check_objective
 
@@ -15,6 +17,20 @@ from ftkit.testing import check_objective
 @pytest.mark.parametrize("kind", plugins.BUILTIN["objective"])
 def test_an_objective_keeps_the_contract(kind):
     check_objective(plugins.find("objective", kind)())
+
+
+def test_smoothed_labels_keep_the_contract():
+    check_objective(Supervised(label_smoothing=0.1))
+
+
+def test_smoothed_labels_are_those_of_transformers():
+    torch.manual_seed(0)
+    logits, targets = torch.randn(1, 12, 7, dtype=torch.float64).float(), torch.randint(7, (1, 12))
+    theirs = LabelSmoother(epsilon=0.2)({"logits": logits}, targets.masked_fill(torch.arange(12) < 3, -100))  # a mean over the 9 that count
+    weights = (torch.arange(12) >= 3).float()
+    ours = Supervised(label_smoothing=0.2).loss(Scores(logits[0], targets[0], weights, torch.arange(12)))
+    assert ours.item() / 9 == pytest.approx(theirs.item(), rel=1e-6)
+    assert Supervised().loss(Scores(logits[0], targets[0], weights, torch.arange(12))).item() != pytest.approx(ours.item(), rel=1e-3)
 
 
 class Broken(Spec):
