@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from ftkit.errors import RecipeError
 from ftkit.methods import Artifact, MethodSpec
+from ftkit.methods.modules import layers
 from ftkit.methods.quantised import Quantisable
 from ftkit.recipe.spec import Default, option
 
@@ -53,12 +54,18 @@ class PrefixTuning(Quantisable):
         return super().needs(new_head) | {"attention interface"}
 
     def apply(self, base: Base) -> nn.Module:
+        from ftkit import prefixes
+
         if base.model.device.type == "meta" or self.init == "random":
             ids = None
         elif not (ids := base.tokenizer(self.init_text, add_special_tokens=False)["input_ids"]):
             raise RecipeError("method.init_text: the tokenizer makes no token of it")
         model = base.freeze()
         self._add(model, (self.encoder_hidden_size or 512) if self.prefix_projection else None, ids)
+        prefixed = [name for name, module in model.named_modules() if isinstance(module, prefixes.Prefix)]
+        for layer in layers(base):
+            if not any(name.startswith(f"{layer}.") for name in prefixed):
+                raise RecipeError(f"method prefix: {type(model).__name__}: the attention of {layer} is its own; use method: prompt")
         return model
 
     def attach(self, model: Any) -> None:
