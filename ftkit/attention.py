@@ -21,7 +21,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from ftkit import dropped_attention
+from ftkit import plain_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,11 +50,11 @@ class Unsupported(Exception):
 class Flat:
     """A model whose layers run on the real tokens of a batch while `rows` says where these are; as ever otherwise.
 
-    `fast_dropout` and `round_batches` are those of recipes.  Raises Unsupported where attention or layers are not built as transformers
-    builds most of them.
+    `fast_dropout`, `fast_attention` and `round_batches` are those of recipes.  Raises Unsupported where attention or
+    layers are not built as transformers builds most of them.
     """
 
-    def __init__(self, model: PreTrainedModel, fast_dropout: bool = True, round_batches: bool = True) -> None:
+    def __init__(self, model: PreTrainedModel, fast_dropout: bool = True, fast_attention: bool = True, round_batches: bool = True) -> None:
         if model.config.is_encoder_decoder:
             raise Unsupported("it has two stacks of layers")
         if not model._can_set_attn_implementation():
@@ -66,8 +66,7 @@ class Flat:
             raise Unsupported("its positions cannot be given")
         self._gives_positions = "position_ids" in names
         self._segments: Segments | None = None
-        self._fast_dropout = fast_dropout
-        self.round_batches = round_batches
+        self.fast_dropout, self.fast_attention, self.round_batches = fast_dropout, fast_attention, round_batches
         self.model, self._before = model, model.config._attn_implementation
         use(model)
         self._hooks = [
@@ -114,7 +113,7 @@ class Flat:
         def gathered(value: Any) -> Any:
             return segments.gather(value) if isinstance(value, torch.Tensor) and value.shape[:2] == segments.shape else value
 
-        kwargs = {name: gathered(value) for name, value in kwargs.items()} | {"segments": segments, "fast_dropout": self._fast_dropout}
+        kwargs = {name: gathered(value) for name, value in kwargs.items()} | {"segments": segments, "flat": self}
         if self._gives_positions:
             kwargs["position_ids"] = (segments.index % segments.shape[1]).unsqueeze(0)
         return tuple(gathered(value) for value in args), kwargs
@@ -171,17 +170,18 @@ def attend(
     position_bias: torch.Tensor | None = None,
     sliding_window: int | None = None,
     segments: Segments | None = None,
-    fast_dropout: bool = True,
+    flat: Flat | None = None,
     **other: Any,
 ) -> tuple[torch.Tensor, None]:
     """Scaled dot-product attention as transformers' layers call it; of `segments`, each attends to itself alone.
 
-    query, key, value: [1, heads, N, head_dim]; returns [1, N, heads, head_dim].  Without segments it is
-    transformers' own `sdpa`.  Of a module with a `prefix`, every position also attends to that: keys and values
-    [heads of keys, n, head_dim] each.  Raises Unsupported for what would change the result and is not implemented.
+    query, key, value: [1, heads, N, head_dim]; returns [1, N, heads, head_dim].  With segments comes the `flat` they
+    are given by; without, it is transformers' own `sdpa`.  Of a module with a `prefix`, every position also attends to
+    that: keys and values [heads of keys, n, head_dim] each.  Raises Unsupported for what would change the result and is
+    not implemented.
     """
     prefix = getattr(module, "prefix", None)
-    if segments is None:
+    if segments is None or flat is None:
         if attention_mask is not None and attention_mask.shape == (1, 1, 1, 1) and key.shape[2] > 1:  # `Flat` is at work
             raise Unsupported("its layers do not pass on to attention which tokens belong together")
         if prefix is not None:
@@ -194,7 +194,7 @@ def attend(
         )
     check_known(other)
     given = None if prefix is None else prefix()
-    return _apart(module, query, key, value, dropout, scaling, is_causal, position_bias, sliding_window, segments, fast_dropout, given), None
+    return _apart(module, query, key, value, dropout, scaling, is_causal, position_bias, sliding_window, segments, flat, given), None
 
 
 def check_known(other: dict[str, Any]) -> None:
@@ -238,7 +238,7 @@ def _apart(
     position_bias: torch.Tensor | None,
     sliding_window: int | None,
     segments: Segments,
-    fast_dropout: bool,
+    flat: Flat,
     prefix: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> torch.Tensor:
     """`attend`, of segments."""
@@ -246,20 +246,27 @@ def _apart(
     window = _window(module, sliding_window)
     if query.is_cuda and query.dtype != torch.float32 and not dropout and position_bias is None and (prefix is None or window is None):
         return _varlen(query, key, value, segments, scaling, causal, window, prefix)
-    if query.device.type == "cpu" and (torch.is_autocast_enabled("cpu") or value.dtype != torch.float32):
-        # in half precision, torch's backward pass takes 2 to 5 times as long
+    on_cpu, given = query.device.type == "cpu", value.dtype
+    arithmetic = torch.get_autocast_dtype("cpu") if on_cpu and torch.is_autocast_enabled("cpu") else given
+    half = on_cpu and arithmetic != torch.float32
+    plain = prefix is None and not query.is_cuda and (flat.fast_dropout if dropout else half)
+    if half and not (plain and flat.fast_attention and arithmetic is torch.bfloat16):
+        # in half precision, the backward pass of torch's own takes 2 to 5 times as long
         with torch.autocast("cpu", enabled=False):
             wide = (state.float() for state in (query, key, value))
-            return _apart(module, *wide, dropout, scaling, is_causal, position_bias, sliding_window, segments, fast_dropout, prefix).to(value.dtype)
-    query, key, value = (state.squeeze(0).transpose(0, 1) for state in (query, key, value))  # [N, heads, head_dim]
+            return _apart(module, *wide, dropout, scaling, is_causal, position_bias, sliding_window, segments, flat, prefix).to(given)
+    query, key, value = (state.squeeze(0).transpose(0, 1).to(arithmetic) for state in (query, key, value))  # [N, heads, head_dim]
+    if position_bias is not None:  # it ends where rows do; groups may be wider
+        more = max(0, max(length for _, length in segments.groups) - position_bias.shape[-1])
+        position_bias = F.pad(position_bias, (0, more, 0, more))
     masks: Iterable[torch.Tensor | None] = _masks(segments, window, causal, query.device)
     padding = segments.padding
     if padding:
         query, key, value = (_Padded.apply(state, *padding) for state in (query, key, value))
-    if dropout and fast_dropout and not query.is_cuda and prefix is None:
+    if plain:
         lengths = (length for _, length in segments.groups)
         masks = [_band(length, length, causal, query.device) if causal and mask is None else mask for mask, length in zip(masks, lengths, strict=True)]
-        output = dropped_attention.attend(query, key, value, segments.groups, masks, position_bias, scaling, dropout)
+        output = plain_attention.attend(query, key, value, segments.groups, masks, position_bias, scaling, dropout)
     else:
         outputs = []
         sizes = [count * length for count, length in segments.groups]
@@ -273,7 +280,7 @@ def _apart(
                 looks_back = False
             outputs.append(sdpa_attention_forward(module, q, k, v, mask, dropout, scaling, looks_back, bias)[0].flatten(0, 1))
         output = torch.cat(outputs)
-    return (_Real.apply(output, *padding) if padding else output).unsqueeze(0)
+    return (_Real.apply(output, *padding) if padding else output).unsqueeze(0).to(given)
 
 
 class _Padded(torch.autograd.Function):

@@ -51,7 +51,7 @@ def flat(asked: str, otherwise: str, recipe: Recipe, model: PreTrainedModel, rep
 def _flat(recipe: Recipe, model: PreTrainedModel) -> Flat:
     if recipe.model.attention:
         raise Unsupported(f"model.attention: {recipe.model.attention} asks for another attention function")
-    return Flat(model, recipe.train.fast_dropout, recipe.train.round_batches)
+    return Flat(model, recipe.train.fast_dropout, recipe.train.fast_attention, recipe.train.round_batches)
 
 
 def foreseen(recipe: Recipe, skeleton: PreTrainedModel) -> tuple[str, str | None]:

@@ -51,7 +51,7 @@ class Trainee(nn.Module):
         if self.virtual:
             batch = self.virtual.extended(batch)
         if self.flat and self.flat.round_batches and made_for_each_shape(self.model):
-            batch = rounded(batch, positions=judge is None)
+            batch = rounded(batch, positions=judge is None, widths=self.flat.fast_attention)
         with ExitStack() as stack:
             if self.virtual:
                 stack.enter_context(self.virtual.given())

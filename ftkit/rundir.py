@@ -41,6 +41,7 @@ MAY_ROUND = {
     "train.accumulate",
     "train.gradient_checkpointing",
     "train.round_batches",
+    "train.fast_attention",
     "train.liger",
     "train.compile",
     "objective.in_chunks",

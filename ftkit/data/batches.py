@@ -23,6 +23,7 @@ S = TypeVar("S")
 T = TypeVar("T")
 # Batches sorted by length together, at most and as a share of all: as transformers' LengthGroupedSampler.  Larger pools pad less and mix less.
 POOL, POOL_SHARE = 50, 4
+WIDTH = 16  # groups of rows that attend together are padded to a multiple of it, where kernels are made for each length
 CALL = 2000  # what a call of attention costs, in pairs of positions: seen for encoders and decoders of 6 to 12 heads, on a CPU
 
 
@@ -188,15 +189,17 @@ def segments(attention_mask: np.ndarray) -> Segments:
     )
 
 
-def rounded(batch: Batch, positions: bool) -> Batch:
-    """The same batch with a round number of tokens in its segments, by ones that have no effect; `positions`: and of supervised positions, by ones of weight 0.
+def rounded(batch: Batch, positions: bool, widths: bool) -> Batch:
+    """The same batch with a round number of tokens in its segments, by ones that have no effect.
 
+    `positions`: and of supervised positions, by ones of weight 0; `widths`: and of positions in the groups that attend together.
     For kernels that are made anew for each number: so there are few.
     """
     supervised = batch.supervised
     if positions and batch.weights.dim() == 2 and len(silent := torch.nonzero(batch.weights.flatten() == 0)):
         supervised = torch.cat((supervised, silent[0].expand(_missing(len(supervised)))))
-    return replace(batch, supervised=supervised, segments=batch.segments and _filled_up(batch.segments))
+    filled = batch.segments and _filled_up(batch.segments)
+    return replace(batch, supervised=supervised, segments=_widened(filled) if filled and widths else filled)
 
 
 def _missing(count: int) -> int:
@@ -221,6 +224,12 @@ def _filled_up(segments: Segments) -> Segments:
         padding=padding,
         filler=filler,
     )
+
+
+def _widened(segments: Segments) -> Segments:
+    """With groups whose lengths are multiples of WIDTH."""
+    groups = [(count, -(-length // WIDTH) * WIDTH) for count, length in segments.groups]
+    return replace(segments, groups=groups, padding=_padding(np.array(segments.lengths), _widths(groups)))
 
 
 def _widths(groups: list[tuple[int, int]]) -> np.ndarray:

@@ -161,6 +161,9 @@ class Train(Spec):
         True, "fill flat batches up to round numbers of tokens in bfloat16 on a CPU, whose kernels are made for each number; the result is the same"
     )
     fast_dropout: bool = option(True, "draw dropout from 16 random bits an element on a CPU, its share rounded to 1/65536; false: by torch's own code")
+    fast_attention: bool = option(
+        True, "attention of flat batches in bfloat16 on a CPU by products of bfloat16 matrices, its softmax in float32; false: all of it in float32"
+    )
     liger: bool | Literal["auto"] = option("auto", "Liger's kernels on a GPU; auto: where they are installed and made for the architecture", "arXiv 2410.10989")
     compile: bool = option(False, "compile layers with torch.compile: faster steps on GPUs, for a minute or more before the first ones")
     processes: Literal["auto"] | Annotated[int, Field(ge=1)] = option("auto", "processes to start here; auto: one a GPU, one on a CPU")

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
-from ftkit import attention, loop
+from ftkit import attention, loop, plain_attention
 from ftkit.errors import RecipeError
 from ftkit.loop import Position, fit
 from ftkit.prepare import prepare
@@ -58,6 +59,33 @@ def test_after_twenty_steps_the_weights_are_those_of_padded_batches(name, rounde
     assert moved > 1e-2
     assert apart < 1e-4 * moved
     assert all(number % 32 == 0 for number in seen if number > 32) == rounded
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-accumulated", "bert"])
+def test_after_twenty_steps_in_bfloat16_the_weights_are_as_near_to_those_of_float32(name, recipe, checkpoint, monkeypatch):
+    """As near to those of training in float32 as where only attention is computed in float32."""
+    model, overrides, rows, _, changes = RUNS.get(name, ("llama", {}, "chats", None, {}))
+    calls, attended = [], plain_attention.attend
+    monkeypatch.setattr(plain_attention, "attend", lambda *args: calls.append(args[0].dtype) or attended(*args))
+
+    def trained(**settings):
+        train = {"steps": 20, "optimizer": "sgd", "learning_rate": 0.05, "max_grad_norm": None, **changes, **settings}
+        path = recipe({"name": checkpoint(model), "config": overrides}, rows, train)
+        AcceleratorState._reset_state(True)  # it knows one precision
+        with Reporter(None, quiet=True) as report:
+            opened = session(path, "flat", report)
+        start = {key: parameter.detach().clone() for key, parameter in opened.trainable.items()}
+        calls.clear()
+        losses = [step.loss for step in fit(opened, Position())]
+        return losses, torch.cat([(parameter.detach() - start[key]).flatten() for key, parameter in opened.trainable.items()])
+
+    exact = trained(precision="fp32")
+    slow = trained(precision="bf16", fast_attention=False)
+    assert torch.bfloat16 not in calls
+    fast = trained(precision="bf16")
+    assert set(calls) == {torch.bfloat16}
+    assert fast[0] == pytest.approx(slow[0], rel=1e-2)
+    assert (fast[1] - exact[1]).norm() < 1.5 * (slow[1] - exact[1]).norm() < 0.02 * exact[1].norm()
 
 
 def numbers_of_tokens(monkeypatch):

@@ -30,7 +30,7 @@ from transformers import (
     T5Config,
 )
 
-from ftkit import dropped_attention, recompute
+from ftkit import plain_attention, recompute
 from ftkit.attention import NAME, Flat, Unsupported
 from ftkit.data import batches
 from ftkit.data.batches import segments
@@ -92,10 +92,11 @@ def alone(model, ids, **kwargs):
     return [model(input_ids=ids[row : row + 1, :length], **kwargs)[0][0] for row, length in enumerate(LENGTHS)]
 
 
-def flat(model, ids, mask, fast_dropout=True, **kwargs):
+def flat(model, ids, mask, widened=False, fast_dropout=True, fast_attention=True, **kwargs):
     """The same of the batch, without padding; the model stays flat, for the backward pass."""
     pad = getattr(model.config, "pad_token_id", 0) or 0
-    with Flat(model, fast_dropout).rows(segments(mask.numpy())):
+    found = segments(mask.numpy())
+    with Flat(model, fast_dropout, fast_attention).rows(batches._widened(found) if widened else found):
         output = model(input_ids=torch.where(mask > 0, ids, pad), attention_mask=mask, **kwargs)[0]
     return [row[:length] if row.dim() == 2 else row for row, length in zip(output, LENGTHS, strict=True)]
 
@@ -139,10 +140,11 @@ def test_next_tokens_are_those_of_each_row_alone(name, call, batch):
     assert_alike(model, lambda: torch.cat(alone(model, batch[0], use_cache=False)), lambda: torch.cat(flat(model, *batch, use_cache=False)))
 
 
-def test_the_encoder_of_t5_with_its_position_bias(call, batch):
+@pytest.mark.parametrize("widened", [False, True])
+def test_the_encoder_of_t5_with_its_position_bias(widened, call, batch):
     model = built(transformers.T5EncoderModel, T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=100))
     with torch.no_grad():
-        assert difference(flat(model, *batch), alone(model, batch[0])) < 1e-5
+        assert difference(flat(model, *batch, widened), alone(model, batch[0])) < 1e-5
 
 
 DROPPING = {
@@ -157,7 +159,7 @@ DROPPING = {
 def test_attention_with_dropout_is_the_same_but_for_what_is_dropped(name, call, batch, monkeypatch):
     """Its own code, with a dropout that drops nothing, beside the model's without."""
     shares = []
-    monkeypatch.setattr(dropped_attention, "num_lost", lambda share: shares.append(share) or 0)
+    monkeypatch.setattr(plain_attention, "num_lost", lambda share: shares.append(share) or 0)
     model = built(transformers.AutoModelForSequenceClassification, DROPPING[name])
     for name, module in model.named_modules():
         if name.endswith("out_drop"):  # ModernBERT drops with the same share after attention, too
@@ -166,10 +168,22 @@ def test_attention_with_dropout_is_the_same_but_for_what_is_dropped(name, call, 
     assert set(shares) == {0.5}
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_attention_with_dropout_in_bfloat16_is_of_bfloat16_products_unless_switched_off(fast, batch, monkeypatch):
+    seen, attended = set(), plain_attention.attend
+    monkeypatch.setattr(plain_attention, "attend", lambda *args: seen.update(states.dtype for states in args[:3]) or attended(*args))
+    model = built(transformers.AutoModelForSequenceClassification, DROPPING["bert"]).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = torch.stack(flat(model, *batch, widened=True, fast_attention=fast))
+    output.sum().backward()
+    assert seen == {torch.bfloat16 if fast else torch.float32}
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+
+
 @pytest.mark.parametrize("name", DROPPING)
 def test_dropout_may_be_left_to_torch(name, call, batch, monkeypatch):
     """A share so small that it drops nothing."""
-    monkeypatch.setattr(dropped_attention, "attend", None)
+    monkeypatch.setattr(plain_attention, "attend", None)
     config = deepcopy(DROPPING[name])
     for key, share in vars(config).items():
         if share == 0.5:
@@ -275,15 +289,19 @@ def test_filled_up_segments_give_back_what_was_gathered():
     assert torch.equal(found.scatter(flat), values * torch.from_numpy(mask))
     assert torch.equal(found.without_filler(flat), given.gather(values))
     assert torch.equal(found.with_filler(given.gather(values)), flat)
+    assert [length for _, length in batches._widened(found).groups] == [16, 32, 48, 48][-len(found.groups) :]
     assert batches._filled_up(segments(np.ones((2, 32), int))).filler == 0
     assert batches._filled_up(segments(np.ones((1, 5), int))).filler == 0  # more than there are
     assert {count + batches._missing(count) for count in (97, 128)} == {128}
     assert 5000 + batches._missing(5000) == 5120
 
 
-@pytest.mark.parametrize("name", ["bert", "llama"])
-def test_in_bfloat16_attention_is_computed_in_float32(name, batch):
-    """Its outputs and gradients are as near to those of float32 as those of torch's own kernels for bfloat16, or nearer."""
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("name", ["bert", "modernbert", "mistral", "llama"])
+def test_in_bfloat16_attention_is_as_exact_as_torchs_own(name, fast, batch, monkeypatch):
+    """Outputs and gradients are as near to those of float32 as those of torch's kernels for bfloat16, or nearer."""
+    seen, attended = [], plain_attention.attend
+    monkeypatch.setattr(plain_attention, "attend", lambda *args: seen.append({states.dtype for states in args[:3]}) or attended(*args))
     model = built(transformers.AutoModel, {**ENCODERS, **DECODERS}[name])
 
     def gradients(compute):
@@ -297,5 +315,17 @@ def test_in_bfloat16_attention_is_computed_in_float32(name, batch):
 
     exact = gradients(own)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        theirs, ours = gradients(own), gradients(lambda: [row.mean() for row in flat(model, *batch)])
+        theirs, ours = gradients(own), gradients(lambda: [row.mean() for row in flat(model, *batch, widened=fast, fast_attention=fast)])
     assert difference(ours, exact) < 1.5 * difference(theirs, exact) < 0.1
+    assert (seen and all(types == {torch.bfloat16} for types in seen)) if fast else not seen
+
+
+@pytest.mark.parametrize("name", ["bert", "modernbert", "mistral", "llama"])
+def test_in_bfloat16_no_row_feels_another(name, call, batch):
+    ids, mask = batch
+    model = built(transformers.AutoModel, {**ENCODERS, **DECODERS}[name])
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        found = flat(model, ids, mask, widened=True)
+        for row in range(len(LENGTHS)):
+            others = ids.flip(1).where(torch.arange(len(ids))[:, None] != row, ids)
+            assert torch.equal(flat(model, others, mask, widened=True)[row], found[row])

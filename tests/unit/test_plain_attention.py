@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ftkit import dropped_attention
+from ftkit import plain_attention
 from ftkit.attention import _masks, _Padded, _Real
 from ftkit.data import batches
 from ftkit.data.batches import segments
@@ -23,14 +23,14 @@ def draws(monkeypatch):
             found[shares.shape] = torch.randint(-(2**15), 2**15, shares.shape, dtype=torch.int16, generator=torch.Generator().manual_seed(len(found)))
         return found[shares.shape]
 
-    monkeypatch.setattr(dropped_attention, "drawn", drawn)
+    monkeypatch.setattr(plain_attention, "drawn", drawn)
     return found
 
 
 def attended(states, segments, masks, bias):
     """What is tested, of the tokens."""
     padded = [_Padded.apply(part, *segments.padding) for part in states] if segments.padding else states
-    output = dropped_attention.attend(*padded, segments.groups, masks, bias, SCALING, P)
+    output = plain_attention.attend(*padded, segments.groups, masks, bias, SCALING, P)
     return _Real.apply(output, *segments.padding) if segments.padding else output
 
 
