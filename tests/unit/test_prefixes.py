@@ -90,7 +90,17 @@ def test_of_segments_it_is_the_formula_for_each_row(causal, window, biased):
     key, value = key[:, :2], value[:, :2]
     bias = torch.randn(1, 4, max(lengths), max(lengths)) if biased else None
     layer.num_key_value_groups = 2
-    output, _ = attention.attend(layer, query, key, value, None, position_bias=bias, sliding_window=window, segments=segments(mask), flat=SimpleNamespace(fast_dropout=True, fast_attention=True))
+    output, _ = attention.attend(
+        layer,
+        query,
+        key,
+        value,
+        None,
+        position_bias=bias,
+        sliding_window=window,
+        segments=segments(mask),
+        flat=SimpleNamespace(fast_dropout=True, fast_attention=True),
+    )
     start = 0
     for length in lengths:
         own = slice(start, start + length)
