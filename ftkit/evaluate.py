@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from ftkit.data.features import FeatureSet
-    from ftkit.data.types import Batch, Row, Scores
+    from ftkit.data.types import Batch, Limits, Row, Scores
     from ftkit.recipe.spec import Recipe
     from ftkit.report import Reporter
     from ftkit.signals import StopRequest
@@ -35,7 +35,9 @@ class Measurable(Protocol):
     @property
     def wrapped(self) -> nn.Module: ...  # a `Trainee` as accelerate prepared it
     @property
-    def pad_token_id(self) -> int: ...
+    def tokenizer(self) -> Any: ...
+    @property
+    def limits(self) -> Limits: ...
     @property
     def splits(self) -> Mapping[str, tuple[list[Row], FeatureSet]]: ...
 
@@ -102,7 +104,7 @@ def _judged(trainee: nn.Module, batch: Batch, metrics: Metrics, task: Task | Non
 def measure(session: Measurable, names: Iterable[str], report: Reporter, stop: StopRequest, keep_records: bool = False) -> dict[str, Measured]:
     """Measure the named splits; those after a request to stop, at whichever process, are missing.
 
-    Raises Diverged where the loss is not finite.
+    With `keep_records`, the model also writes text where eval.metrics asks for metrics of it.  Raises Diverged where the loss is not finite.
     """
     measured = {}
     asked = session.recipe.eval.metrics
@@ -116,18 +118,48 @@ def measure(session: Measurable, names: Iterable[str], report: Reporter, stop: S
                 session.recipe.task,
                 features,
                 session.recipe.eval.batch_size,
-                session.pad_token_id,
+                session.tokenizer.pad_token_id,
                 stage.advance,
                 lambda: stop.requested and alone,
                 keep_records,
             )
+        written = [metric for metric in asked or () if metric in getattr(session.recipe.task, "written", {})] if keep_records else []
+        answers = _written(session, name, report, stop) if written else {}
         if stop.agreed(session.accelerator):
             break
         values = metrics.compute()
         if not math.isfinite(values["loss"]):
             raise Diverged(f"{name}: the loss is {values['loss']}; the weights, or numbers on the way to it, are no longer finite")
+        if written:
+            rows = session.splits[name][0]
+            values |= session.recipe.task.judge(list(answers.values()), [rows[row] for row in answers], written)  # type: ignore[attr-defined]
+            records = [record | answers[int(features.row[record["feature"]])] for record in records]
         measured[name] = Measured(selected(values, asked), metrics, records)
     return measured
+
+
+def _written(session: Measurable, name: str, report: Reporter, stop: StopRequest) -> dict[int, dict[str, Any]]:
+    """What the model writes for the rows of a split that are measured, by their places in it, on every process."""
+    from accelerate.utils import gather_object
+
+    rows, features = session.splits[name]
+    accelerator, recipe = session.accelerator, session.recipe
+    own = list(features.rows())[accelerator.process_index :: accelerator.num_processes]
+    order = sorted(own, key=lambda row: len(str(rows[row].values)))  # rows of like length are written together
+    model: Any = accelerator.unwrap_model(session.wrapped)
+    was_training = model.training
+    model.eval()
+    said: list[tuple[int, dict[str, Any]]] = []
+    with report.stage(f"writing {name}", len(own)) as stage, accelerator.autocast():
+        for start in range(0, len(order), recipe.eval.batch_size):
+            if stop.requested:
+                break
+            chosen = order[start : start + recipe.eval.batch_size]
+            answers = recipe.task.predict(model.model, session.tokenizer, [rows[row] for row in chosen], session.limits, recipe.eval.generation)
+            said += zip(chosen, answers, strict=True)
+            stage.advance(len(chosen))
+    model.train(was_training)
+    return dict(sorted(gather_object(said)))
 
 
 def selected(metrics: dict[str, float], names: list[str] | None) -> dict[str, float]:

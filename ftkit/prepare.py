@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftkit.data import files
 from ftkit.data.types import Limits, Row, Rows
-from ftkit.errors import DataError, RecipeError
+from ftkit.errors import DataError, MissingDependency, RecipeError
 from ftkit.recipe.spec import TrainedTokenizer
 
 if TYPE_CHECKING:
@@ -112,13 +112,28 @@ def tokenise(
 
 def check_metrics(recipe: Recipe, rows: Rows) -> None:
     """Refuse metrics that the task, which may depend on the rows, has not, and early stopping with nothing to watch."""
-    known = recipe.task.metric_names
+    known, written = recipe.task.metric_names, getattr(recipe.task, "written", {})
     rule = recipe.train.early_stopping
     for key, name in [*(("eval.metrics", name) for name in recipe.eval.metrics or ()), *([("train.early_stopping.metric", rule.metric)] if rule else [])]:
         if name not in known:
             raise RecipeError(f"{key}: {name!r} is not a metric of {recipe.task.kind} on these rows; there are {', '.join(known)}")
+    check_packages(recipe)
+    if recipe.train.parallel == "fsdp" and (asked := [name for name in recipe.eval.metrics or () if name in written]):
+        raise RecipeError(f"eval.metrics: {asked[0]} is of text that the model writes, which takes a whole one, not train.parallel: fsdp")
+    if rule and rule.metric in written:
+        measured = ", ".join(name for name in known if name not in written)
+        raise RecipeError(f"train.early_stopping.metric: {rule.metric} is of text that the model writes after training; there are {measured}")
     if rule and not rows.validation:
         raise RecipeError("train.early_stopping needs validation rows (data.validation: a file, or a fraction such as 0.1)")
+
+
+def check_packages(recipe: Recipe) -> None:
+    """Raise MissingDependency where a metric that is asked for needs a package that is not installed."""
+    from importlib.util import find_spec
+
+    for name in recipe.eval.metrics or ():
+        if (package := getattr(recipe.task, "written", {}).get(name)) and find_spec(package) is None:
+            raise MissingDependency(f"eval.metrics: {name} needs {package}, which is not installed: pip install 'ftkit[{package}]'")
 
 
 def check_targets(task: Task, config: Any) -> None:

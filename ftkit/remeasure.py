@@ -30,7 +30,8 @@ class _Run(NamedTuple):
     recipe: Recipe
     accelerator: Accelerator
     wrapped: nn.Module
-    pad_token_id: int
+    tokenizer: Any
+    limits: Limits
     splits: Splits
 
 
@@ -55,19 +56,21 @@ def _measure_run(target: str, data: str | None, split: str | None, report: Repor
     from ftkit import device
     from ftkit.evaluate import measure
     from ftkit.loop import Trainee
+    from ftkit.prepare import check_packages
 
     here = device.pick()
     device.use_all_cores()
     with report.stage("loading the model"):
         run = open_run(target, here)
     recipe, precision = run.recipe, _precision(run, here, report)
+    check_packages(recipe)
     rows = _rows(recipe, data, split, report, run.manifest["data"]["sha256"])
     device.use_tf32(precision == "tf32")
     accelerator = Accelerator(mixed_precision=device.autocast_to(precision), cpu=here.type == "cpu")
     base = run.model.get_base_model() if hasattr(run.model, "get_base_model") else run.model
     trainee = Trainee(run.model, base.base_model, recipe.task, recipe.objective)
     wrapped = accelerator.prepare_model(trainee, evaluation_mode=True)
-    subject = _Run(recipe, accelerator, wrapped, run.tokenizer.pad_token_id, _encoded(rows, recipe, run.tokenizer, run.limits, report))
+    subject = _Run(recipe, accelerator, wrapped, run.tokenizer, run.limits, _encoded(rows, recipe, run.tokenizer, run.limits, report))
     measured = measure(subject, subject.splits, report, StopRequest(), keep_records=True)
     files = [file for name, result in measured.items() for file in _write(run.path / "eval" / name, name, result, subject.splits[name])]
     return {"output": str(run.path), "metrics": _values(measured), "files": files}
@@ -89,7 +92,7 @@ def _measure_base(target: str, data: str | None, split: str | None, report: Repo
     else:
         prepared.splits = _chosen(prepared.splits, split)
     session = open_session(prepared, report)
-    measured = measure(session, prepared.splits, report, StopRequest())
+    measured = measure(session, prepared.splits, report, StopRequest(), keep_records=True)
     return {"metrics": {"base": _values(measured)}}
 
 

@@ -22,7 +22,7 @@ from ftkit.neftune import Noise
 if TYPE_CHECKING:
     from ftkit.attention import Flat
     from ftkit.data.features import FeatureSet
-    from ftkit.data.types import Row
+    from ftkit.data.types import Limits, Row
     from ftkit.embeddings import Used
     from ftkit.frozen import Frozen
     from ftkit.kernels import Liger
@@ -69,8 +69,16 @@ class Session:
         return self.prepared.splits
 
     @property
+    def tokenizer(self) -> Any:
+        return self.prepared.tokenizer
+
+    @property
+    def limits(self) -> Limits:
+        return self.prepared.limits
+
+    @property
     def pad_token_id(self) -> int:
-        return self.prepared.tokenizer.pad_token_id
+        return self.tokenizer.pad_token_id
 
     def compute_frozen(self, directory: Path, report: Reporter, poll: Callable[[], None]) -> None:
         """Compute what the lowest, frozen layers give for all rows of the run, where that saves anything: rows are seen more than once.

@@ -203,7 +203,9 @@ class Eval(Spec):
     """How the model is measured."""
 
     batch_size: int = option(64, "rows a forward pass", ge=1)
-    metrics: list[str] | None = option(None, "metrics to report; all that the task has if empty")
+    metrics: list[str] | None = option(
+        None, "metrics to report; if empty, all that the task has but those of text that the model writes (bleu, chrf, rouge_l), measured after training"
+    )
     generation: Generation = option({}, "settings of generated text", validate_default=True)
 
 

@@ -44,7 +44,12 @@ class Metrics(Protocol):
 
 
 class Task(Protocol):
-    """What a row is, what is supervised in it, and how outputs become metrics and predictions."""
+    """What a row is, what is supervised in it, and how outputs become metrics and predictions.
+
+    A task with metrics of what `predict` says has `written`, a map of their names to the packages that they need (or
+    None), and `judge(answers, rows, names)`, which computes them.  They are among `metric_names`, and computed at the
+    end only, if eval.metrics names them: generating takes long.
+    """
 
     kind: str
     shapes: ClassVar[tuple[Shape, ...]]  # combinations of columns, most specific first

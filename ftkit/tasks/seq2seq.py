@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from weakref import WeakKeyDictionary
@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 from ftkit.data.types import Features, Items, Limits, Row, RowError
 from ftkit.errors import DataError, RecipeError
 from ftkit.recipe.spec import Default, Generation, Spec, option
-from ftkit.tasks import Column, Shape, language_model
+from ftkit.tasks import Column, Shape, language_model, text_metrics
 from ftkit.tasks.language_model import LanguageModelMetrics, Stacks
 
 if TYPE_CHECKING:
@@ -53,7 +53,8 @@ class Seq2Seq(Spec):
     defaults: ClassVar[Mapping[str, Default]] = {
         "data.max_length": Default(512, "T5 (arXiv 1910.10683, 3.1.2)"),
     }
-    metric_names: ClassVar[tuple[str, ...]] = LanguageModelMetrics.NAMES
+    metric_names: ClassVar[tuple[str, ...]] = (*LanguageModelMetrics.NAMES, *text_metrics.PACKAGES)
+    written: ClassVar[Mapping[str, str | None]] = text_metrics.PACKAGES
     main_metric: ClassVar[str] = "loss"
 
     def examples(self) -> list[dict[str, Any]]:
@@ -150,6 +151,10 @@ class Seq2Seq(Spec):
     def records(self, parts: Iterable[Scores]) -> list[dict[str, Any]]:
         """Mean loss of each target's tokens, and how many they are."""
         return language_model.records(parts)
+
+    def judge(self, answers: Sequence[Mapping[str, Any]], rows: Sequence[Row], names: Collection[str]) -> dict[str, float]:
+        """Metrics of what `predict` said to rows with targets."""
+        return text_metrics.measured([answer["text"] for answer in answers], [row.values["target"] for row in rows], names)
 
     def predict(self, model: Any, tokenizer: Any, rows: list[Row], limits: Limits, generation: Generation) -> list[dict[str, Any]]:
         """Targets: `text`, and whether it `finished` by itself.

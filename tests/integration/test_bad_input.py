@@ -37,6 +37,9 @@ class Scene:
         self.recipe |= {"task": "causal-lm", "model": model}
         self.recipe["data"] = {"train": str(self.data.chats / "train.jsonl")}
 
+    def rewrite(self, model: str = "t5", **sections: Any) -> None:
+        self.recipe |= {"task": "seq2seq", "model": self.checkpoint(model), "data": {"train": str(self.data.rewritten / "train.jsonl")}} | sections
+
     def model_without(self, *names: str, architecture: str = "bert") -> str:
         directory = self.path / "model"
         shutil.copytree(self.checkpoint(architecture), directory)
@@ -340,26 +343,33 @@ def unknown_config_override(scene):
 
 @mistake(2, r"task\.max_target_length: 200, but the model has 160 positions; give 160 or fewer")
 def targets_beyond_the_decoders_positions(scene):
-    scene.recipe |= {"task": {"kind": "seq2seq", "max_target_length": 200}, "model": scene.checkpoint("bart")}
-    scene.recipe["data"] = {"train": str(scene.data.rewritten / "train.jsonl")}
+    scene.rewrite("bart", task={"kind": "seq2seq", "max_target_length": 200})
 
 
 @mistake(2, r"train\.layout: flat is impossible here \(T5ForConditionalGeneration: it has two stacks of layers\); use layout: bucketed")
 def two_stacks_without_padding(scene):
-    scene.recipe |= {"task": "seq2seq", "model": scene.checkpoint("t5"), "train": {"steps": 1, "layout": "flat"}}
-    scene.recipe["data"] = {"train": str(scene.data.rewritten / "train.jsonl")}
+    scene.rewrite(train={"steps": 1, "layout": "flat"})
 
 
 @mistake(2, r"task seq2seq: llama has no head for it")
 def a_decoder_that_is_to_rewrite(scene):
-    scene.recipe |= {"task": "seq2seq", "model": scene.checkpoint("llama")}
-    scene.recipe["data"] = {"train": str(scene.data.rewritten / "train.jsonl")}
+    scene.rewrite("llama")
+
+
+@mistake(4, r"eval\.metrics: chrf needs sacrebleu, which is not installed: pip install 'ftkit\[sacrebleu\]'")
+def a_metric_whose_package_is_missing(scene):
+    scene.rewrite(eval={"metrics": ["rouge_l", "chrf"]})
+    scene.monkeypatch.setitem(sys.modules, "sacrebleu", None)
+
+
+@mistake(2, r"train\.early_stopping\.metric: rouge_l is of text that the model writes after training; there are loss, perplexity, token_accuracy")
+def early_stopping_on_what_is_measured_at_the_end(scene):
+    scene.rewrite(train={"steps": 1, "early_stopping": {"metric": "rouge_l"}})
 
 
 @mistake(3, r"2 rows cannot be used:\n.*t\.jsonl:1: target is empty\n.*t\.jsonl:2: source must be text, but is a number")
 def rows_with_nothing_to_write(scene):
-    scene.recipe |= {"task": "seq2seq", "model": scene.checkpoint("t5")}
-    scene.recipe["data"].pop("validation")
+    scene.rewrite()
     scene.train("t.jsonl", '{"source": "a", "target": " "}\n{"source": 3, "target": "b"}\n{"source": "a", "target": "b"}\n')
 
 

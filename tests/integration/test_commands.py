@@ -24,6 +24,7 @@ def make_run(tmp_path_factory, checkpoint, data):
         "chats": {"model": checkpoint("llama"), "task": "causal-lm", "data": files(data.chats, "jsonl"), "method": "lora"},
         "prompts": {"model": checkpoint("gpt2"), "task": "causal-lm", "data": files(data.prompts, "jsonl"), "method": "full"},
         "rewritten": {"model": checkpoint("bart"), "task": "seq2seq", "data": files(data.rewritten, "jsonl"), "method": "lora"},
+        "written": {"model": checkpoint("t5"), "task": "seq2seq", "data": files(data.rewritten, "jsonl"), "eval": {"metrics": ["rouge_l", "bleu", "chrf"]}},
     }
     made: dict[str, Path] = {}
 
@@ -31,7 +32,7 @@ def make_run(tmp_path_factory, checkpoint, data):
         if name not in made:
             directory = tmp_path_factory.mktemp(name)
             recipe = kinds[name] | {"train": {"steps": 3, "batch_size": 8, "learning_rate": 1e-3, "precision": "fp32"}, "output": str(directory / "run")}
-            recipe["eval"] = {"generation": {"max_new_tokens": 8}}
+            recipe["eval"] = recipe.get("eval", {}) | {"generation": {"max_new_tokens": 8}}
             (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe))
             AcceleratorState._reset_state(True)
             train(str(directory / "recipe.yaml"))
@@ -71,6 +72,27 @@ def test_eval_gives_the_numbers_of_the_run(make_run, ftkit, name):
         said, again = (run / where / what for where, what in (("predictions", f"{split}.jsonl"), (f"eval/{split}", "predictions.jsonl")))
         for before, now in zip(map(json.loads, said.open()), map(json.loads, again.open()), strict=True):
             assert {key: pytest.approx(value, rel=1e-5) if isinstance(value, float) else value for key, value in before.items()} == now
+
+
+def test_metrics_of_written_text_are_those_of_what_predict_says(make_run, ftkit, data):
+    """At the end of the run and in `ftkit eval`, on each set, beside sacrebleu's own."""
+    from ftkit.tasks.text_metrics import rouge_l
+
+    sacrebleu = pytest.importorskip("sacrebleu")
+    run = make_run("written")
+    found = json.loads((run / "metrics.json").read_text())
+    again = json.loads(ftkit("eval", run, "--json").out)["metrics"]
+    assert found["base"]["test"].keys() == {"loss", "loss_count"}
+    for split in ("validation", "test"):
+        rows = [json.loads(line) for line in (data.rewritten / f"{split}.jsonl").open()]
+        said = answers(ftkit("predict", run, "--file", data.rewritten / f"{split}.jsonl"))
+        texts, targets = [answer["text"] for answer in said], [row["target"] for row in rows]
+        assert found[split].keys() == {"rouge_l", "bleu", "chrf", "loss", "loss_count"}
+        assert found[split]["rouge_l"] == pytest.approx(sum(map(rouge_l, texts, targets)) / len(rows))
+        assert found[split]["chrf"] == pytest.approx(sacrebleu.corpus_chrf(texts, [targets]).score / 100)
+        assert again[split] == pytest.approx(found[split])
+        kept = [json.loads(line) for line in (run / "predictions" / f"{split}.jsonl").open()]
+        assert [(line["row"], line["text"], line["finished"]) for line in kept] == [(each["row"], each["text"], each["finished"]) for each in said]
 
 
 def test_eval_measures_one_set_and_prints_a_table(make_run, ftkit):
