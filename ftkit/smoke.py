@@ -80,12 +80,14 @@ def shrink(resolved: Resolved, report: Reporter) -> Resolved:
     rows = Rows(train, few, _few(rows.test, OTHER_ROWS), {}, {}, [], train)
     spec, config, tokenizer = _model(recipe, task, rows, report)
     _write_base(spec, config, tokenizer, task, recipe.train.seed, workshop / "base")
+    method = recipe.method.miniature(NARROWEST)
+    positions = (model.max_positions(config, tokenizer) or POSITIONS) - method.positions
     small = recipe.model_copy(
         update={
             "model": spec.model_copy(update={"name": str(workshop / "base")}),
             "task": task,
-            "method": recipe.method.miniature(NARROWEST),
-            "data": _data(recipe.data, rows, workshop, min(recipe.data.max_length or POSITIONS, model.max_positions(config, tokenizer) or POSITIONS)),
+            "method": method,
+            "data": _data(recipe.data, rows, workshop, min(recipe.data.max_length or POSITIONS, positions)),
             "train": _train(recipe.train, report),
             "eval": recipe.eval.model_copy(update={"batch_size": min(recipe.eval.batch_size, BATCH)}),
             "output": str(output),

@@ -375,7 +375,17 @@ def test_check_finds_nothing_wrong_and_writes_nothing(ftkit, recipe, tmp_path):
 
 @pytest.mark.parametrize(
     "method",
-    ["full", "head", {"kind": "partial", "last": 1}, {"kind": "lora", "init": "pissa"}, {"kind": "lora", "dora": True}, "qlora", {"kind": "head", "bits": 4}],
+    [
+        "full",
+        "head",
+        {"kind": "partial", "last": 1},
+        {"kind": "lora", "init": "pissa"},
+        {"kind": "lora", "dora": True},
+        "qlora",
+        {"kind": "head", "bits": 4},
+        "prompt",
+        "prefix",
+    ],
 )
 def test_check_knows_every_method(ftkit, recipe, method):
     done = ftkit("check", recipe(method=method))

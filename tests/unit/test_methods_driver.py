@@ -196,9 +196,7 @@ def test_the_report(methods: Any) -> None:
         records += [record(methods.Run("enko_chat", method, other, 42), 5.0) for other in LORA_RATES]
         records += [record(methods.Run("enko_chat", method, rate, seed), value) for seed, value in zip(methods.SEEDS, values, strict=True)]
     records += [record(methods.Run("enko_chat", "bitfit", 1e-3, 42), None, code=2, reason="method bitfit: no biases")]
-    records += [
-        record(methods.Run("sst2", "full", rate, 42), value) for rate, value in zip(methods.FINE["full"], (0.6, 0.8, 0.7, 0.6, 0.5), strict=True)
-    ]
+    records += [record(methods.Run("sst2", "full", rate, 42), value) for rate, value in zip(methods.FINE["full"], (0.6, 0.8, 0.7, 0.6, 0.5), strict=True)]
     text = methods.report(methods.Known(records), DEFAULTS)
     assert "| lora | 0.001 | 0.1333 ± 0.0577 (3) | 0.8000 | 2.5 | 600 | 30 | 2.00 | 1.00 |" in text
     assert "| partial | - | - | - | - | - | - | - | - |" in text

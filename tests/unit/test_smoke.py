@@ -67,6 +67,9 @@ METHODS = {
     "ia3": "ia3",
     "vera": "vera",
     "adapter": "adapter",
+    "prompt": "prompt",
+    "p-tuning": {"kind": "p-tuning", "encoder": "lstm", "num_virtual_tokens": 4},
+    "prefix": {"kind": "prefix", "prefix_projection": True},
 }
 MODELS = {
     "text-classification": ("distilbert/distilbert-base-uncased", ["single", "pairs"]),
