@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 SCRIPTS = Path(__file__).resolve().parent
 ROOT = SCRIPTS.parent
@@ -148,14 +149,31 @@ def losses(output: Path) -> dict[str, float]:
 
 
 def finished(out: Path) -> list[dict[str, Any]]:
-    """The lines of the file; a last one that a killed driver left unfinished is cut off."""
-    if not out.exists():
-        return []
-    text = out.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    if len(whole) < len(text):
-        os.truncate(out, len(whole))
-    return [json.loads(line) for line in whole.splitlines()]
+    """The lines of the file, without a last one that a killed driver left unfinished."""
+    text = out.read_bytes() if out.exists() else b""
+    return [json.loads(line) for line in text[: text.rfind(b"\n") + 1].splitlines()]
+
+
+def append(out: Path, record: dict[str, Any]) -> None:
+    """Add a line, in place of an unfinished one; several drivers may do so."""
+    with out.open("ab+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(json.dumps(record).encode() + b"\n")
+
+
+def claim(place: Place, name: str) -> IO[str] | None:
+    """A file that is open while this driver works on what has that name; None while another one does."""
+    folder = place.work / "claims"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / name.replace("/", " ")).open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
 
 
 def selected(name: str, only: list[str]) -> bool:

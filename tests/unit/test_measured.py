@@ -57,3 +57,16 @@ def test_a_process_has_as_many_threads_as_are_said(measured: Any, place: Any) ->
     assert process.ended(wait=True)
     assert process.output == "3\n"
     process.close()
+
+
+def test_what_one_driver_works_on_is_not_for_another_one_until_it_lets_go(measured: Any, place: Any) -> None:
+    first = measured.claim(place, "sst2/lora/0.001/42")
+    assert first is not None
+    assert measured.claim(place, "sst2/lora/0.001/42") is None
+    other = measured.claim(place, "sst2/lora/0.001/13")
+    assert other is not None
+    first.close()
+    again = measured.claim(place, "sst2/lora/0.001/42")
+    assert again is not None
+    for file in (other, again):
+        file.close()

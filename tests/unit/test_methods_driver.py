@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -156,37 +156,79 @@ class FakeProcess:
         return True
 
 
-def test_failures_are_not_recorded_refusals_are_and_no_more_run_than_jobs(methods: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    codes = {"enko_chat/full/0.0001/42": 1, "enko_chat/bitfit/0.001/42": 2}
-    under_way, most = 0, 0
+@pytest.fixture
+def attempts(methods: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Attempts that end at once: with a code of their own by the name of the run, else 0; and how many were under way at most."""
 
     class FakeAttempt:
+        codes: ClassVar[dict[str, int]] = {}
+        under_way = most = 0
+
         def __init__(self, run: Any, what: str, place: Any, threads: int) -> None:
-            nonlocal under_way, most
-            self.run, self.process = run, FakeProcess(codes.get(run.name, 0))
-            under_way += 1
-            most = max(most, under_way)
+            self.run, self.process = run, FakeProcess(self.codes.get(run.name, 0))
+            FakeAttempt.under_way += 1
+            FakeAttempt.most = max(FakeAttempt.most, FakeAttempt.under_way)
 
         def record(self) -> dict[str, Any] | None:
-            if self.process.code == 1:
-                return None
-            return record(self.run, None, code=2, reason="no biases") if self.process.code == 2 else record(self.run, 0.5)
+            outcomes = {0: {"value": 0.5}, 1: None, 2: {"value": None, "code": 2, "reason": "no biases"}}
+            outcome = outcomes[self.process.code]
+            return None if outcome is None else record(self.run, **outcome)
 
         def close(self) -> None:
-            nonlocal under_way
-            under_way -= 1
+            FakeAttempt.under_way -= 1
 
     monkeypatch.setattr(methods, "Attempt", FakeAttempt)
     monkeypatch.setattr(methods.time, "sleep", lambda seconds: None)
+    return FakeAttempt
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_refusals_are_recorded_and_failures_are_told(methods: Any, attempts: Any, tmp_path: Path, capsys: Any, jobs: int) -> None:
+    refused = ["sst2/bitfit/0.001/42", "sst2/bitfit/0.003/42"]
+    attempts.codes |= {"sst2/partial/0.0003/42": 1, **dict.fromkeys(refused, 2)}
     out, place = tmp_path / "methods.jsonl", methods.Place(tmp_path, tmp_path, False)
-    only = ["enko_chat/full", "enko_chat/bitfit"]
-    assert not methods.carry_out(methods.Known([]), DEFAULTS, out, place, only, jobs=1, threads=1)
+    assert not methods.carry_out(DEFAULTS, out, place, ["sst2/partial", "sst2/bitfit"], jobs, threads=1)
     names = {line["run"]: line["code"] for line in methods.finished(out)}
-    assert names == {"enko_chat/full/0.0003/42": 0, "enko_chat/full/0.001/42": 0, "enko_chat/bitfit/0.001/42": 2}
+    assert {name: code for name, code in names.items() if name not in refused} == {"sst2/partial/0.001/42": 0, "sst2/partial/0.003/42": 0}
+    assert names[refused[0]] == 2  # and not all rates of what is refused
     assert "its last words" in capsys.readouterr().err
-    assert (under_way, most) == (0, 1)
-    assert not methods.carry_out(methods.Known(methods.finished(out)), DEFAULTS, out, place, only, jobs=2, threads=1)
-    assert len(methods.finished(out)) == 3
+    assert (attempts.under_way, attempts.most) == (0, jobs)
+
+
+def test_what_another_driver_works_on_is_left_to_it(methods: Any, attempts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, place, only = tmp_path / "methods.jsonl", methods.Place(tmp_path, tmp_path, False), ["sst2/bitfit"]
+    theirs = methods.Run("sst2", "bitfit", 3e-3, 42)
+    claimed = methods.claim(place, theirs.name)
+
+    def wait(seconds: float) -> None:
+        if len(methods.finished(out)) == 2 and not claimed.closed:  # all others are done: now theirs is, too
+            methods.append(out, record(theirs, 0.7))
+            claimed.close()
+
+    monkeypatch.setattr(methods.time, "sleep", wait)
+    assert methods.carry_out(DEFAULTS, out, place, only, jobs=1, threads=1)
+    assert {line["run"]: line["value"] for line in methods.finished(out)} == {
+        theirs.name: 0.7,
+        **{f"sst2/bitfit/{rate}/42": 0.5 for rate in ("0.001", "0.01")},
+    }
+
+
+def test_the_llama_is_trained_once_and_by_one_driver(methods: Any, attempts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, trained = methods.Place(tmp_path, tmp_path, False), []
+
+    def pretrain(place: Any) -> None:
+        trained.append(place)
+        assert not methods.has_base(run, place)  # for another driver, which has other runs to do
+        place.llama.mkdir()
+        (place.llama / "metrics.json").write_text("{}", encoding="utf-8")
+
+    monkeypatch.setattr(methods, "pretrain", pretrain)
+    run = methods.Run("enko_chat", "full", 1e-3, 42)
+    assert methods.has_base(methods.Run("sst2", "full", 1e-3, 42), place)
+    assert not trained
+    assert methods.has_base(run, place)
+    assert methods.has_base(run, place)
+    assert trained == [place]
 
 
 def test_the_report(methods: Any) -> None:
@@ -198,8 +240,8 @@ def test_the_report(methods: Any) -> None:
     records += [record(methods.Run("enko_chat", "bitfit", 1e-3, 42), None, code=2, reason="method bitfit: no biases")]
     records += [record(methods.Run("sst2", "full", rate, 42), value) for rate, value in zip(methods.FINE["full"], (0.6, 0.8, 0.7, 0.6, 0.5), strict=True)]
     text = methods.report(methods.Known(records), DEFAULTS)
-    assert "| lora | 0.001 | 0.1333 ± 0.0577 (3) | 0.8000 | 2.5 | 600 | 30 | 2.00 | 1.00 |" in text
-    assert "| partial | - | - | - | - | - | - | - | - |" in text
+    assert "| lora | 0.001 | 0.1333 ± 0.0577 (3) | 0.8000 | 2.5 | 600 | 30 | 36 | 2.00 | 1.00 |" in text
+    assert "| partial | - | - | - | - | - | - | - | - | - |" in text
     assert "- bitfit: method bitfit: no biases" in text
     assert "| lora | **0.001** | 0.8000 | default, best, end of the grid |" in text
     assert "| lora | **0.01** | 3.9000 | best, end of the grid |" in text

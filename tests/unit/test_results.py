@@ -46,7 +46,8 @@ def test_a_line_that_a_killed_driver_left_unfinished_is_measured_again(results: 
     monkeypatch.setattr(sys, "argv", ["results", str(tmp_path), "--out", str(out), "--only", "cola/full/42", "--list"])
     assert results.main() == 0
     assert capsys.readouterr().out.split() == ["cola/full/42/plain"]
-    assert out.read_text(encoding="utf-8") == whole
+    results.append(out, {"cell": "cola/full/42/plain", "quick": False})
+    assert out.read_text(encoding="utf-8") == whole + whole.replace("ftkit", "plain")
 
 
 def test_a_cell_that_fails_is_not_written_and_does_not_stop_the_others(results: Any, tmp_path: Path, capsys: Any) -> None:
