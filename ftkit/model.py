@@ -329,6 +329,11 @@ def plan(model: Model, source: Source | None, config: Any, tokenizer: Any, task:
         raise RecipeError(
             f"the tokenizer has {len(tokenizer)} tokens but the model has embeddings for {embeddings.num_embeddings}: they do not belong together"
         )
+    if config.is_encoder_decoder and task.auto_class == "AutoModelForSequenceClassification" and tokenizer.eos_token_id not in tokenizer("a")["input_ids"]:
+        raise RecipeError(
+            f"{type(plain).__name__} reads its answer at the end of a text, and the tokenizer does not end texts with {tokenizer.eos_token}; "
+            "name another one in model.tokenizer"
+        )
     extra = method.load_kwargs(head, precision)
     base = Base(plain, tokenizer, None if model.init == "random" else source, task, head, load_kwargs=extra)
     _check_bits(model, base, method)

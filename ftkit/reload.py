@@ -84,7 +84,7 @@ def answers(model: Any, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
     found = {}
     for number, row in enumerate(rows):
         inputs = {name: values[None].to(model.device) for name, values in row.items()}
-        if model.config.is_encoder_decoder:
+        if model.config.is_encoder_decoder and model.can_generate():  # classifiers read the row once more by themselves
             inputs["decoder_input_ids"] = inputs["input_ids"]
         for name, value in model(**inputs).items():
             if isinstance(value, torch.Tensor):

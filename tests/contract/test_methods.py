@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from ftkit import device, model, plugins
 from ftkit.data.types import Row
@@ -28,7 +29,7 @@ from ftkit.tasks.causal_lm import CausalLM
 from ftkit.tasks.text_classification import TextClassification
 from ftkit.testing import check_method
 
-HEADS = ("classifier", "pre_classifier", "score", "lm_head", "cls")
+HEADS = ("classifier", "pre_classifier", "score", "lm_head", "cls", "classification_head")
 METHODS = {
     "full": Full(),
     "head": Head(),
@@ -81,11 +82,14 @@ def rows(path: Path, count: int) -> list[Row]:
     return [Row(row, str(path), number) for number, row in enumerate(values[:count], 1)]
 
 
-def base_of(checkpoint: str, task):
-    """A factory of bases as a run loads them."""
+def base_of(checkpoint: str, task, ending: bool = False):
+    """A factory of bases as a run loads them; `ending`: with a tokenizer that ends texts, as those of encoder-decoders do."""
     spec = Model(name=checkpoint)
     source = model.locate(spec)
     tokenizer = model.load_tokenizer(spec, source, None, ())
+    if ending:
+        end = tokenizer.eos_token
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {end}", special_tokens=[(end, tokenizer.eos_token_id)])
 
     def load(method):
         base = model.load(spec, source, model.load_config(spec, source), tokenizer, task, method, torch.float32, 0, device.pick())
@@ -97,7 +101,7 @@ def base_of(checkpoint: str, task):
 
 def intended(name: str, architecture: str, new_head: bool):
     """Says of a parameter's name whether it is meant to learn, written down apart from the methods' own code."""
-    layer = LAYERS[architecture]
+    layer = LAYERS.get(architecture)
 
     def of_head(parameter: str) -> bool:
         return parameter.startswith(HEADS)
@@ -133,6 +137,8 @@ def intended(name: str, architecture: str, new_head: bool):
 
 IN_CLASSIFICATION = [(name, architecture) for architecture in LAYERS for name in (ALL if architecture in ("bert", "gpt2") else METHODS)]
 IN_CLASSIFICATION.remove(("bitfit", "llama"))  # has no biases
+OF_TWO_STACKS = ("full", "head", "lora", "ia3", "vera", "adapter", "prompt", "p-tuning", "prefix")
+IN_CLASSIFICATION += [(name, architecture) for architecture in ("t5", "bart") for name in OF_TWO_STACKS]
 ALL["olora"] = LoRA(init="olora", dropout=0.0, r=4)  # not for the transposed weights of GPT-2
 IN_CLASSIFICATION.append(("olora", "bert"))
 IN_LANGUAGE_MODELLING = [
@@ -149,7 +155,7 @@ IN_LANGUAGE_MODELLING = [
 @pytest.mark.parametrize(("name", "architecture"), IN_CLASSIFICATION)
 def test_a_method_keeps_the_contract_in_classification(name, architecture, data, checkpoint, tmp_path, verify_here):
     examples = rows(data.single / "train.csv", 6)
-    base = base_of(checkpoint(architecture), TextClassification().resolve(examples))
+    base = base_of(checkpoint(architecture), TextClassification().resolve(examples), ending=architecture in ("t5", "bart"))
     steps = 80 if name.startswith("bitfit") else 40  # on random weights, biases alone learn slowly
     check_method(ALL[name], base, examples, tmp_path, intended(name, architecture, new_head=True), steps)
 
