@@ -47,7 +47,7 @@ class Process:
         self._streams = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 (close closes them)
         self._started = time.monotonic()
         command = [sys.executable, "-P", "-m", module, *map(str, arguments)]
-        self._process = subprocess.Popen(command, env=os.environ | env, stdout=self._streams[0], stderr=self._streams[1])
+        self._process = subprocess.Popen(command, env=os.environ | env, stdout=self._streams[0], stderr=self._streams[1], process_group=0)
         self.taken: dict[str, float] = {}  # seconds by the clock, and CPU seconds of this process and its own ones
 
     def ended(self, wait: bool = False) -> bool:
@@ -80,9 +80,9 @@ class Process:
         return self._streams[number].read().decode(errors="replace")
 
     def close(self) -> None:
-        """End it if it still runs."""
+        """End it, and the processes that it has started, if it still runs."""
         if self._process.returncode is None:
-            self._process.kill()
+            os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
         for stream in self._streams:
             stream.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,21 @@ def test_an_error_is_raised_with_its_last_words(measured: Any, place: Any) -> No
         measured.run(place, write(place, "import sys\nprint('its last words', file=sys.stderr)\nsys.exit(3)"))
 
 
-def test_a_process_under_way_is_not_waited_for_and_ended_on_closing(measured: Any, place: Any) -> None:
-    process = measured.Process(place, write(place, "import time\ntime.sleep(60)"), threads=3)
-    assert not process.ended()
+def test_a_process_under_way_is_not_waited_for_and_ended_on_closing_with_those_it_started(measured: Any, place: Any) -> None:
+    started = place.work / "started"
+    own = f"import os, pathlib, time; pathlib.Path({str(started)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    process = measured.Process(place, write(place, f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {own!r}])"))
+    while not (started.exists() and started.read_text()):
+        assert not process.ended()
+        time.sleep(0.01)
     process.close()
     assert process.ended()
     assert process.code != 0
+    status = Path(f"/proc/{started.read_text()}/status")
+    deadline = time.monotonic() + 30
+    while status.exists() and "State:\tZ" not in status.read_text() and time.monotonic() < deadline:
+        time.sleep(0.01)  # nobody may be there to wait for it
+    assert time.monotonic() < deadline
 
 
 def test_a_process_has_as_many_threads_as_are_said(measured: Any, place: Any) -> None:
