@@ -247,7 +247,7 @@ def test_the_report(methods: Any) -> None:
     assert "| lora | **0.01** | 3.9000 | best, end of the grid |" in text
     assert "| qlora | 0.001 | 250 | 4.2300 ± 0.1396 (5) | -0.1500 ± 0.0500 (5) | worse |" in text
     assert "Gradual unfreezing" not in text  # nothing is known of it
-    assert "Best: 0.001 and 0.0002, a ratio of 5." in text
+    assert "Best: 0.001 and 5e-05, a ratio of 20." in text
 
 
 @pytest.mark.parametrize(
