@@ -10,7 +10,8 @@ from pydantic import Field, model_validator
 from ftkit.errors import RecipeError
 from ftkit.methods import Artifact, MethodSpec
 from ftkit.methods.modules import choose_targets, endings, matching, shortest_endings, size_of
-from ftkit.recipe.spec import Default, option
+from ftkit.methods.tokens import trainable_token_indices
+from ftkit.recipe.spec import Default, Name, option
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -44,6 +45,9 @@ class LoRA(MethodSpec):
     layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = option(None, "layers with updates, counted from 0; all if empty")
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = option({}, "other ranks: a name ending or regular expression of modules, and their r")
     alpha_pattern: dict[str, Annotated[int, Field(ge=1)]] = option({}, "other scales: a name ending or regular expression of modules, and their alpha")
+    trainable_token_indices: list[Annotated[int, Field(ge=0)] | Name] = option(
+        [], "tokens whose embeddings learn too, and only theirs, such as those of tools: as the vocabulary writes them, or their ids"
+    )
     lr_ratio: float = option(1.0, "learning rate of the updates' second matrix over that of their first; LoRA+ takes 16 (arXiv 2402.12354)", gt=0)
 
     frozen_base: ClassVar[bool] = True
@@ -70,11 +74,13 @@ class LoRA(MethodSpec):
 
     def miniature(self, width: int) -> Self:
         ranks = {pattern: min(r, width) for pattern, r in self.rank_pattern.items()}
-        return self.model_copy(update={"r": min(self.r, width), "rank_pattern": ranks})
+        tokens = [32 + number for number in range(min(len(self.trainable_token_indices), 8))]  # which every tokenizer has, none of them special
+        return self.model_copy(update={"r": min(self.r, width), "rank_pattern": ranks, "trainable_token_indices": tokens})
 
     def apply(self, base: Base) -> nn.Module:
         from peft import LoraConfig, get_peft_model
 
+        from ftkit.token_rows import compute_apart
         from ftkit.updates import begin_with_entries
 
         chosen = choose_targets(base, self.targets, self.layers)
@@ -93,9 +99,11 @@ class LoRA(MethodSpec):
             use_dora=self.dora,
             use_rslora=self.rslora,
             init_lora_weights=True if self.init == "default" or not decomposed else self.init,
+            trainable_token_indices=trainable_token_indices(base, self.trainable_token_indices),
             **settings,
         )
         model = get_peft_model(base.model, config)
+        compute_apart(model)
         if self.recompute_dropout:
             begin_with_entries(model)
         if decomposed:

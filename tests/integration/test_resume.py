@@ -14,7 +14,7 @@ KILLED = multiprocessing.get_context("forkserver")
 KILLED.set_forkserver_preload(["ftkit.run", "ftkit.finish", "peft", "transformers.models.bert.modeling_bert", "conftest"])
 CONFIGURATIONS = {
     "dropout-accumulate": ("bert", "single", {"kind": "full"}, {"accumulate": 3, "layout": "padded"}),
-    "lora": ("llama", "prompts", {"kind": "lora", "r": 4, "dropout": 0.2}, {"layout": "flat", "schedule": "cosine"}),
+    "lora": ("llama", "prompts", {"kind": "lora", "r": 4, "dropout": 0.2, "trainable_token_indices": ["Ġin"]}, {"layout": "flat", "schedule": "cosine"}),
     "flat-frozen": ("bert", "pairs", {"kind": "partial", "last": 1}, {"layout": "flat"}),
     "biases-in-4-bits": ("gpt2", "prompts", {"kind": "bitfit", "bits": 4}, {"precision": "bf16"}),
     "rewritten": ("t5", "rewritten", {"kind": "partial", "last": 3}, {"accumulate": 2}),

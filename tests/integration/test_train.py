@@ -38,6 +38,7 @@ RUNS = {  # model, rows, method
     "llama-text-full": (FROM_NOTHING, "text", {"kind": "full"}),
     "llama-text-lora": (FROM_NOTHING, "text", {"kind": "lora", "r": 4}),
     "gpt2-prompts-lora": ("gpt2", "prompts", {"kind": "lora", "dora": True}),
+    "gpt2-chats-lora-tokens": ("gpt2", "chats", {"kind": "lora", "r": 4, "trainable_token_indices": ["<|im_end|>", "Ġgarden", 306]}),
     "llama-chats-pissa": ("llama", "chats", {"kind": "lora", "init": "pissa", "r": 2}),
     "llama-chats-qlora": ("llama", "chats", {"kind": "qlora"}),
     "bert-adapter": ("bert", "single", {"kind": "adapter", "reduction": 4}),

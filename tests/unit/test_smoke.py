@@ -62,7 +62,7 @@ METHODS = {
     "full": "full",
     "head": "head",
     "partial": {"kind": "partial", "last": 1},
-    "lora": {"kind": "lora", "r": 4},
+    "lora": {"kind": "lora", "r": 4, "trainable_token_indices": ["<tool>", 128011]},
     "qlora": {"kind": "qlora", "r": 64},
     "ia3": "ia3",
     "vera": "vera",
