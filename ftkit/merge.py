@@ -131,7 +131,10 @@ def merged_alone(
     device.free_memory()
     model = _with_adapter(adapter, load_float(adapter, base, here)).eval()
     reference = as_trained if base == "stored" else reload.answers(model, rows)
-    merged = (_merge(model, note) if adapter.config else model).to(getattr(torch, written))
+    merged = _merge(model, note) if adapter.config else model
+    verify.as_loaded(merged, dtype := getattr(torch, written))
+    for buffer in merged.buffers():
+        buffer.data = buffer.data.to(dtype) if buffer.is_floating_point() else buffer.data
     if (adapter.directory / "generation_config.json").is_file():  # with the tokens that end a turn as it was learned
         merged.generation_config = transformers.GenerationConfig.from_pretrained(adapter.directory)
     del model

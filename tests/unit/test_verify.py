@@ -68,6 +68,19 @@ def test_an_honest_save_gives_the_same_outputs_in_a_fresh_process(saved):
     assert sorted(directory.iterdir()) == before
 
 
+def test_what_an_architecture_keeps_in_float32_is_so_in_float16(tmp_path, tokenizer):
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+    transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "whole")
+    artifact = CAUSAL | {"auto_class": "AutoModelForSeq2SeqLM", "load_kwargs": {"dtype": "float16"}}
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "whole", dtype=torch.float16)
+    model.save_pretrained(tmp_path / "half")
+    tokenizer.save_pretrained(tmp_path / "half")
+    expected = verify.capture(model, tokenizer, rows(tokenizer), tmp_path / "half", artifact)
+    assert {parameter.dtype for name, parameter in model.named_parameters() if ".wo." in name} == {torch.float32}
+    assert verify.check(tmp_path / "half", artifact, expected)["max_difference"] == 0
+
+
 def test_an_adapter_with_a_float32_head_on_a_bfloat16_base_passes(tmp_path, tokenizer):
     torch.manual_seed(1)
     transformers.LlamaForCausalLM(llama_config(tokenizer)).save_pretrained(tmp_path / "base")
