@@ -35,11 +35,13 @@ def model_card(recipe: Recipe[Any, Any, Any], manifest: Mapping[str, Any], metri
     base = metrics.get("base", {})
     tuned = {split: values for split, values in metrics.items() if split != "base"}
     front = yaml.safe_dump(_front_matter(recipe, manifest, tuned), sort_keys=False, allow_unicode=True)
+    as_prompt = recipe.method.positions and manifest["artifact"]["loads_with"] == "peft"
     sections = [
         f"---\n{front}---",
         f"# {Path(recipe.output).name}",
         _story(recipe, manifest, base, tuned),
-        f"## Load it\n\nFrom inside the run directory:\n\n```python\n{_loading_code(manifest)}\n```",
+        f"## Load it\n\nFrom inside the run directory:\n\n```python\n{_loading_code(manifest)}\n```"
+        + ("\n\nSo it answers rows one by one; `ftkit.load('model')` takes rows side by side, too, padded on either side." if as_prompt else ""),
         f"## Results\n\n{_results(base, tuned)}",
         f"## Training\n\n{_hyperparameters(recipe, manifest)}",
     ]

@@ -52,20 +52,19 @@ class Trainee(nn.Module):
             batch = self.virtual.extended(batch)
         if self.flat and self.flat.round_batches and made_for_each_shape(self.model):
             batch = rounded(batch, positions=judge is None, widths=self.flat.fast_attention)
-        with ExitStack() as stack:
-            if self.virtual:
-                stack.enter_context(self.virtual.given())
-            if self.flat:
-                stack.enter_context(self.flat.rows(batch.segments))
-            if self.noise and self.training:
-                stack.enter_context(self.noise.rows(batch))
-            if self.frozen:
-                stack.enter_context(self.frozen.rows(batch, flat=self.flat is not None))
-            items = self.task.items(self.model, batch)
-        if judge is None:
-            return chunks.loss(items, self.objective, list(self.model.parameters()))
-        judge(chunks.scores(items))
-        return None
+        with self.virtual.given() if self.virtual else nullcontext():  # by the batch; and heads are asked without any
+            with ExitStack() as stack:
+                if self.flat:
+                    stack.enter_context(self.flat.rows(batch.segments))
+                if self.noise and self.training:
+                    stack.enter_context(self.noise.rows(batch))
+                if self.frozen:
+                    stack.enter_context(self.frozen.rows(batch, flat=self.flat is not None))
+                items = self.task.items(self.model, batch)
+            if judge is None:
+                return chunks.loss(items, self.objective, list(self.model.parameters()))
+            judge(chunks.scores(items))
+            return None
 
     def train(self, mode: bool = True) -> Trainee:
         """Training mode, except for frozen modules below the first one that learns: dropout there only adds noise."""
@@ -93,7 +92,8 @@ def frozen_bottom(model: nn.Module) -> list[nn.Module]:
         if not any(p.requires_grad for p in module.parameters()):
             found.append(module)
             return False
-        if hasattr(module, "base_layer") or any(p.requires_grad for p in module.parameters(recurse=False)):
+        wrapped = hasattr(module, "base_layer") or isinstance(getattr(module, "prefix", None), nn.Module)
+        if wrapped or any(p.requires_grad for p in module.parameters(recurse=False)):
             return True  # an adapter's own dropout belongs to what learns
         return any(walk(child) for child in module.children())
 

@@ -123,7 +123,13 @@ def locate(model: Model) -> Source | None:
             from ftkit import merge
 
             adapter = merge.find(path)
-            merge.check_mergeable(adapter, "stored")
+            try:
+                merge.check_mergeable(adapter, "stored")
+            except RecipeError as error:
+                base = adapter.source.name
+                raise RecipeError(
+                    f"model.name: {model.name} holds what cannot become part of its base's weights, so no run can start from it; name its base, {base}"
+                ) from error
             return adapter.source._replace(adapter=str(adapter.directory))
         if not (path / "config.json").is_file():
             raise RecipeError(f"model.name: {model.name} is a directory without config.json, so it holds no model")
@@ -225,6 +231,8 @@ def load_tokenizer(model: Model, source: Source | None, train: TrainedTokenizer 
 def max_positions(config: transformers.PreTrainedConfig, tokenizer: Any = None) -> int | None:
     """Tokens in a row that the model has positions for, or fewer if its tokenizer is made for fewer; None if there is no limit."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and positions < 1:  # XLNet says so that it has no limit
+        positions = None
     if positions is not None and config.model_type in OFFSET_POSITIONS:
         positions -= (config.pad_token_id or 0) + 1
     if tokenizer is not None and tokenizer.model_max_length < MAX_TOKENIZER_LENGTH:

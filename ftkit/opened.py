@@ -69,7 +69,7 @@ def _load(directory: Path, artifact: dict[str, Any], device: str) -> Any:
 
 def load_model(path: str | PathLike[str], device: str) -> Any:
     """`ftkit.load`."""
-    from ftkit import adapters
+    from ftkit import adapters, merge, prompts
 
     given = Path(path)
     if rundir.is_run(given):
@@ -79,5 +79,7 @@ def load_model(path: str | PathLike[str], device: str) -> Any:
         return adapters.load(given, device)
     if rundir.is_run(given.parent) and given.name == "model":
         return load_model(given.parent, device)
+    if prompts.is_stored(given):
+        return _load(given, merge.find(given).artifact, device)
     what = "is no run directory, nor the model of one" if given.is_dir() else "does not exist"
     raise RecipeError(f"{path} {what}")

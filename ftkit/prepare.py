@@ -140,8 +140,8 @@ def check_targets(task: Task, config: Any) -> None:
     """Refuse targets that are longer than a decoder has positions."""
     from ftkit.model import max_positions
 
-    longest, positions = getattr(task, "max_target_length", 0), max_positions(config)
-    if positions is not None and longest > positions:
+    longest, positions = getattr(task, "max_target_length", None), max_positions(config)
+    if longest is not None and positions is not None and longest > positions:
         raise RecipeError(f"task.max_target_length: {longest}, but the model has {positions} positions; give {positions} or fewer")
 
 
@@ -207,5 +207,6 @@ def max_length(resolved: Resolved, config: Any, tokenizer: Any, note: Callable[[
         return asked or 512
     if asked is not None:
         more = f"more are possible, up to the {positions} positions of the model" if positions else "the model itself has no limit"
-        note(f"data.max_length: {usual}, " + ("the positions of the model" if usual == positions else f"which the tokenizer is made for; {more}"))
+        of_model = f"the positions that {taken} virtual tokens leave" if taken else "the positions of the model"
+        note(f"data.max_length: {usual}, " + (of_model if usual == positions else f"which the tokenizer is made for; {more}"))
     return usual

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ftkit.data.types import Batch
 
 CONFIG = "adapter_config.json"  # PEFT's
+IGNORED = -100  # by transformers' losses
 
 
 class Prompt(nn.Module):
@@ -63,7 +64,8 @@ class Virtual:
 
     def __init__(self, model: PreTrainedModel, prompt: Prompt) -> None:
         embedding = embedding_of(model)
-        self.prompt, self.vocabulary, self._given = prompt, embedding.num_embeddings, False
+        self.model = model
+        self.prompt, self.vocabulary, self.two_stacks, self._given = prompt, embedding.num_embeddings, model.config.is_encoder_decoder, False
         embedding.add_module("prompt", prompt)
         for module in {embedding, *_embeddings_of_decoder(model)}:
             module.forward = partial(self._embedded, module.forward)
@@ -121,6 +123,8 @@ class Virtual:
             return None
         inputs = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
         earlier = inputs.get("past_key_values")
+        if inputs.get("inputs_embeds") is not None:
+            raise ValueError("inputs_embeds: the virtual tokens of the prompt are put in front of tokens only; give input_ids")
         if inputs.get("input_ids") is None or (earlier is not None and earlier.get_seq_length()):
             return None
         if inputs.get("position_ids") is not None:
@@ -142,13 +146,29 @@ class Virtual:
         }
         if (types := kwargs.get("token_type_ids")) is not None:
             changed["token_type_ids"] = types.gather(1, source).masked_fill(virtual, 0)
+        labels = kwargs.get("labels")
+        if labels is not None and labels.shape == input_ids.shape and not self.two_stacks:  # of the tokens; a decoder has its own
+            changed["labels"] = labels.gather(1, source).masked_fill(virtual, IGNORED)
         return changed
+
+    def _real(self, input_ids: torch.Tensor, kwargs: Mapping[str, Any]) -> torch.Tensor:
+        """The mask that `generate` makes of tokens where none is given: of what is no padding, if padding cannot be the end of a text."""
+        config = kwargs.get("generation_config") or self.model.generation_config
+        pad, end = (kwargs.get(name, getattr(config, name)) for name in ("pad_token_id", "eos_token_id"))
+        ends = end if isinstance(end, list) else [end]
+        return torch.ones_like(input_ids) if pad is None or pad in ends else (input_ids != pad).long()
 
     def _generated(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """`generate` of the rows with virtual tokens in front."""
         asked = kwargs.get("input_ids", inputs)
+        if kwargs.get("inputs_embeds") is not None:
+            raise ValueError("inputs_embeds: the virtual tokens of the prompt are put in front of tokens only; give input_ids")
         if self._given or asked is None:
             return self._generate(inputs, **kwargs)
+        if kwargs.get("attention_mask") is None:
+            kwargs["attention_mask"] = self._real(asked, kwargs)
+        if not self.two_stacks:
+            kwargs |= {name: kwargs[name] + self.length for name in ("max_length", "min_length") if kwargs.get(name) is not None}
         with self.given():
             output: Any = self._generate(**kwargs | self._with_virtual(asked, kwargs))
 
@@ -204,8 +224,8 @@ def write(model: Any, virtual: Virtual, heads: list[str], settings: dict[str, An
     config = PromptTuningConfig(
         num_virtual_tokens=virtual.length,
         token_dim=virtual.prompt.weight.shape[1],
-        num_layers=text.num_hidden_layers,
-        num_attention_heads=text.num_attention_heads,
+        num_layers=getattr(text, "num_hidden_layers", 1),  # PEFT asks for these two, and needs them for other prompts only
+        num_attention_heads=getattr(text, "num_attention_heads", 1),
         num_transformer_submodules=1,
         base_model_name_or_path=model.name_or_path,
         inference_mode=True,

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from ftkit.errors import RecipeError
 from ftkit.methods import Artifact, MethodSpec
 from ftkit.methods.modules import layers
+from ftkit.methods.prompt import token_ids
 from ftkit.methods.quantised import Quantisable
 from ftkit.recipe.spec import Default, option
 
@@ -55,11 +56,15 @@ class PrefixTuning(Quantisable):
 
     def apply(self, base: Base) -> nn.Module:
         from ftkit import prefixes
+        from ftkit.model import max_positions
 
-        if base.model.device.type == "meta" or self.init == "random":
-            ids = None
-        elif not (ids := base.tokenizer(self.init_text, add_special_tokens=False)["input_ids"]):
-            raise RecipeError("method.init_text: the tokenizer makes no token of it")
+        ids = token_ids(base, self.init_text) if self.init_text is not None else None
+        limit = max_positions(base.model.config)
+        if ids and limit is not None and self.num_virtual_tokens > limit:
+            raise RecipeError(
+                f"method.init: text: the model has {limit} positions, and no keys and values of the {self.num_virtual_tokens} tokens that "
+                "method.num_virtual_tokens asks for; lower it, or use init: random"
+            )
         model = base.freeze()
         self._add(model, (self.encoder_hidden_size or 512) if self.prefix_projection else None, ids)
         prefixed = [name for name, module in model.named_modules() if isinstance(module, prefixes.Prefix)]
@@ -69,8 +74,13 @@ class PrefixTuning(Quantisable):
         return model
 
     def attach(self, model: Any) -> None:
-        """Put a prefix into every attention."""
+        """Put a prefix into every attention, without values yet."""
+        from ftkit import prefixes
+
         self._add(model, None, None)
+        for module in model.modules():
+            if isinstance(module, prefixes.Prefix):
+                module.to(model.dtype)
 
     def _add(self, model: Any, hidden: int | None, ids: list[int] | None) -> None:
         from ftkit import prefixes

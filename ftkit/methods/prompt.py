@@ -46,7 +46,7 @@ class SoftPrompt(Quantisable):
         """Let rows begin with virtual tokens."""
         from ftkit import prompts
 
-        prompts.add(model, self.num_virtual_tokens)
+        prompts.add(model, self.num_virtual_tokens).to(model.dtype)
 
     def stored(self) -> MethodSpec:
         """As a plain prompt: whatever made it is not needed any more."""
@@ -93,13 +93,17 @@ class PromptTuning(SoftPrompt):
         from ftkit import prompts
 
         labels = self._labels(base) if self.init == "labels" else []
-        values = None if base.model.device.type == "meta" else self._values(base, labels)
+        text = token_ids(base, self.init_text) if self.init_text is not None else []
+        values = None if base.model.device.type == "meta" else self._values(base, labels, text)
         model = base.freeze()
         prompt = prompts.add(model, self.num_virtual_tokens)
         if values is not None:
             with torch.no_grad():
                 prompt.weight.copy_(values)
         return model
+
+    def miniature(self, width: int) -> Self:
+        return self if self.init == "labels" else super().miniature(width)  # which are as many as ever
 
     def _labels(self, base: Base) -> list[str]:
         """The names of the task's classes; refused where there are none, or more than virtual tokens."""
@@ -110,7 +114,7 @@ class PromptTuning(SoftPrompt):
             raise RecipeError(f"method.init: labels: there are {len(names)}, more than method.num_virtual_tokens: {self.num_virtual_tokens}; raise it")
         return names
 
-    def _values(self, base: Base, labels: list[str]) -> torch.Tensor:
+    def _values(self, base: Base, labels: list[str], text: list[int]) -> torch.Tensor:
         """float32 [n, width]: what the virtual tokens are embedded as, at first."""
         import torch
 
@@ -124,17 +128,22 @@ class PromptTuning(SoftPrompt):
             with torch.no_grad():
                 return embedding(torch.tensor(ids, device=embedding.weight.device)).float().cpu()
 
-        if self.init == "text":
-            ids = base.tokenizer(self.init_text, add_special_tokens=False)["input_ids"]
-            if not ids:
-                raise RecipeError("method.init_text: the tokenizer makes no token of it")
-            return embedded([ids[i % len(ids)] for i in range(n)])
+        if text:
+            return embedded([text[i % len(text)] for i in range(n)])
         common = _common_tokens(base.tokenizer)
         drawn = embedded([common[i] for i in torch.randint(len(common), (n,)).tolist()])
         for place, name in enumerate(labels):
             if ids := base.tokenizer(name, add_special_tokens=False)["input_ids"]:
                 drawn[place] = embedded(ids).mean(0)  # as for classes of several tokens in arXiv 2104.08691, 3
         return drawn
+
+
+def token_ids(base: Base, text: str) -> list[int]:
+    """The tokens of `method.init_text`; none is refused, where a tokenizer is at hand."""
+    ids: list[int] = base.tokenizer(text, add_special_tokens=False)["input_ids"] if base.tokenizer else [0]
+    if not ids:
+        raise RecipeError("method.init_text: the tokenizer makes no token of it")
+    return ids
 
 
 def _common_tokens(tokenizer: Any) -> list[int]:

@@ -169,6 +169,16 @@ def rows_longer_than_a_prompt_leaves_room_for(scene):
     scene.recipe["data"]["max_length"] = 90
 
 
+@mistake(2, r"method\.init: text: the model has 96 positions, and no keys and values of the 200 tokens that method\.num_virtual_tokens asks for")
+def a_prefix_of_more_words_than_the_model_reads(scene):
+    scene.recipe["method"] = {"kind": "prefix", "num_virtual_tokens": 200, "init": "text", "init_text": "roses"}
+
+
+@mistake(2, r"method\.init_text: the tokenizer makes no token of it")
+def a_prompt_that_begins_as_nothing(scene):
+    scene.recipe["method"] = {"kind": "prompt", "init": "text", "init_text": " "}
+
+
 @mistake(2, r"model\.attention: sdpa asks for another attention function than the one that prefixes are put into; leave it out")
 def a_prefix_with_other_attention(scene):
     scene.recipe["method"] = "prefix"

@@ -1,6 +1,7 @@
 """Prompts and prefixes from a recipe to answers, by the real command."""
 
 import json
+import shutil
 
 import peft
 import pytest
@@ -67,6 +68,20 @@ def test_plain_peft_loads_a_prompt(ftkit, recipe, tmp_path, checkpoint, verify_h
     ids = torch.arange(5, 20)[None]
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "model")(input_ids=ids).logits
     assert torch.equal(package.load(tmp_path / "run")(input_ids=ids).logits, theirs)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kind", METHODS)
+def test_half_precision_gives_back_what_it_saved(kind, dtype, ftkit, recipe, tmp_path, checkpoint, verify_here):
+    model = {"name": checkpoint("llama"), "dtype": dtype}
+    done = ftkit("train", recipe(model, "chats", {"precision": "bf16"}, method=METHODS[kind]))
+    assert done.code == 0, done.err
+    copied = shutil.copytree(tmp_path / "run" / "model", tmp_path / "copied")
+    ids = torch.arange(5, 20)[None]
+    there, here = package.load(copied)(input_ids=ids).logits, package.load(tmp_path / "run")(input_ids=ids).logits
+    assert (there.float() - here.float()).abs().max() <= 2e-2 * here.float().abs().max()  # PEFT's format does not say which type it was trained in
+    again = ftkit("train", recipe({"name": str(tmp_path / "run")}, "chats", name="again.yaml", output=str(tmp_path / "again")))
+    assert (again.code, "holds what cannot become part of its base's weights, so no run can start from it" in again.err) == (2, True)
 
 
 @pytest.mark.parametrize("kind", ["p-tuning", "prefix"])

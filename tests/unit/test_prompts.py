@@ -12,9 +12,11 @@ from ftkit.data.batches import collate
 from ftkit.data.features import FeatureSet
 from ftkit.data.types import Features
 from ftkit.errors import RecipeError
+from ftkit.loop import Trainee
 from ftkit.methods.p_tuning import PTuning
 from ftkit.methods.prompt import PromptTuning
 from ftkit.model import Base, head_of
+from ftkit.objectives.supervised import Supervised
 from ftkit.recipe.spec import Generation, Model
 from ftkit.reparametrised import LSTM, MLP
 from ftkit.tasks.causal_lm import CausalLM, _generate
@@ -109,6 +111,44 @@ def test_a_batch_becomes_longer_in_front_and_supervises_the_same(llama):
     assert torch.equal(longer.weights.flatten()[longer.supervised], batch.weights.flatten()[batch.supervised])
     assert longer.segments.lengths == [length + N for length in batch.segments.lengths]
     assert torch.equal(longer.segments.gather(longer.input_ids)[0], longer.input_ids[longer.attention_mask.bool()])
+
+
+def test_generating_infers_padding_as_transformers_does(llama):
+    plain, prompted = llama
+    for model in llama:
+        model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, 2
+    row, n = torch.tensor([ROWS[2]]), 5
+    padded = torch.cat((torch.zeros(1, 3, dtype=torch.int64), row), 1)
+    for model in llama:
+        assert torch.equal(model.generate(padded, max_new_tokens=n)[:, -n:], model.generate(row, max_new_tokens=n)[:, -n:])
+    assert len(prompted.generate(row, max_length=len(ROWS[2]) + 2, min_length=len(ROWS[2]) + 2)[0]) == len(ROWS[2]) + 2
+    assert plain.config.vocab_size == prompts.of(prompted).vocabulary
+
+
+def test_embeddings_in_place_of_tokens_are_refused(llama):
+    embeds = torch.randn(1, 4, 32)
+    for call in (llama[1], llama[1].generate):
+        with pytest.raises(ValueError, match="inputs_embeds: the virtual tokens of the prompt are put in front of tokens only"):
+            call(inputs_embeds=embeds)
+
+
+def test_labels_move_with_the_tokens(llama):
+    plain, prompted = llama
+    ids = torch.tensor([ROWS[0]])
+    embeds = torch.cat((values_of(prompted)[None], plain.get_input_embeddings()(ids)), 1)
+    expected = plain(inputs_embeds=embeds, labels=torch.cat((torch.full((1, N), -100), ids), 1)).loss
+    torch.testing.assert_close(prompted(input_ids=ids, labels=ids).loss, expected)
+
+
+def test_a_batch_without_supervised_tokens_is_judged(llama):
+    """As on a process that has no rows."""
+    features = FeatureSet.of([[Features(row, [*row[1:], 3], [1.0] * len(row))] for row in ROWS])
+    trainee = Trainee(llama[1], llama[1].model, CausalLM(), Supervised())
+    empty = collate(features, torch.zeros(0, dtype=torch.int64).numpy(), 0)
+    assert trainee(empty).item() == 0
+    seen = []
+    trainee(empty, lambda parts: seen.extend(len(part.targets) for part in parts))
+    assert seen == [0]
 
 
 def embedded(base: Base, ids: list[int]) -> torch.Tensor:
