@@ -28,10 +28,11 @@ TRAITS = {
     "feed-forward": "no feed-forward layers that shapes tell",
     "attention output": "no end of attention that names and shapes tell",
     "own head": "the head is the input embedding",
+    "few bits": "feed-forward layers that compute in another type than weights of few bits are stored in",
     "attention interface": "attention that is its own, or wants what others have not",
 }
 CLASSIFIER, CAUSAL, REWRITER = "AutoModelForSequenceClassification", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"
-USUAL = {CLASSIFIER, "layers", "linear", "untransposed", "keys, values", "feed-forward", "attention output", "attention interface"}
+USUAL = {CLASSIFIER, "layers", "linear", "untransposed", "keys, values", "feed-forward", "attention output", "attention interface", "few bits"}
 BIASED = {*USUAL, "biases"}
 DECODER, BIASED_DECODER = {*USUAL, CAUSAL}, {*BIASED, CAUSAL}
 # The heads that some of them have for other tasks are not looked at.
@@ -53,7 +54,7 @@ TABLE: dict[str, set[str]] = {
     "mpnet": BIASED - OWN,
     "roberta": BIASED,
     "roberta-prelayernorm": BIASED,
-    "squeezebert": {CLASSIFIER, "layers", "biases"},  # convolutions in place of linear modules
+    "squeezebert": {CLASSIFIER, "layers", "biases", "few bits"},  # convolutions in place of linear modules
     "xlm-roberta": BIASED,
     "bloom": BIASED_DECODER - OWN,
     "cohere": DECODER - {CLASSIFIER},
@@ -84,7 +85,7 @@ TABLE: dict[str, set[str]] = {
     "blenderbot": BIASED_TWO_STACKS,
     "bigbird_pegasus": BIASED_TWO_STACKS - OWN,
     "led": BIASED_TWO_STACKS - OWN,
-    "longt5": TWO_STACKS - OWN,
+    "longt5": TWO_STACKS - OWN - {"few bits"},
     "m2m_100": BIASED_TWO_STACKS,
     "marian": BIASED_TWO_STACKS,
     "mbart": BIASED_TWO_STACKS,

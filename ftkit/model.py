@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 # Families whose positions start after the padding token: two of max_position_embeddings cannot be used.
 OFFSET_POSITIONS = {"camembert", "data2vec-text", "ibert", "longformer", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"}
 DECODER_TOKENS = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")  # that T5's class of configs does not know of itself
+# Families that give states the type of the weights they meet, bytes in few bits, and do not keep these in float32 as T5 does (transformers 5.23).
+TURNS_STATES_INTO_BYTES = {"longt5"}
 MAX_TOKENIZER_LENGTH = 1_000_000  # transformers says "no limit" with 1e30
 
 
@@ -365,6 +367,10 @@ def _check_bits(model: Model, base: Base, method: Method) -> None:
         raise RecipeError(f"{asked}; with init: random there are none (train them first, then name that run)")
     if base.source.adapter:
         raise RecipeError(f"{asked}, and {model.name} holds an adapter: merge it first: ftkit merge-adapter {model.name} -o DIR")
+    if base.model.config.model_type in TURNS_STATES_INTO_BYTES:
+        raise RecipeError(
+            f"{asked}, and the feed-forward layers of {type(base.model).__name__} turn what they compute into the type of these; use method: lora"
+        )
     if not linear_modules(base):
         raise RecipeError(f"{asked}, which only linear modules can be, and {type(base.model).__name__} has none; leave method.bits out")
 

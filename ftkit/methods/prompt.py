@@ -78,7 +78,7 @@ class PromptTuning(SoftPrompt):
     init_text: Annotated[str, Field(min_length=1)] | None = option(None, "with init: text, the text that the prompt begins as, repeated or cut to its length")
 
     defaults: ClassVar[Mapping[str, Default]] = {
-        "train.learning_rate": Default(3e-2, "to be measured"),
+        "train.learning_rate": Default(3e-2, "MiniLM on sst2: 0.51 at 3e-3, 0.68 at 3e-2, 0.71 at 0.3, the rate for T5 of arXiv 2104.08691 (scripts/methods)"),
     }
 
     @model_validator(mode="after")

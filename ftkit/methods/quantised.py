@@ -33,7 +33,7 @@ class Quantisable(MethodSpec):
         return self
 
     def needs(self, new_head: bool) -> set[str]:
-        return super().needs(new_head) | ({"linear"} if self.bits else set())
+        return super().needs(new_head) | ({"linear", "few bits"} if self.bits else set())
 
     def load_kwargs(self, head: list[str], precision: str) -> dict[str, Any]:
         """bitsandbytes' settings; heads and poolers stay in float, since they learn or are tiny."""
