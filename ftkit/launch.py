@@ -116,11 +116,12 @@ def launch(argv: Sequence[str], num_processes: int, module: str = "ftkit") -> No
     the others, and the error that caused it is raised here.
     """
     with tempfile.TemporaryDirectory(prefix="ftkit-ranks-") as directory, _forwarding_signals() as stop:
-        from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-        stop.poll()  # what a signal raises while modules are imported, some of them catch
+        try:
+            from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+            from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+            from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+        finally:
+            stop.poll()  # what a signal raises while modules are imported, some of them catch, or turn into another error
         elastic = logging.getLogger("torch.distributed.elastic")
         elastic.addHandler(logging.NullHandler())
         elastic.propagate = False  # it would tell of every rank's end once more, in its own words
