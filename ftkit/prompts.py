@@ -123,8 +123,7 @@ class Virtual:
             return None
         inputs = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
         earlier = inputs.get("past_key_values")
-        if inputs.get("inputs_embeds") is not None:
-            raise ValueError("inputs_embeds: the virtual tokens of the prompt are put in front of tokens only; give input_ids")
+        _refuse_embeddings(inputs)
         if inputs.get("input_ids") is None or (earlier is not None and earlier.get_seq_length()):
             return None
         if inputs.get("position_ids") is not None:
@@ -161,8 +160,7 @@ class Virtual:
     def _generated(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """`generate` of the rows with virtual tokens in front."""
         asked = kwargs.get("input_ids", inputs)
-        if kwargs.get("inputs_embeds") is not None:
-            raise ValueError("inputs_embeds: the virtual tokens of the prompt are put in front of tokens only; give input_ids")
+        _refuse_embeddings(kwargs)
         if self._given or asked is None:
             return self._generate(inputs, **kwargs)
         if kwargs.get("attention_mask") is None:
@@ -179,6 +177,11 @@ class Virtual:
             return real(output)
         output.sequences = real(output.sequences)
         return output
+
+
+def _refuse_embeddings(inputs: Mapping[str, Any]) -> None:
+    if inputs.get("inputs_embeds") is not None:
+        raise ValueError("inputs_embeds: the virtual tokens of the prompt are put in front of tokens only; give input_ids")
 
 
 def embedding_of(model: Any) -> Any:
