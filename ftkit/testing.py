@@ -118,6 +118,10 @@ def check_objective(objective: Objective, scores: Scores | None = None) -> None:
     _require(
         isinstance(getattr(objective, "in_chunks", None), bool), f"{_name(objective)} does not say whether it is computed in_chunks: a field, true or false"
     )
+    _require(
+        isinstance(getattr(objective, "label_smoothing", ""), float | None),
+        f"{_name(objective)} does not say whether it is a cross-entropy with the targets: label_smoothing, a number; None for another loss",
+    )
     scores = scores or _random_scores()
     whole = objective.loss(scores)
     _require(whole.shape == (), f"{_name(objective)}.loss gives a tensor of shape {tuple(whole.shape)}: it must be one number, the sum")

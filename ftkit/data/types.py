@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 if TYPE_CHECKING:
     import numpy as np
     import torch
+    from torch import nn
 
     from ftkit.data.features import FeatureSet
     from ftkit.data.ondisk import Spool
@@ -176,6 +177,7 @@ class Items:
     targets: torch.Tensor  # [n]
     weights: torch.Tensor  # float32 [n]
     rows: torch.Tensor  # int64 [n]
+    layer: nn.Linear | None = None  # within the head: [C, H], where a logit takes what it gives for its own row, nothing else of it
 
     def __len__(self) -> int:
         return len(self.targets)

@@ -15,6 +15,7 @@ class Objective(Protocol):
 
     kind: str
     in_chunks: bool  # output head and loss see some of the supervised items at a time
+    label_smoothing: float | None  # of a cross-entropy with the targets, which can also see some of the classes at a time; None: another loss
 
     def loss(self, scores: Scores) -> torch.Tensor:
         """The weighted SUM of the losses of the items, float32; the loop divides by the sum of the weights."""

@@ -17,7 +17,7 @@ class Supervised(Spec):
 
     kind: Literal["supervised"] = "supervised"
     in_chunks: bool = option(
-        True, "in training, output head and loss for some of the supervised items at a time, where they have many classes; false: all their logits at once"
+        True, "in training, output head and loss for some of the supervised items, or of the classes, at a time, where they are many; false: all logits at once"
     )
 
     label_smoothing: float = option(

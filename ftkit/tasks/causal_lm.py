@@ -9,14 +9,14 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
-from ftkit.data.types import Features, Items, Limits, Row, RowError
+from ftkit.data.types import Features, Limits, Row, RowError
 from ftkit.errors import DataError, RecipeError
 from ftkit.recipe.spec import Default, Generation, Spec
 from ftkit.tasks import Column, Shape, chat, language_model
 from ftkit.tasks.language_model import LanguageModelMetrics, generation_config
 
 if TYPE_CHECKING:
-    from ftkit.data.types import Batch, Scores
+    from ftkit.data.types import Batch, Items, Scores
 
 MESSAGES = Column("messages", "a chat: a list of {role, content}; assistant messages are learned", "conversation", "chat", "dialogue")
 PROMPT = Column("prompt", "text that is given", "instruction", "input", "question", "query")
@@ -145,14 +145,7 @@ class CausalLM(Spec):
         trunk = self._trunks[outer]
         mask = None if batch.segments is None else batch.attention_mask
         output = trunk(input_ids=batch.input_ids, attention_mask=mask, use_cache=False, return_dict=True)
-        return Items(
-            states=output.last_hidden_state.flatten(0, 1)[batch.supervised],
-            head=lambda states: language_model.logits(outer, trunk, output, states, input_ids=states.new_zeros(1, len(states)).long()),
-            num_classes=outer.config.get_text_config().vocab_size,
-            targets=batch.targets.flatten()[batch.supervised],
-            weights=batch.weights.flatten()[batch.supervised],
-            rows=batch.row_ids[batch.supervised // batch.input_ids.shape[1]],
-        )
+        return language_model.items(batch, outer, trunk, output, "input_ids")
 
     @cached_property
     def _trunks(self) -> WeakKeyDictionary[Any, Any]:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
+from ftkit.data.types import Items
 from ftkit.errors import RecipeError
+from ftkit.instead import instead
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
-    from ftkit.data.types import Scores
+    from ftkit.data.types import Batch, Scores
     from ftkit.recipe.spec import Generation
 
 
@@ -78,20 +82,6 @@ def _reached(module: Any, *args: Any, **kwargs: Any) -> Any:
     raise _Reached(module, kwargs)
 
 
-@contextmanager
-def _instead(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let `forward` answer for the module."""
-    own = vars(module).get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
-
-
 def trunk(model: Any) -> Any:
     """The module below the output head: that which the language model calls for hidden states.
 
@@ -102,7 +92,7 @@ def trunk(model: Any) -> Any:
     token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
     with ExitStack() as stack, torch.no_grad():
         for module in filter(None, (model.base_model, getattr(model.base_model, "decoder", None))):
-            stack.enter_context(_instead(module, partial(_reached, module)))
+            stack.enter_context(instead(module, partial(_reached, module)))
         try:
             model(input_ids=token, use_cache=False)
         except _Reached as first:
@@ -110,14 +100,64 @@ def trunk(model: Any) -> Any:
     raise RecipeError(f"{type(model).__name__} does not call its base model for hidden states, so its output head cannot be told from it")
 
 
-def logits(model: Any, below: Any, output: Any, states: torch.Tensor, **inputs: Any) -> torch.Tensor:
+def items(batch: Batch, model: Any, below: Any, output: Any, tokens: str, **inputs: Any) -> Items:
+    """The n supervised positions of a batch before the output head of a language model: it never sees the others.
+
+    `output` is one of the module `below` the head; the model takes `tokens` and `inputs`.
+    """
+    states = output.last_hidden_state.flatten(0, 1)[batch.supervised]
+    head = partial(logits, model, below, output, tokens, **inputs)
+    if model not in _layers:
+        _layers[model] = _layer_of_rows(model, head, states)
+    return Items(
+        states=states,
+        head=head,
+        num_classes=model.config.get_text_config().vocab_size,
+        targets=batch.targets.flatten()[batch.supervised],
+        weights=batch.weights.flatten()[batch.supervised],
+        rows=batch.row_ids[batch.supervised // batch.targets.shape[1]],
+        layer=_layers[model],
+    )
+
+
+def logits(model: Any, below: Any, output: Any, tokens: str, states: torch.Tensor, **inputs: Any) -> torch.Tensor:
     """What a language model makes of hidden states [m, H]: logits [m, V], scaled and capped as its own code does it.
 
-    `output` is one of the module `below` the head; `inputs` are what the model takes that calls it.
+    `output` is one of the module `below` the head; the model takes `tokens`, of which only the number matters then, and `inputs`.
     """
     given = type(output)(**{**output, "last_hidden_state": states.unsqueeze(0)})
-    with _instead(below, lambda *args, **kwargs: given):
-        return model(**inputs, use_cache=False).logits.squeeze(0)
+    with instead(below, lambda *args, **kwargs: given):
+        return model(**{tokens: states.new_zeros(1, len(states)).long()}, **inputs, use_cache=False).logits.squeeze(0)
+
+
+_layers: WeakKeyDictionary[Any, nn.Linear | None] = WeakKeyDictionary()  # of the models that were looked through
+
+
+def _layer_of_rows(model: Any, head: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor) -> nn.Linear | None:
+    """The layer of the head whose rows are tokens, if the model makes each logit of what the layer gives for one row.
+
+    As it does for one position like `states` [n, H].
+    """
+    import torch
+    from torch import nn
+    from torch.nn import functional
+
+    layer = model.get_output_embeddings()
+    if type(layer) is not nn.Linear or "forward" in vars(layer) or type(layer.weight) is not nn.Parameter:  # of PEFT, or sharded
+        return None
+    one = torch.linspace(-1, 1, states.shape[-1], dtype=layer.weight.dtype, device=states.device)[None]
+    with torch.no_grad(), torch.autocast(states.device.type, enabled=False):
+        whole = head(one)
+        if whole.shape[-1] != layer.out_features:
+            return None
+        half = slice(0, layer.out_features // 2)
+        try:
+            with instead(layer, lambda x: functional.linear(x, layer.weight[half], None if layer.bias is None else layer.bias[half])):
+                some = head(one)
+        except RuntimeError:  # added to, or multiplied by, what has a number for each token
+            return None
+    same = some.shape[-1] == half.stop and torch.allclose(some, whole[:, half], rtol=1e-3, atol=1e-3 * whole.abs().max().item())
+    return layer if same else None
 
 
 class Stacks(NamedTuple):
@@ -135,7 +175,7 @@ def stacks(model: Any) -> Stacks:
     found = Stacks(model.get_encoder(), model.get_decoder())
     states = torch.zeros(1, 1, model.config.get_text_config().hidden_size, dtype=model.dtype, device=model.device)
     token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-    with _instead(found.encoder, lambda *args, **kwargs: BaseModelOutput(states)), _instead(found.decoder, partial(_reached, None)), torch.no_grad():
+    with instead(found.encoder, lambda *args, **kwargs: BaseModelOutput(states)), instead(found.decoder, partial(_reached, None)), torch.no_grad():
         try:
             model(input_ids=token, decoder_input_ids=token, use_cache=False)
         except _Reached as decoder:
@@ -145,7 +185,7 @@ def stacks(model: Any) -> Stacks:
     try:
         with torch.no_grad():
             given = BaseModelOutputWithPastAndCrossAttentions(states)
-            logits(model, found.decoder, given, states[0], encoder_outputs=BaseModelOutput(states), decoder_input_ids=token)
+            logits(model, found.decoder, given, "decoder_input_ids", states[0], encoder_outputs=BaseModelOutput(states))
     except (AttributeError, IndexError, TypeError) as error:
         raise RecipeError(f"{type(model).__name__} makes its logits of more than the states of its decoder; it cannot be fine-tuned here") from error
     return found

@@ -7,14 +7,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from weakref import WeakKeyDictionary
 
-from ftkit.data.types import Features, Items, Limits, Row, RowError
+from ftkit.data.types import Features, Limits, Row, RowError
 from ftkit.errors import DataError, RecipeError
 from ftkit.recipe.spec import Default, Generation, Spec, option
 from ftkit.tasks import Column, Shape, language_model, text_metrics
 from ftkit.tasks.language_model import LanguageModelMetrics, Stacks
 
 if TYPE_CHECKING:
-    from ftkit.data.types import Batch, Scores
+    from ftkit.data.types import Batch, Items, Scores
 
 SOURCE = Column("source", "the text that is given", "document", "article", "dialogue", "src", "input", "en")
 TARGET = Column("target", "what is to be written", "summary", "highlights", "tgt", "output", "ko", "de", "fr", "es", "zh", "ja")
@@ -124,16 +124,7 @@ class Seq2Seq(Spec):
             use_cache=False,
             return_dict=True,
         )
-        return Items(
-            states=output.last_hidden_state.flatten(0, 1)[batch.supervised],
-            head=lambda states: language_model.logits(
-                outer, decoder, output, states, encoder_outputs=read, decoder_input_ids=states.new_zeros(1, len(states)).long()
-            ),
-            num_classes=outer.config.get_text_config().vocab_size,
-            targets=batch.targets.flatten()[batch.supervised],
-            weights=batch.weights.flatten()[batch.supervised],
-            rows=batch.row_ids[batch.supervised // batch.targets.shape[1]],
-        )
+        return language_model.items(batch, outer, decoder, output, "decoder_input_ids", encoder_outputs=read)
 
     @cached_property
     def _stacks(self) -> WeakKeyDictionary[Any, Stacks]:

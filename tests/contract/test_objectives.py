@@ -1,6 +1,6 @@
 """Every built-in objective keeps the contract; objectives with the usual mistakes do not."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pytest
 import torch
@@ -38,6 +38,7 @@ class Broken(Spec):
 
     kind: Literal["broken"] = "broken"
     in_chunks: bool = option(True, "as the built-in objective")
+    label_smoothing: ClassVar[float | None] = None
 
 
 class Mean(Broken):
@@ -60,6 +61,13 @@ class Silent(Spec):
     kind: Literal["silent"] = "silent"
 
 
+class Vague(Spec):
+    """Does not say whether it may be computed for some of the classes."""
+
+    kind: Literal["vague"] = "vague"
+    in_chunks: bool = option(True, "as the built-in objective")
+
+
 class Cut(Broken):
     """Gives a constant where there is no item."""
 
@@ -80,11 +88,12 @@ class Half(Broken):
     [
         (Mean(), "return the sum, not the mean"),
         (Silent(), "does not say whether it is computed in_chunks"),
+        (Vague(), "does not say whether it is a cross-entropy with the targets"),
         (Unweighted(), "multiply each item by its weight"),
         (Cut(), "of no item has no gradient"),
         (Half(), "compute it in float32"),
     ],
-    ids=["mean", "silent", "unweighted", "cut", "half"],
+    ids=["mean", "silent", "vague", "unweighted", "cut", "half"],
 )
 def test_a_broken_objective_is_told_what_to_change(objective, told):
     with pytest.raises(AssertionError, match=told):
