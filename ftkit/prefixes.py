@@ -5,6 +5,7 @@ Prefixes take no positions, and caches of earlier tokens do not hold them: `atte
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -68,7 +69,7 @@ class Prefix(nn.Module):
         return keys, values
 
 
-def add(model: PreTrainedModel, length: int, hidden: int | None = None, ids: list[int] | None = None) -> None:
+def add(model: PreTrainedModel, length: int, hidden: int | None = None, ids: Sequence[int] = ()) -> None:
     """Put a prefix of `length` into every attention: those of the tokens `ids`, which are as many, or small random ones.
 
     `hidden`: they are made by networks of this width, from random numbers.  Raises Unsupported where attention is the model's own.
@@ -94,7 +95,7 @@ def fold(model: PreTrainedModel) -> None:
             module.prefix = Prefix(*made[prefix])  # type: ignore[assignment]
 
 
-def seen(model: PreTrainedModel, ids: list[int] | None = None) -> list[Seen]:
+def seen(model: PreTrainedModel, ids: Sequence[int] = ()) -> list[Seen]:
     """Every attention of a model in the order of its calls, with its keys and values of the tokens `ids`, or of any; also of a model without weights.
 
     Raises Unsupported where attention is the model's own, or wants what `attend` has not.
@@ -112,7 +113,7 @@ def seen(model: PreTrainedModel, ids: list[int] | None = None) -> list[Seen]:
     AttentionInterface.register(SEEN, look)
     AttentionMaskInterface.register(SEEN, sdpa_mask)
     before, was_training = model.config._attn_implementation, model.training
-    tokens = torch.tensor([ids or [0, 0]], device=model.device)
+    tokens = torch.tensor([list(ids) or [0, 0]], device=model.device)
     inputs = {"input_ids": tokens} | ({"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {})
     model.set_attn_implementation(SEEN)
     model.eval()

@@ -255,7 +255,11 @@ def _check_parallel(train: Train, here: torch.device, size: int) -> None:
 
 
 def check_attention(recipe: Recipe) -> None:
-    """Refuse an attention function of the recipe's choice where the method has its own."""
+    """Refuse what prefixes in attention cannot have: an attention function of the recipe's choice, and sharding of the network that makes them."""
+    if recipe.train.parallel == "fsdp" and getattr(recipe.method, "prefix_projection", False):
+        raise RecipeError(
+            "method.prefix_projection: all layers share its network, and train.parallel: fsdp gathers one layer at a time; leave either of them out"
+        )
     if recipe.model.attention and "attention interface" in recipe.method.needs(False):
         raise RecipeError(
             f"model.attention: {recipe.model.attention} asks for another attention function than the one that prefixes are put into; leave it out"

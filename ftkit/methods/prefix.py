@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from ftkit.errors import RecipeError
 from ftkit.methods import Artifact, MethodSpec
 from ftkit.methods.modules import layers
-from ftkit.methods.prompt import token_ids
 from ftkit.methods.quantised import Quantisable
+from ftkit.methods.worded import Worded
 from ftkit.recipe.spec import Default, option
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ftkit.model import Base
 
 
-class PrefixTuning(Quantisable):
+class PrefixTuning(Quantisable, Worded):
     """Keys and values in front of those of every row learn, in every layer, and every new head; the base is frozen."""
 
     kind: Literal["prefix"] = "prefix"
@@ -32,7 +32,6 @@ class PrefixTuning(Quantisable):
     init: Literal["random", "text"] = option(
         "random", "first values: small random ones, or text: the keys and values of the tokens of init_text (arXiv 2101.00190, 7.4)"
     )
-    init_text: Annotated[str, Field(min_length=1)] | None = option(None, "with init: text, the text that the prefix begins as, repeated or cut to its length")
 
     mergeable: ClassVar[bool] = False
     frozen_base: ClassVar[bool] = True
@@ -43,8 +42,6 @@ class PrefixTuning(Quantisable):
 
     @model_validator(mode="after")
     def _no_option_without_effect(self) -> PrefixTuning:
-        if (self.init == "text") != (self.init_text is not None):
-            raise ValueError("init: text needs init_text" if self.init_text is None else f"init_text has no effect with init: {self.init}; set init: text")
         if self.init == "text" and self.prefix_projection:
             raise ValueError("init: text gives the prefix itself, and prefix_projection makes it by a network; choose one")
         if self.encoder_hidden_size is not None and not self.prefix_projection:
@@ -58,7 +55,7 @@ class PrefixTuning(Quantisable):
         from ftkit import prefixes
         from ftkit.model import max_positions
 
-        ids = token_ids(base, self.init_text) if self.init_text is not None else None
+        ids = self.text_ids(base)
         limit = max_positions(base.model.config)
         if ids and limit is not None and self.num_virtual_tokens > limit:
             raise RecipeError(
@@ -77,18 +74,17 @@ class PrefixTuning(Quantisable):
         """Put a prefix into every attention, without values yet."""
         from ftkit import prefixes
 
-        self._add(model, None, None)
+        self._add(model, None, [])
         for module in model.modules():
             if isinstance(module, prefixes.Prefix):
                 module.to(model.dtype)
 
-    def _add(self, model: Any, hidden: int | None, ids: list[int] | None) -> None:
+    def _add(self, model: Any, hidden: int | None, ids: list[int]) -> None:
         from ftkit import prefixes
         from ftkit.attention import Unsupported
 
-        n = self.num_virtual_tokens
         try:
-            prefixes.add(model, n, hidden, ids and [ids[i % len(ids)] for i in range(n)])
+            prefixes.add(model, self.num_virtual_tokens, hidden, ids)
         except Unsupported as error:
             raise RecipeError(f"method prefix: {type(model).__name__}: {error}; use method: prompt") from error
 

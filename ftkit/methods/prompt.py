@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
-
-from pydantic import Field, model_validator
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from ftkit.errors import RecipeError
 from ftkit.methods import Artifact, MethodSpec
 from ftkit.methods.lora import adapter_settings
 from ftkit.methods.quantised import Quantisable
+from ftkit.methods.worded import Worded
 from ftkit.recipe.spec import Default, option
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ class SoftPrompt(Quantisable):
         return Artifact("peft", {"dtype": str(base.model.dtype).removeprefix("torch."), **base.load_kwargs})
 
 
-class PromptTuning(SoftPrompt):
+class PromptTuning(SoftPrompt, Worded):
     """Embeddings of virtual tokens in front of every row learn, and every new head; the base is frozen."""
 
     kind: Literal["prompt"] = "prompt"
@@ -75,17 +74,10 @@ class PromptTuning(SoftPrompt):
         "labels: of the names of the classes, then as vocabulary",
         "better than random (arXiv 2104.08691, 3.2)",
     )
-    init_text: Annotated[str, Field(min_length=1)] | None = option(None, "with init: text, the text that the prompt begins as, repeated or cut to its length")
 
     defaults: ClassVar[Mapping[str, Default]] = {
         "train.learning_rate": Default(3e-2, "MiniLM on sst2: 0.51 at 3e-3, 0.68 at 3e-2, 0.71 at 0.3, the rate for T5 of arXiv 2104.08691 (scripts/methods)"),
     }
-
-    @model_validator(mode="after")
-    def _one_init(self) -> PromptTuning:
-        if (self.init == "text") != (self.init_text is not None):
-            raise ValueError("init: text needs init_text" if self.init_text is None else f"init_text has no effect with init: {self.init}; set init: text")
-        return self
 
     def apply(self, base: Base) -> nn.Module:
         import torch
@@ -93,7 +85,7 @@ class PromptTuning(SoftPrompt):
         from ftkit import prompts
 
         labels = self._labels(base) if self.init == "labels" else []
-        text = token_ids(base, self.init_text) if self.init_text is not None else []
+        text = self.text_ids(base)
         values = None if base.model.device.type == "meta" else self._values(base, labels, text)
         model = base.freeze()
         prompt = prompts.add(model, self.num_virtual_tokens)
@@ -129,21 +121,13 @@ class PromptTuning(SoftPrompt):
                 return embedding(torch.tensor(ids, device=embedding.weight.device)).float().cpu()
 
         if text:
-            return embedded([text[i % len(text)] for i in range(n)])
+            return embedded(text)
         common = _common_tokens(base.tokenizer)
         drawn = embedded([common[i] for i in torch.randint(len(common), (n,)).tolist()])
         for place, name in enumerate(labels):
             if ids := base.tokenizer(name, add_special_tokens=False)["input_ids"]:
                 drawn[place] = embedded(ids).mean(0)  # as for classes of several tokens in arXiv 2104.08691, 3
         return drawn
-
-
-def token_ids(base: Base, text: str) -> list[int]:
-    """The tokens of `method.init_text`; none is refused, where a tokenizer is at hand."""
-    ids: list[int] = base.tokenizer(text, add_special_tokens=False)["input_ids"] if base.tokenizer else [0]
-    if not ids:
-        raise RecipeError("method.init_text: the tokenizer makes no token of it")
-    return ids
 
 
 def _common_tokens(tokenizer: Any) -> list[int]:

@@ -7,11 +7,12 @@ import torch
 import transformers
 from pydantic import ValidationError
 
-from ftkit import attention, prefixes
+from ftkit import attention, prefixes, session
 from ftkit.data.batches import segments
 from ftkit.errors import RecipeError
 from ftkit.methods.prefix import PrefixTuning
 from ftkit.model import Base, Source, head_of
+from ftkit.recipe import read
 from ftkit.tasks.causal_lm import CausalLM
 
 N = 3
@@ -193,6 +194,15 @@ class TestMethod:
     def test_options_without_effect_are_refused(self, settings, message):
         with pytest.raises(ValidationError, match=message):
             PrefixTuning(**settings)
+
+    def test_a_network_that_all_layers_share_is_refused_where_layers_are_gathered_one_by_one(self, tmp_path):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(
+            "{model: gpt2, task: causal-lm, data: {train: t.jsonl}, method: {kind: prefix, prefix_projection: true}, train: {parallel: fsdp}, output: o}"
+        )
+        with pytest.raises(RecipeError, match=r"method\.prefix_projection: all layers share its network, and train\.parallel: fsdp"):
+            session.check_attention(read(path))
+        session.check_attention(read(path, ["method.prefix_projection=false"]))
 
 
 def test_looking_at_keys_changes_no_answer(llama):
