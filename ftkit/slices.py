@@ -41,16 +41,15 @@ def cross_entropy(
             return items.head(states)
 
     total = torch.full(targets.shape, -torch.inf, device=targets.device)  # log of the sum of exponentials
-    right = torch.zeros_like(total)  # the logit of the target
-    mean = torch.zeros_like(total)  # of all logits
+    right = torch.zeros_like(total)  # the logit of the target, and of all others as far as labels are smoothed
     with _uncached(targets.device.type), torch.no_grad():
         for part in _slices(items.num_classes):
             found = logits(items.states, [weight[part] for weight in own]).float()
             total = torch.logaddexp(total, found.logsumexp(1))
             column, within = _column(targets, part)
-            right += found.gather(1, column).squeeze(1) * within
-            mean += found.sum(1) / items.num_classes
-    losses = total - (1 - label_smoothing) * right - label_smoothing * mean
+            right += (1 - label_smoothing) * found.gather(1, column).squeeze(1) * within
+            if label_smoothing:
+                right += label_smoothing / items.num_classes * found.sum(1)
 
     of_states = torch.zeros_like(items.states, dtype=torch.float32)
     of_weights: dict[int, torch.Tensor] = {place: torch.empty_like(learning[place]) for place in own_places if place is not None}
@@ -60,7 +59,7 @@ def cross_entropy(
         with _uncached(targets.device.type):
             found = logits(states, rows)
         column, within = _column(targets, part)
-        outer = found.detach().float().sub_(total[:, None]).exp_()
+        outer = (found.detach().float() - total[:, None]).exp_()
         if label_smoothing:
             outer -= label_smoothing / items.num_classes
         outer.scatter_add_(1, column, -(1 - label_smoothing) * within[:, None])
@@ -74,7 +73,7 @@ def cross_entropy(
         for place, gradient in zip(others, gradients, strict=True):
             if gradient is not None:
                 of_weights[place] = of_weights[place].add_(gradient) if place in of_weights else gradient
-    return (losses * items.weights).sum(), of_states.to(items.states.dtype), of_weights
+    return ((total - right) * items.weights).sum(), of_states.to(items.states.dtype), of_weights
 
 
 def _slices(classes: int) -> Iterator[slice]:

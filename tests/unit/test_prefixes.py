@@ -201,8 +201,8 @@ class TestMethod:
             "{model: gpt2, task: causal-lm, data: {train: t.jsonl}, method: {kind: prefix, prefix_projection: true}, train: {parallel: fsdp}, output: o}"
         )
         with pytest.raises(RecipeError, match=r"method\.prefix_projection: all layers share its network, and train\.parallel: fsdp"):
-            session.check_attention(read(path))
-        session.check_attention(read(path, ["method.prefix_projection=false"]))
+            session.check_attention(read(path).recipe)
+        session.check_attention(read(path, ["method.prefix_projection=false"]).recipe)
 
 
 def test_looking_at_keys_changes_no_answer(llama):
