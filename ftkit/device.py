@@ -73,6 +73,21 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def keep_memory() -> None:
+    """Let this process keep what it freed, for the next step, in place of giving it back to the system; where the C library is glibc.
+
+    Of itself glibc maps each large tensor anew, and the system fills it with zeros, a page at a time.
+    """
+    import ctypes
+    import platform
+
+    if platform.libc_ver()[0] == "glibc":
+        m_trim_threshold, m_mmap_threshold, most = -1, -3, 2**30  # malloc.h; bytes
+        libc = ctypes.CDLL(None)
+        libc.mallopt(m_mmap_threshold, most)
+        libc.mallopt(m_trim_threshold, most)
+
+
 def free_memory() -> None:
     """Give back what is no longer referenced, so that another process can have it."""
     import gc

@@ -35,7 +35,7 @@ CONTENTS = (
     "errors",
 )
 # What a resumed run may do otherwise than before: none of it changes a number, ...
-MAY_CHANGE = {"train.processes", "train.log_every", "train.keep", "train.save_every", "train.trackers", "data.streaming", "output"}
+MAY_CHANGE = {"train.processes", "train.keep_memory", "train.log_every", "train.keep", "train.save_every", "train.trackers", "data.streaming", "output"}
 # ... or only its last digits, since sums are taken in another order: what helps a run that ran out of memory.
 MAY_ROUND = {
     "train.accumulate",

@@ -122,6 +122,8 @@ def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any]
     train, method = recipe.train, recipe.method
     here = device.pick(world.local_rank)
     threads = device.use_all_cores(world.size if here.type == "cpu" else 1)
+    if train.keep_memory and here.type == "cpu":
+        device.keep_memory()
     precision = device.precision(train.precision, here)
     _check_parallel(train, here, world.size)
     check_attention(recipe)

@@ -157,6 +157,7 @@ class Train(Spec):
     skip_unused_embeddings: bool = option(
         True, "gradients and optimizer state only for the token embeddings that occur in the training rows, where they are few; the result is the same"
     )
+    keep_memory: bool = option(True, "on a CPU, memory that a step frees is kept for the next one; false: given back to the system and asked for again")
     round_batches: bool = option(
         True, "fill flat batches up to round numbers of tokens in bfloat16 on a CPU, whose kernels are made for each number; the result is the same"
     )
