@@ -93,7 +93,7 @@ def test_other_seeds_and_findings_wait_for_the_search_and_take_its_best_rate(met
 
     before, after = (methods.Plan(methods.Known(records), DEFAULTS) for records in ([], searched(methods, {"lora": LORA})))
     assert not others(before)
-    assert {f"cola/lora/0.001/{seed}" for seed in (42, 13, 87)} <= wanted(after)  # the best rate of sst2
+    assert {f"{name}/lora/0.003/{seed}" for name in ("cola", "sst2") for seed in (42, 13, 87)} <= wanted(after)  # the best rate of both
     assert {f"sst2/lora/0.001/{seed}" for seed in methods.SEEDS} <= wanted(after)
     assert wanted(after) <= wanted(methods.Plan(methods.Known(searched(methods, {"lora": LORA})), DEFAULTS, guess=True))
 
@@ -101,6 +101,15 @@ def test_other_seeds_and_findings_wait_for_the_search_and_take_its_best_rate(met
 def test_a_method_that_ftkit_has_not_is_in_no_plan(methods: Any) -> None:
     kinds = {methods.METHODS[run.method].settings["kind"] for run in methods.Plan(methods.Known([]), DEFAULTS, guess=True).steps}
     assert kinds == set(DEFAULTS)
+
+
+def test_rows_leave_room_for_virtual_tokens(methods: Any) -> None:
+    def longest(dataset: str, method: str) -> int | None:
+        return methods.Run(dataset, method, 1e-3, 42).settings(quick=False)["data"].get("max_length")
+
+    assert [longest("enko_chat", method) for method in ("lora", "prompt", "prompt-labels", "p-tuning", "prefix")] == [512, 492, 492, 492, 512]
+    assert longest("sst2", "prompt") is None
+    assert methods.SETS["enko_chat"].data == {"max_length": 512}
 
 
 def test_a_refusal_ends_the_search(methods: Any) -> None:
@@ -233,17 +242,18 @@ def test_the_llama_is_trained_once_and_by_one_driver(methods: Any, attempts: Any
 
 def test_the_report(methods: Any) -> None:
     records = searched(methods, {"lora": LORA})
-    records += [record(methods.Run("cola", "lora", 1e-3, seed), value) for seed, value in ((13, 0.2), (87, 0.1))]
+    records += [record(methods.Run("cola", "lora", 3e-3, seed), value) for seed, value in ((13, 0.2), (87, 0.1))]
     for method, rate, values in (("lora", 1e-2, (3.9, 4.1, 4.2, 4.0, 4.2)), ("qlora", 1e-3, (4.0, 4.3, 4.3, 4.2, 4.35))):
         records += [record(methods.Run("enko_chat", method, other, 42), 5.0) for other in LORA_RATES]
         records += [record(methods.Run("enko_chat", method, rate, seed), value) for seed, value in zip(methods.SEEDS, values, strict=True)]
     records += [record(methods.Run("enko_chat", "bitfit", 1e-3, 42), None, code=2, reason="method bitfit: no biases")]
     records += [record(methods.Run("sst2", "full", rate, 42), value) for rate, value in zip(methods.FINE["full"], (0.6, 0.8, 0.7, 0.6, 0.5), strict=True)]
     text = methods.report(methods.Known(records), DEFAULTS)
-    assert "| lora | 0.001 | 0.1333 ± 0.0577 (3) | 0.8000 | 2.5 | 600 | 30 | 36 | 2.00 | 1.00 |" in text
+    assert "| lora | 0.003 | 0.2000 ± 0.1000 (3) | 0.7000 | 2.5 | 600 | 30 | 36 | 2.00 | 1.00 |" in text
     assert "| partial | - | - | - | - | - | - | - | - | - |" in text
     assert "- bitfit: method bitfit: no biases" in text
-    assert "| lora | **0.001** | 0.8000 | default, best, end of the grid |" in text
+    assert "| lora | 0.001 | 0.1000 | 0.8000 | default |" in text
+    assert "| lora | **0.003** | 0.3000 | 0.7000 | best |" in text
     assert "| lora | **0.01** | 3.9000 | best, end of the grid |" in text
     assert "| qlora | 0.001 | 250 | 4.2300 ± 0.1396 (5) | -0.1500 ± 0.0500 (5) | worse |" in text
     assert "Gradual unfreezing" not in text  # nothing is known of it
