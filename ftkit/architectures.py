@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # A head by its Auto class, and what modules must show; `own head`: the head of its language model is, by default, not its input embedding.
 TRAITS = {
     "AutoModelForSequenceClassification": "no classification head",
+    "AutoModelForTokenClassification": "no head that tags tokens",
     "AutoModelForCausalLM": "no head that continues text",
     "AutoModelForSeq2SeqLM": "no head that rewrites text",
     "layers": "no list of layers",
@@ -31,12 +32,14 @@ TRAITS = {
     "few bits": "feed-forward layers that compute in another type than weights of few bits are stored in",
     "attention interface": "attention that is its own, or wants what others have not",
 }
-CLASSIFIER, CAUSAL, REWRITER = "AutoModelForSequenceClassification", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"
-USUAL = {CLASSIFIER, "layers", "linear", "untransposed", "keys, values", "feed-forward", "attention output", "attention interface", "few bits"}
+CLASSIFIER, TAGGER = "AutoModelForSequenceClassification", "AutoModelForTokenClassification"
+CAUSAL, REWRITER = "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"
+NEW_HEADS = {CLASSIFIER, TAGGER}
+USUAL = {*NEW_HEADS, "layers", "linear", "untransposed", "keys, values", "feed-forward", "attention output", "attention interface", "few bits"}
 BIASED = {*USUAL, "biases"}
 DECODER, BIASED_DECODER = {*USUAL, CAUSAL}, {*BIASED, CAUSAL}
 # The heads that some of them have for other tasks are not looked at.
-TWO_STACKS, BIASED_TWO_STACKS = {*USUAL, REWRITER} - {CLASSIFIER}, {*BIASED, REWRITER} - {CLASSIFIER}
+TWO_STACKS, BIASED_TWO_STACKS = {*USUAL, REWRITER} - NEW_HEADS, {*BIASED, REWRITER} - NEW_HEADS
 OWN = {"attention interface"}  # which attention that is an architecture's own does not go through
 
 TABLE: dict[str, set[str]] = {
@@ -54,25 +57,25 @@ TABLE: dict[str, set[str]] = {
     "mpnet": BIASED - OWN,
     "roberta": BIASED,
     "roberta-prelayernorm": BIASED,
-    "squeezebert": {CLASSIFIER, "layers", "biases", "few bits"},  # convolutions in place of linear modules
+    "squeezebert": {*NEW_HEADS, "layers", "biases", "few bits"},  # convolutions in place of linear modules
     "xlm-roberta": BIASED,
     "bloom": BIASED_DECODER - OWN,
-    "cohere": DECODER - {CLASSIFIER},
+    "cohere": DECODER - NEW_HEADS,
     "falcon": BIASED_DECODER - OWN,
     "gemma": DECODER,
     "gemma2": DECODER - OWN,
-    "gemma3_text": DECODER,
+    "gemma3_text": DECODER - {TAGGER},
     "gpt2": BIASED_DECODER - {"untransposed"},
     "gpt_bigcode": BIASED_DECODER,
     "gpt_neo": BIASED_DECODER - OWN,
     "gpt_neox": BIASED_DECODER | {"own head"},
-    "gptj": BIASED_DECODER - OWN | {"own head"},
-    "granite": DECODER - {CLASSIFIER} | {"own head"},
+    "gptj": BIASED_DECODER - OWN - {TAGGER} | {"own head"},
+    "granite": DECODER - NEW_HEADS | {"own head"},
     "llama": DECODER | {"own head"},
     "mistral": DECODER | {"own head"},
     "mixtral": DECODER - {"feed-forward"} | {"own head"},  # experts are no linear modules
-    "olmo2": DECODER | {"own head"},
-    "opt": BIASED_DECODER,
+    "olmo2": DECODER - {TAGGER} | {"own head"},
+    "opt": BIASED_DECODER - {TAGGER},
     "phi": BIASED_DECODER | {"own head"},
     "phi3": DECODER | {"own head"},
     "qwen2": BIASED_DECODER | {"own head"},

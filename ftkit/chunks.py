@@ -31,8 +31,10 @@ def chunk_size(items: Items, learning: Sequence[nn.Parameter] = ()) -> int:
     """How many items are computed together.
 
     As many as there are weights of the head, if it is among the `learning` parameters: its gradient, which each chunk
-    adds to, is as large.  A round number, if not below that: kernels are made for each.
+    adds to, is as large.  A round number, if not below that: kernels are made for each.  All, where there are logits already.
     """
+    if items.head is None:
+        return max(1, len(items))
     device = items.states.device.type if items.states.device.type in LOGITS else "cuda"
     most, weights = LOGITS[device], items.num_classes * items.states.shape[-1]
     if any(parameter.numel() == weights for parameter in learning):

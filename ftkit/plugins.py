@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 BUILTIN: dict[str, dict[str, str]] = {
     "task": {
         "text-classification": "ftkit.tasks.text_classification:TextClassification",
+        "token-classification": "ftkit.tasks.token_classification:TokenClassification",
         "causal-lm": "ftkit.tasks.causal_lm:CausalLM",
         "seq2seq": "ftkit.tasks.seq2seq:Seq2Seq",
     },

@@ -30,7 +30,8 @@ def cross_entropy(
 
     The first one is for their states; the others, by place, for those of `learning` that the head uses.  `layer` is that of the items.
     """
-    targets = items.targets
+    head, targets = items.head, items.targets
+    assert head is not None
     own = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
     places = {id(parameter): place for place, parameter in enumerate(learning)}
     own_places = [places.get(id(parameter)) for parameter in own]
@@ -38,7 +39,7 @@ def cross_entropy(
 
     def logits(states: torch.Tensor, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         with instead(layer, lambda x: functional.linear(x, *parts)):
-            return items.head(states)
+            return head(states)
 
     total = torch.full(targets.shape, -torch.inf, device=targets.device)  # log of the sum of exponentials
     right = torch.zeros_like(total)  # the logit of the target, and of all others as far as labels are smoothed

@@ -47,6 +47,7 @@ class DataSets(NamedTuple):
     prompts: Path
     chats: Path
     rewritten: Path
+    tagged: Path
 
 
 def write_csv(path: Path, header: list[str], rows: list) -> None:
@@ -70,9 +71,16 @@ def data(tmp_path_factory) -> DataSets:
         write_jsonl(found.text / f"{split}.jsonl", [{"text": text} for text, _ in rows])
         write_jsonl(found.prompts / f"{split}.jsonl", [{"prompt": f"where are {text}? ", "completion": f"in the {topic}"} for text, topic in rows])
         write_jsonl(found.rewritten / f"{split}.jsonl", [{"source": text, "target": f"{topic} {text.split()[0]}"} for text, topic in rows])
+        write_jsonl(found.tagged / f"{split}.jsonl", [{"tokens": text.split(), "ner_tags": tags(text.split())} for text, _ in rows])
         chats = [[{"role": "user", "content": f"where are {text}?"}, {"role": "assistant", "content": f"in the {topic}"}] for text, topic in rows]
         write_jsonl(found.chats / f"{split}.jsonl", [{"messages": chat if i % 2 else [*chat, *chats[i - 1]]} for i, chat in enumerate(chats)])
     return found
+
+
+def tags(words: list[str]) -> list[str]:
+    """Words of a topic, one after the other, are spans of it."""
+    topics = [next((topic for topic in TOPICS if word in TOPICS[topic]), None) for word in words]
+    return ["O" if topic is None else f"{'I' if before == topic else 'B'}-{topic}" for before, topic in zip([None, *topics], topics, strict=False)]
 
 
 def corpus() -> list[str]:
@@ -200,7 +208,7 @@ def recipe(data, checkpoint, tmp_path):
         files = {split: str(next(directory.glob(f"{split}.*"))) for split in ("train", "validation", "test")}
         values = {
             "model": checkpoint(model) if isinstance(model, str) else model,
-            "task": "text-classification" if rows in ("single", "pairs") else "seq2seq" if rows == "rewritten" else "causal-lm",
+            "task": {"rewritten": "seq2seq", "tagged": "token-classification"}.get(rows, "text-classification" if rows in ("single", "pairs") else "causal-lm"),
             "data": files,
             "train": {**TRAIN, **(train or {})},
             "output": str(tmp_path / "run"),

@@ -208,6 +208,7 @@ class Audit:
     dropped_rows: int = 0  # left out for their length
     unsupervised_rows: list[int] = field(default_factory=list)  # nothing in them is learned or measured
     untrained_answers: int = 0  # of chats: answers that the template shows differently once the chat goes on
+    silent_words: int = 0  # that the tokenizer makes nothing of
     bad: list[tuple[int, str]] = field(default_factory=list)  # row and reason
     unknown_tokens: int | None = None  # none: the tokenizer has no token for the unknown
     text_tokens: int = 0  # tokens that are not special
@@ -290,6 +291,8 @@ def describe(split: str, audit: Audit, apart: bool = False) -> list[str]:
         lines.append(f"WARNING {split}: in {len(audit.unsupervised_rows):,} rows nothing is supervised: they count for nothing")
     if audit.untrained_answers:
         lines.append(f"WARNING {split}: {audit.untrained_answers:,} answers are not learned, since the chat template shows them differently later on")
+    if audit.silent_words:
+        lines.append(f"WARNING {split}: {audit.silent_words:,} words are nothing to the tokenizer: what they are is neither learned nor measured")
     return lines
 
 
@@ -315,6 +318,7 @@ def _tokenise(
                 audit.bad.append((index, f"nothing in this row is learned{cut}"))
                 continue
         audit.untrained_answers += sum(each.untrained_answers for each in features)
+        audit.silent_words += sum(each.silent_words for each in features)
         counts.add(row, features, whole=not lost)
         builder.add(index, features)
     counts.tell(audit)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date, time, timedelta
 from decimal import Decimal
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
@@ -38,6 +39,8 @@ FORMATS = {
     ".json": "json",
     ".parquet": "parquet",
     ".txt": "txt",
+    ".conll": "conll",
+    ".conllu": "conllu",
 }
 SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation", "test": "test"}
 WHOLE = {"json": "write it as jsonl, an object a line", "txt": "with data.format: lines, each line of a txt file is a row"}
@@ -159,7 +162,7 @@ def read(
     if format is None:
         raise DataError(
             f"{path}: the ending {path.suffix or '(none)'!r} says nothing about the format (known: {', '.join(FORMATS)}); name it with\n"
-            "  data: {format: csv}   # or tsv, jsonl, json, parquet, txt, lines"
+            "  data: {format: csv}   # or tsv, jsonl, json, parquet, txt, lines, conll, conllu"
         )
     if format == "txt" and txt_row == "line":
         format = "lines"
@@ -253,6 +256,52 @@ def _read_txt(file: BinaryIO, table: Table, note: Note, poll: Poll) -> None:
         return
     if text.strip():
         table.records.append((1, {"text": text}))
+
+
+# --- words in columns ---------------------------------------------------------------------------
+
+
+def _read_conll(file: BinaryIO, table: Table, note: Note, poll: Poll) -> None:
+    """A word a line: itself in the first column, its tag in the last one; rows end at blank lines (CoNLL-2003)."""
+    for number, lines in _blocks(file, table, poll):
+        if lines[0][0] != "-DOCSTART-":
+            _add_words(table, number, [(cells[0], cells[-1]) for cells in lines], len({len(cells) for cells in lines}) == 1 < len(lines[0]))
+
+
+def _read_conllu(file: BinaryIO, table: Table, note: Note, poll: Poll) -> None:
+    """FORM and UPOS of CoNLL-U (universaldependencies.org/format.html); comments, ranges of words and empty nodes are left out."""
+    for number, lines in _blocks(file, table, poll, tabs=True):
+        words = [cells for cells in lines if not cells[0].startswith("#") and not set(cells[0]) & {"-", "."}]
+        if words:
+            whole = all(len(cells) == 10 for cells in words)
+            _add_words(table, number, [(cells[1], cells[3]) for cells in words if whole], whole)
+
+
+def _blocks(file: BinaryIO, table: Table, poll: Poll, tabs: bool = False) -> Iterator[tuple[int, list[list[str]]]]:
+    """Lines between blank ones, in columns: the number of the first one, and the cells of each."""
+    first, lines, broken = 0, list[list[str]](), ""
+    for number, offset, data in chain(_lines(file, poll), [(0, 0, b"")]):
+        try:
+            line = _decode(data, offset).rstrip("\r\n")
+        except ValueError as error:
+            line, broken = "?", broken or str(error)
+        if line.strip():
+            first = first or number
+            lines.append(line.split("\t") if tabs or "\t" in line else line.split())
+            continue
+        if broken:
+            table.reject(first, broken)
+        elif lines:
+            yield first, lines
+        first, lines, broken = 0, [], ""
+
+
+def _add_words(table: Table, number: int, words: list[tuple[str, str]], even: bool) -> None:
+    table.columns = ["tokens", "tags"]
+    if even:
+        table.records.append((number, {"tokens": [word for word, _ in words], "tags": [tag for _, tag in words]}))
+    else:
+        table.reject(number, "the lines of this sentence have different numbers of columns, or too few")
 
 
 # --- JSON ---------------------------------------------------------------------------------------
@@ -435,4 +484,6 @@ _READERS: dict[str, Callable[[BinaryIO, Table, Note, Poll], None]] = {
     "json": _read_json,
     "txt": _read_txt,
     "lines": _read_lines,
+    "conll": _read_conll,
+    "conllu": _read_conllu,
 }

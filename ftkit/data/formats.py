@@ -51,7 +51,9 @@ def checked(column: str, value: Any) -> Any:
         if not isinstance(value, str):
             raise RowError(f"{column} must be text, but is {json_type(value)}")
         _check_unicode(column, value)
-    if column in LISTS and not isinstance(value, list):
+    if column == "tokens" and isinstance(value, str):  # a text that is to be tagged
+        _check_unicode(column, value)
+    elif column in LISTS and not isinstance(value, list):
         raise RowError(f"{column} must be a list, but is {json_type(value)}")
     return value
 

@@ -70,6 +70,7 @@ class Features:
     token_type_ids: list[int] | None = None
     truncated: int = 0  # tokens that did not fit into max_length
     untrained_answers: int = 0  # of a chat: answers that its template shows differently once the chat goes on
+    silent_words: int = 0  # of a row of words: those that the tokenizer makes nothing of
     apart: bool = False  # alike in all features of a set
 
     @property
@@ -165,6 +166,7 @@ class Scores:
     targets: torch.Tensor  # [n]
     weights: torch.Tensor  # float32 [n]
     rows: torch.Tensor  # int64 [n]: the feature (index into the feature set) that an item belongs to
+    counted: torch.Tensor | None = None  # bool [n]: what metrics beside the loss count; all if None
 
 
 @dataclass(slots=True)
@@ -172,11 +174,12 @@ class Items:
     """The supervised items of a batch before the output head: logits of them all need not exist at one time."""
 
     states: torch.Tensor  # float [n, ...]: what the head makes logits of
-    head: Callable[[torch.Tensor], torch.Tensor]  # states of m items -> logits [m, C]
+    head: Callable[[torch.Tensor], torch.Tensor] | None  # states of m items -> logits [m, C]; None: the states are logits
     num_classes: int  # C
     targets: torch.Tensor  # [n]
     weights: torch.Tensor  # float32 [n]
     rows: torch.Tensor  # int64 [n]
+    counted: torch.Tensor | None = None  # as those of the scores
     layer: nn.Linear | None = None  # within the head: [C, H], where a logit takes what it gives for its own row, nothing else of it
 
     def __len__(self) -> int:
@@ -184,7 +187,9 @@ class Items:
 
     def scores(self, part: slice = slice(None), states: torch.Tensor | None = None) -> Scores:
         """Those of a part of the items; `states` in place of their own."""
-        return Scores(self.head(self.states[part] if states is None else states), self.targets[part], self.weights[part], self.rows[part])
+        states = self.states[part] if states is None else states
+        counted = None if self.counted is None else self.counted[part]
+        return Scores(self.head(states) if self.head else states, self.targets[part], self.weights[part], self.rows[part], counted)
 
     def parts(self, size: int) -> Iterator[slice]:
         """Slices of `size` items; one, if there are no items."""

@@ -107,7 +107,7 @@ class Data(Spec):
         None, "file, fraction of train, or a map of names to files; empty: the hub's own validation split, else none"
     )
     test: Name | None = option(None, "file measured once, after training")
-    format: Literal["csv", "tsv", "jsonl", "json", "parquet", "txt", "lines"] | None = option(
+    format: Literal["csv", "tsv", "jsonl", "json", "parquet", "txt", "lines", "conll", "conllu"] | None = option(
         None, "format of the files; by ending if empty. txt: the task says whether a row is a line or a file; lines: always a line"
     )
     columns: dict[str, str] = option({}, "what the task calls a column: what the file calls it; detected if unambiguous")

@@ -58,7 +58,11 @@ class Task(Protocol):
     peft_type: ClassVar[str]  # PEFT's task_type
     new_head: ClassVar[bool]  # the head starts from random weights and always learns
     defaults: ClassVar[Mapping[str, Default]]  # dotted recipe key -> value and source
-    main_metric: ClassVar[str]  # what the summary leads with; higher is better unless it is `loss` or `perplexity`
+
+    @property
+    def main_metric(self) -> str:
+        """What the summary leads with; higher is better unless it is `loss` or `perplexity`."""
+        ...
 
     @property
     def metric_names(self) -> tuple[str, ...]:

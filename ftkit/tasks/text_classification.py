@@ -10,6 +10,7 @@ from ftkit.data.types import Features, Items, Limits, Row, RowError
 from ftkit.errors import DataError, RecipeError
 from ftkit.recipe.spec import Default, Generation, Spec, option
 from ftkit.tasks import Column, Shape
+from ftkit.tasks.classes import in_order, name_of, of_confusion, some
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 TEXT = Column("text", "the text to classify", "sentence", "sentence1", "premise", "question1", "content", "review", "document")
 PAIR = Column("text_pair", "a second text", "sentence2", "hypothesis", "question2")
 LABEL = Column("label", "its class: a word or a number", "labels", "class", "category", "intent", "target", "gold_label")
-WHOLE_NUMBER = re.compile(r"-?[0-9]{1,18}")
 
 EXAMPLES = (  # a sentence, a second one, and whether it follows from the first
     ("All the lamps in the hall are lit.", "The hall is dark.", "no"),
@@ -69,22 +69,21 @@ class TextClassification(Spec):
         found, flaw = set(), ""
         for row in rows:
             try:
-                found.add(_name(row.values["label"]))
+                found.add(name_of(row.values["label"]))
             except RowError as error:  # encode() says it of each such row
                 flaw = flaw or f"{row.where}: {error}"
         if flaw and not found:
             raise DataError(f"the training rows have no label that can be used: {flaw}")
         if self.labels is None:
-            numeric = all(WHOLE_NUMBER.fullmatch(name) for name in found)
-            labels = sorted(found, key=lambda name: (int(name), name)) if numeric else sorted(found)
+            labels = in_order(found)
         else:
             labels = self.labels
             if missing := sorted(found - set(labels)):
-                raise DataError(f"task.labels lacks labels of the training rows: {_some(missing)}")
+                raise DataError(f"task.labels lacks labels of the training rows: {some(missing)}")
         if len(found) < 2:
-            raise DataError(f"the training rows have one label only ({_some(sorted(found))}): there is nothing to tell apart")
+            raise DataError(f"the training rows have one label only ({some(sorted(found))}): there is nothing to tell apart")
         if len(set(labels)) < len(labels):
-            raise RecipeError(f"task.labels repeats a label: {_some(sorted({x for x in labels if labels.count(x) > 1}))}")
+            raise RecipeError(f"task.labels repeats a label: {some(sorted({x for x in labels if labels.count(x) > 1}))}")
         return self.model_copy(update={"labels": labels})
 
     def check(self, tokenizer: Any) -> None:
@@ -105,9 +104,9 @@ class TextClassification(Spec):
         return self.labels
 
     def encode(self, row: Row, tokenizer: Any, limits: Limits) -> list[Features]:
-        name = _name(row.values["label"]) if "label" in row.values else self._names[0]
+        name = name_of(row.values["label"]) if "label" in row.values else self._names[0]
         if name not in self._names:
-            raise RowError(f"label {name!r} does not occur in the training rows (known: {_some(self._names)})")
+            raise RowError(f"label {name!r} does not occur in the training rows (known: {some(self._names)})")
         texts = [row.values["text"], *([row.values["text_pair"]] if "text_pair" in row.values else [])]
         encoded = tokenizer(*texts, truncation=False, verbose=False)
         excess = len(encoded["input_ids"]) - limits.max_length
@@ -135,7 +134,7 @@ class TextClassification(Spec):
         """Every row, with its logits [C]."""
         types = {} if batch.token_type_ids is None else {"token_type_ids": batch.token_type_ids}
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **types).logits
-        return Items(logits, lambda states: states, logits.shape[1], batch.targets, batch.weights, batch.row_ids)
+        return Items(logits, None, logits.shape[1], batch.targets, batch.weights, batch.row_ids)
 
     def complete(self, model: Any, tokenizer: Any) -> None:
         """The labels are in the config already."""
@@ -163,13 +162,13 @@ class TextClassification(Spec):
         counts: dict[str, Counter[str]] = {}
         prior: Counter[str] = Counter()
         for row in train:
-            name = _name(row.values["label"])
+            name = name_of(row.values["label"])
             prior[name] += 1
             counts.setdefault(name, Counter()).update(_words(row))
         vocabulary = set().union(*counts.values())
         gold, texts = [], []
         for row in rows:
-            gold.append(_name(row.values["label"]))
+            gold.append(name_of(row.values["label"]))
             texts.append([word for word in _words(row) if word in vocabulary])
         place = {word: i for i, word in enumerate({word for text in texts for word in text})}
         smoothed_WC = np.ones((len(place), len(counts)))  # words of these rows only: those of all rows could fill the memory
@@ -228,41 +227,11 @@ class ClassificationMetrics:
         self.sums["loss"] += (losses.double() * scores.weights).sum().cpu()
 
     def compute(self) -> dict[str, float]:
-        """Fractions from 0 to 1; `f1` is macro-averaged over the labels that occur or were predicted."""
-        confusion = self.sums["confusion"]
-        total, correct = confusion.sum().item(), confusion.trace().item()
-        gold, said, hits = confusion.sum(1), confusion.sum(0), confusion.diagonal()
-        f1 = (2 * hits / (gold + said).clamp(min=1e-12))[(gold + said) > 0]
-        # R_K of Gorodkin 2004 (doi:10.1016/j.compbiolchem.2004.09.006); two classes: Matthews 1975
-        covariance = correct * total - (gold @ said).item()
-        spread = ((total**2 - (said @ said).item()) * (total**2 - (gold @ gold).item())) ** 0.5
-        metrics = {"accuracy": correct / total, "f1": f1.mean().item(), "mcc": covariance / spread if spread else 0.0}
-        if len(confusion) == 2:
-            metrics["f1_binary"] = (2 * hits[1] / (gold[1] + said[1]).clamp(min=1e-12)).item()
-        return metrics | {"loss": self.sums["loss"].item() / total, "loss_count": total}
-
-
-def _name(label: Any) -> str:
-    """The name of a label as data files spell it: 1, 1.0, "1" and " 1" are one label, and so are true and "true"."""
-    if isinstance(label, bool):
-        return str(label).lower()
-    if label is None or isinstance(label, list | dict):
-        raise RowError(f"label {label!r} is neither a word nor a number")
-    if isinstance(label, float):
-        if not label.is_integer():
-            raise RowError(f"label {label!r} is not a whole number; for regression use a regression task")
-        label = int(label)
-    name = str(label).strip()
-    if not name:
-        raise RowError("the label is empty")
-    return name
+        """Those of `classes.of_confusion`, and the loss."""
+        total = self.sums["confusion"].sum().item()
+        return of_confusion(self.sums["confusion"]) | {"loss": self.sums["loss"].item() / total, "loss_count": total}
 
 
 def _words(row: Row) -> list[str]:
     texts = (row.values["text"], row.values.get("text_pair", ""))
     return re.findall(r"\w+", " ".join(texts).lower())
-
-
-def _some(names: list[str], limit: int = 10) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(repr(name) for name in names[:limit]) + more

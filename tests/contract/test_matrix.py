@@ -23,8 +23,14 @@ from ftkit.recipe.spec import Model
 from ftkit.tasks.causal_lm import CausalLM
 from ftkit.tasks.seq2seq import Seq2Seq
 from ftkit.tasks.text_classification import TextClassification
+from ftkit.tasks.token_classification import TokenClassification
 
-TASKS = {"text-classification": TextClassification(labels=["garden", "harbour", "kitchen"]), "causal-lm": CausalLM(), "seq2seq": Seq2Seq()}
+TASKS = {
+    "text-classification": TextClassification(labels=["garden", "harbour", "kitchen"]),
+    "token-classification": TokenClassification(labels=["B-X", "I-X", "O"], subwords="all"),
+    "causal-lm": CausalLM(),
+    "seq2seq": Seq2Seq(),
+}
 CELLS = [(task, name) for task in TASKS for name in architectures.TABLE if TASKS[task].auto_class in architectures.TABLE[name]]
 METHODS = {  # without dropout, so that two ways to compute can be compared
     kind: method.model_copy(update={"dropout": 0.0} if "dropout" in type(method).model_fields else {}) for kind, method in architectures.methods().items()
@@ -65,6 +71,7 @@ def small(name: str, tokenizers):
     for key, value in config.to_dict().items():
         if "drop" in key and isinstance(value, float):
             setattr(config, key, 0.0)
+    config.classifier_dropout = 0.0  # 0.1 where the config says nothing
     if name == "big_bird":
         config.attention_type = "original_full"
     config.initializer_range = 0.1
@@ -127,6 +134,8 @@ def batch_of(task, tokenizer):
     rows = [{"text": text, "label": ["garden", "harbour", "kitchen", "harbour"][number]} for number, text in enumerate(TEXTS)]
     if task.kind == "seq2seq":
         rows = [{"source": row["text"], "target": row["label"]} for row in rows]
+    if task.kind == "token-classification":
+        rows = [{"tokens": row["text"].split(), "tags": [["B-X", "O", "I-X"][place % 3] for place in range(len(row["text"].split()))]} for row in rows]
     if task.kind == "causal-lm":
         rows = [{"text": row["text"]} for row in rows]
     encoded = [task.encode(Row(row, "rows", number), tokenizer, Limits(64, "right")) for number, row in enumerate(rows)]

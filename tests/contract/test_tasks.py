@@ -15,6 +15,7 @@ from ftkit.recipe.spec import Model
 from ftkit.tasks.causal_lm import CausalLM
 from ftkit.tasks.seq2seq import Seq2Seq
 from ftkit.tasks.text_classification import ClassificationMetrics, TextClassification
+from ftkit.tasks.token_classification import TokenClassification
 from ftkit.testing import check_task
 
 SHAPES = {  # data set -> task, how its file calls the columns, architectures with the head
@@ -23,6 +24,7 @@ SHAPES = {  # data set -> task, how its file calls the columns, architectures wi
     "text": (CausalLM(), {"text": "text"}, ("llama", "gpt2")),
     "prompts": (CausalLM(), {"prompt": "prompt", "completion": "completion"}, ("llama", "gpt2")),
     "chats": (CausalLM(), {"messages": "messages"}, ("llama",)),
+    "tagged": (TokenClassification(), {"tokens": "tokens", "ner_tags": "tags"}, ("bert", "distilbert", "gpt2", "llama")),
     "rewritten": (Seq2Seq(), {"source": "source", "target": "target"}, ("t5", "mt5", "bart")),
 }
 

@@ -25,6 +25,7 @@ def make_run(tmp_path_factory, checkpoint, data):
         "chats": {"model": checkpoint("llama"), "task": "causal-lm", "data": files(data.chats, "jsonl"), "method": "lora"},
         "prompts": {"model": checkpoint("gpt2"), "task": "causal-lm", "data": files(data.prompts, "jsonl"), "method": "full"},
         "rewritten": {"model": checkpoint("bart"), "task": "seq2seq", "data": files(data.rewritten, "jsonl"), "method": "lora"},
+        "tagged": {"model": checkpoint("bert"), "task": "token-classification", "data": files(data.tagged, "jsonl"), "method": "full"},
         "written": {"model": checkpoint("t5"), "task": "seq2seq", "data": files(data.rewritten, "jsonl"), "eval": {"metrics": ["rouge_l", "bleu", "chrf"]}},
     }
     made: dict[str, Path] = {}
@@ -58,7 +59,7 @@ def verify_in_this_process(patch: pytest.MonkeyPatch) -> None:
 # --- eval ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["single", "pairs", "chats", "prompts", "rewritten"])
+@pytest.mark.parametrize("name", ["single", "pairs", "tagged", "chats", "prompts", "rewritten"])
 def test_eval_gives_the_numbers_of_the_run(make_run, ftkit, name):
     run = make_run(name)
     metrics = json.loads((run / "metrics.json").read_text())

@@ -22,6 +22,7 @@ from ftkit.recipe.spec import Model, Train
 from ftkit.tasks.causal_lm import CausalLM
 from ftkit.tasks.seq2seq import Seq2Seq
 from ftkit.tasks.text_classification import TextClassification
+from ftkit.tasks.token_classification import TokenClassification
 
 IGNORED = -100
 ROWS, BATCH = 20, 6  # the last batch of an epoch has 2 rows
@@ -38,6 +39,7 @@ def sentences(count: int) -> list[str]:
 
 CASES = {
     "bert-classification": ("bert", Full(), TextClassification(), {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}),
+    "bert-tags": ("bert", Full(), TokenClassification(subwords="all"), {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}),
     "llama-lora": ("llama", LoRA(r=4, dropout=0.0), CausalLM(), {}),
     "t5-seq2seq": ("t5", Full(), Seq2Seq(), {"dropout_rate": 0.0}),
     "bart-lora-seq2seq": ("bart", LoRA(r=4, dropout=0.0), Seq2Seq(), {"dropout": 0.0}),
@@ -48,6 +50,9 @@ def rows(task) -> list[Row]:
     texts = sentences(ROWS)
     if isinstance(task, TextClassification):
         return [Row({"text": text, "label": "even" if len(text) % 2 else "odd"}, "rows", i) for i, text in enumerate(texts, 1)]
+    if isinstance(task, TokenClassification):
+        tagged = [(text.split(), ["B-X" if word in ("boats", "nets") else "O" for word in text.split()]) for text in texts]
+        return [Row({"tokens": words, "tags": tags}, "rows", i) for i, (words, tags) in enumerate(tagged, 1)]
     if isinstance(task, Seq2Seq):
         return [Row({"source": text, "target": text[: len(text) // 2 : -1]}, "rows", i) for i, text in enumerate(texts, 1)]
     return [Row({"prompt": text, "completion": text[::-1]}, "rows", i) for i, text in enumerate(texts, 1)]
@@ -128,7 +133,7 @@ def mean_over_the_batch(outputs, labels, num_items_in_batch):
 def theirs(case, accumulate: int, tmp_path) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
     """The same of Trainer with its usual data collator, cross-entropy of the model, AdamW and schedule."""
     learner, base = case.learner()
-    classification, pairs = isinstance(case.task, TextClassification), isinstance(case.task, Seq2Seq)
+    classification, pairs, tags = (isinstance(case.task, kind) for kind in (TextClassification, Seq2Seq, TokenClassification))
 
     def example(index: int) -> dict:
         row = case.features.get(index)
@@ -136,6 +141,9 @@ def theirs(case, accumulate: int, tmp_path) -> tuple[list[tuple[float, float]], 
             return {"input_ids": row["input_ids"].tolist(), "labels": row["targets"].tolist()}
         if classification:
             return {"input_ids": row["input_ids"].tolist(), "token_type_ids": row["token_type_ids"].tolist(), "labels": int(row["targets"][0])}
+        if tags:
+            labels = [int(t) % len(case.task.labels) if w else IGNORED for t, w in zip(row["targets"], row["weights"], strict=True)]
+            return {"input_ids": row["input_ids"].tolist(), "token_type_ids": row["token_type_ids"].tolist(), "labels": labels}
         # the model shifts labels itself; the last target is a token of its own
         ids = [*row["input_ids"].tolist(), int(row["targets"][-1])]
         labels = [IGNORED, *(int(t) if w else IGNORED for t, w in zip(row["targets"], row["weights"], strict=True))]
@@ -167,7 +175,7 @@ def theirs(case, accumulate: int, tmp_path) -> tuple[list[tuple[float, float]], 
         ),
         train_dataset=[example(i) for i in range(ROWS)],
         data_collator=collator,
-        compute_loss_func=mean_over_the_batch if classification else mean_over_the_tokens if pairs else None,
+        compute_loss_func=mean_over_the_batch if classification else mean_over_the_tokens if pairs or tags else None,
         callbacks=[losses],
     )
     trainer.train()
@@ -175,7 +183,7 @@ def theirs(case, accumulate: int, tmp_path) -> tuple[list[tuple[float, float]], 
 
 
 def mean_over_the_tokens(outputs, labels, num_items_in_batch):
-    """So do encoder-decoders."""
+    """So do encoder-decoders, and models that tag tokens."""
     return F.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum") / num_items_in_batch
 
 

@@ -105,6 +105,43 @@ def test_text_is_read_in_parts_of_whole_lines(tmp_path, monkeypatch, name):
         list(files.read_text(tmp_path / "bad.txt"))
 
 
+CONLL = "-DOCSTART- -X- O O\n\nEU NNP I-NP B-ORG\nrejects VBZ I-VP O\n\n\n# NN I-NP O\n"
+
+
+@pytest.mark.parametrize("content", [CONLL, CONLL.replace(" ", "\t"), CONLL.rstrip("\n"), "\ufeff" + CONLL.replace("\n", "\r\n")])
+def test_conll_has_a_word_a_line(read, content):
+    table = read("d.conll", content)
+    assert rows(table) == [{"tokens": ["EU", "rejects"], "tags": ["B-ORG", "O"]}, {"tokens": ["#"], "tags": ["O"]}]
+    assert numbers(table) == [3, 7]
+    assert table.columns == ["tokens", "tags"]
+
+
+def test_conllu_has_words_and_their_parts_of_speech(read):
+    def line(*first):
+        return "\t".join([*first, *["_"] * (10 - len(first))]) + "\n"
+
+    content = "# text = vámonos\n" + line("1-2", "vámonos") + line("1", "vamos", "ir", "VERB") + line("2", "nos", "nosotros", "PRON") + "\n"
+    content += "# text = x\n" + line("1", "of course", "x", "ADV") + line("1.1", "hidden", "x", "X")
+    table = read("d.conllu", content)
+    assert rows(table) == [{"tokens": ["vamos", "nos"], "tags": ["VERB", "PRON"]}, {"tokens": ["of course"], "tags": ["ADV"]}]
+    assert numbers(table) == [1, 6]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "number", "reason"),
+    [
+        ("d.conll", "a O\n\nb X O\nc O\n", 3, "different numbers of columns"),
+        ("d.conll", "a O\n\nb\nc\n", 3, "or too few"),
+        ("d.conll", b"a O\n\nb\xff O\nc O\n", 3, "not UTF-8: byte 0xff at byte offset 6"),
+        ("d.conllu", "1\ta\ta\tX\n", 1, "different numbers of columns"),
+    ],
+)
+def test_a_sentence_that_is_not_in_columns_is_a_bad_row(read, name, content, number, reason):
+    table = read(name, content)
+    assert [bad[0] for bad in table.bad] == [number]
+    assert reason in table.bad[0][1]
+
+
 def test_format_overrides_the_ending(read):
     assert rows(read("d.data", '{"text": "x"}\n', format="jsonl")) == [{"text": "x"}]
 

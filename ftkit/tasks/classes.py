@@ -1,0 +1,59 @@
+"""What tasks with classes share: their names as data files spell them, their order, and metrics of a confusion matrix."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+from ftkit.data.types import RowError
+
+if TYPE_CHECKING:
+    import torch
+
+WHOLE_NUMBER = re.compile(r"-?[0-9]{1,18}")
+
+
+def name_of(label: Any, column: str = "label") -> str:
+    """The name of a label as data files spell it: 1, 1.0, "1" and " 1" are one label, and so are true and "true"."""
+    if isinstance(label, bool):
+        return str(label).lower()
+    if label is None or isinstance(label, list | dict):
+        raise RowError(f"{column} {label!r} is neither a word nor a number")
+    if isinstance(label, float):
+        if not label.is_integer():
+            raise RowError(f"{column} {label!r} is not a whole number; for regression use a regression task")
+        label = int(label)
+    name = str(label).strip()
+    if not name:
+        raise RowError(f"the {column} is empty")
+    return name
+
+
+def in_order(names: Collection[str]) -> list[str]:
+    """Numbers in numeric order, words in alphabetic order."""
+    numeric = all(WHOLE_NUMBER.fullmatch(name) for name in names)
+    return sorted(names, key=lambda name: (int(name), name)) if numeric else sorted(names)
+
+
+def some(names: list[str], limit: int = 10) -> str:
+    """The first ones, for a message."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(repr(name) for name in names[:limit]) + more
+
+
+def of_confusion(confusion: torch.Tensor) -> dict[str, float]:
+    """Accuracy, macro F1 and MCC, from weighted counts [gold, predicted]: fractions from 0 to 1, and from -1.
+
+    `f1` is averaged over the labels that occur or were predicted; `f1_binary`, of two labels, is that of the second.
+    MCC is R_K of Gorodkin 2004 (doi:10.1016/j.compbiolchem.2004.09.006); of two classes that of Matthews 1975.
+    """
+    total, correct = confusion.sum().item(), confusion.trace().item()
+    gold, said, hits = confusion.sum(1), confusion.sum(0), confusion.diagonal()
+    f1 = (2 * hits / (gold + said).clamp(min=1e-12))[(gold + said) > 0]
+    covariance = correct * total - (gold @ said).item()
+    spread = ((total**2 - (said @ said).item()) * (total**2 - (gold @ gold).item())) ** 0.5
+    metrics = {"accuracy": correct / total, "f1": f1.mean().item(), "mcc": covariance / spread if spread else 0.0}
+    if len(confusion) == 2:
+        metrics["f1_binary"] = (2 * hits[1] / (gold[1] + said[1]).clamp(min=1e-12)).item()
+    return metrics

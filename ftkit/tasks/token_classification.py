@@ -1,0 +1,361 @@
+"""Token classification: a tag for each word, such as parts of speech, or names in BIO tags."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+from ftkit.data.types import Features, Items, Limits, Row, RowError
+from ftkit.errors import DataError, RecipeError
+from ftkit.recipe.spec import Default, Generation, Spec, option
+from ftkit.tasks import Column, Shape
+from ftkit.tasks.classes import in_order, name_of, of_confusion, some
+from ftkit.tasks.spans import OUTSIDE, spans, tagged, types_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from ftkit.data.types import Batch, Scores
+
+TOKENS = Column("tokens", "the words of a text, in a list", "words")
+TAGS = Column("tags", "their tags, as many", "ner_tags", "pos_tags", "upos", "ner", "pos", "labels")
+WORD = re.compile(r"\w+(?:[-'\u2019.@_/]\w+)*|[^\w\s]")  # of a text that comes as one: punctuation apart, but for that within words
+
+EXAMPLES = (  # words, and which of them are names
+    ("Anna met Paul Klee in Bern .", "B-PER O B-PER I-PER O B-LOC O"),
+    ("The Rhine flows through Basel .", "O B-LOC O O B-LOC O"),
+    ("Mr Darcy wrote to Elizabeth .", "O B-PER O O B-PER O"),
+    ("It rained in New York all week .", "O O O B-LOC I-LOC O O O"),
+    ("Nobody asked Alice .", "O O B-PER O"),
+    ("From Oslo the train goes to Bergen .", "O B-LOC O O O O B-LOC O"),
+    ("The bread was fresh .", "O O O O O"),
+    ("Ahab sailed from Nantucket .", "B-PER O O B-LOC O"),
+    ("Snow fell on Mount Fuji .", "O O O B-LOC I-LOC O"),
+    ("Emma Woodhouse was rich .", "B-PER I-PER O O O"),
+    ("They live near Lake Como .", "O O O B-LOC I-LOC O"),
+    ("Father Brown smiled at Flambeau .", "O B-PER O O B-PER O"),
+)
+
+
+class Window(NamedTuple):
+    """A part of a row that fits into the model: tokens, and of which word each is, None for special ones."""
+
+    input_ids: list[int]
+    token_type_ids: list[int] | None
+    words: list[int | None]
+
+
+class TokenClassification(Spec):
+    """Which class each word of a text belongs to."""
+
+    kind: Literal["token-classification"] = "token-classification"
+    labels: list[str] | None = option(
+        None, "tag names in the order of the model's outputs, or of the numbers in the data; those of the training rows, sorted, if empty"
+    )
+    subwords: Literal["first", "all"] = option(
+        "first", "tokens of a word that are learned: the first one, or all, with I- after B-; the first one says what the word is", "arXiv 1810.04805, 5.3"
+    )
+    stride: int = option(128, "tokens that the windows of a row longer than data.max_length share; a word is taken where it has the most around it", ge=0)
+
+    shapes: ClassVar[tuple[Shape, ...]] = (Shape(TOKENS, TAGS),)
+    txt_row: ClassVar[str] = "line"
+    auto_class: ClassVar[str] = "AutoModelForTokenClassification"
+    peft_type: ClassVar[str] = "TOKEN_CLS"
+    new_head: ClassVar[bool] = True
+    defaults: ClassVar[Mapping[str, Default]] = {
+        "data.max_length": Default(512, "the positions of BERT (arXiv 1810.04805)"),
+    }
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Of BIO tags: precision, recall and F1 of whole spans, and F1 of each type; else the macro F1 of tags."""
+        if self.labels is not None and not tagged(self.labels):
+            return ("accuracy", "f1", "loss")
+        types = [f"f1_{kind}" for kind in types_of(self.labels or ())]
+        return ("f1", "precision", "recall", "accuracy", "loss", *types)
+
+    @property
+    def main_metric(self) -> str:
+        return "accuracy" if self.labels is not None and not tagged(self.labels) else "f1"
+
+    def examples(self) -> list[dict[str, Any]]:
+        """Sentences with names, under the tags of the recipe, if it has any."""
+        labels = self.labels or []
+        rows = [{"tokens": words.split(), "tags": tags.split()} for words, tags in EXAMPLES]
+        return [{**row, "tags": [labels[i % len(labels)] for i in range(len(row["tags"]))]} for row in rows] if labels else rows
+
+    def resolve(self, rows: Iterable[Row]) -> TokenClassification:
+        """With the tag names of the training rows, numbers in numeric order and words in alphabetic order."""
+        found, flaw = set[str](), ""
+        for row in rows:
+            try:
+                found.update(self._tags(row))
+            except RowError as error:  # encode() says it of each such row
+                flaw = flaw or f"{row.where}: {error}"
+        if flaw and not found:
+            raise DataError(f"the training rows have no tag that can be used: {flaw}")
+        labels = in_order(found) if self.labels is None else self.labels
+        if missing := sorted(found - set(labels)):
+            raise DataError(f"task.labels lacks tags of the training rows: {some(missing)}")
+        if len(found) < 2:
+            raise DataError(f"the training rows have one tag only ({some(sorted(found))}): there is nothing to tell apart")
+        if len(set(labels)) < len(labels):
+            raise RecipeError(f"task.labels repeats a tag: {some(sorted({x for x in labels if labels.count(x) > 1}))}")
+        return self.model_copy(update={"labels": labels})
+
+    def check(self, tokenizer: Any) -> None:
+        """Refuse a tokenizer that does not say which characters its tokens are of."""
+        if not getattr(tokenizer, "is_fast", False):
+            raise RecipeError(
+                f"task {self.kind}: the tokenizer of {tokenizer.name_or_path or 'this run'} does not say where in a text its tokens stand, so tags "
+                "cannot be given to them; use one that is made by the tokenizers library (a tokenizer.json)"
+            )
+
+    def config_kwargs(self) -> dict[str, Any]:
+        names = self._names
+        return {"num_labels": len(names), "id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+
+    @property
+    def _names(self) -> list[str]:
+        assert self.labels is not None, "resolve() comes first"
+        return self.labels
+
+    def _tags(self, row: Row) -> list[str]:
+        """Their names; whole numbers stand for places among `labels`, where these are words."""
+        if isinstance(row.values["tokens"], str):
+            raise RowError("tokens must be a list, but is a string")
+        words, tags = row.values["tokens"], [name_of(tag, "tag") for tag in row.values["tags"]]
+        if len(tags) != len(words):
+            raise RowError(f"{len(tags)} tags for {len(words)} tokens")
+        if not self.labels:
+            return tags
+        known = set(self.labels)
+        numbered = {str(i): name for i, name in enumerate(self.labels)}
+        return [tag if tag in known else numbered.get(tag, tag) for tag in tags]
+
+    def encode(self, row: Row, tokenizer: Any, limits: Limits) -> list[Features]:
+        """The words joined by spaces, a target at the first token of each, or at all; long rows as windows that overlap.
+
+        Each word is learned and measured in one window.  `truncation: drop` and `error` look at whole rows.
+        """
+        places = {name: i for i, name in enumerate(self._names)}
+        tags = self._tags(row) if "tags" in row.values else [self._names[0]] * len(row.values["tokens"])
+        if unknown := [tag for tag in tags if tag not in places]:
+            raise RowError(f"tag {unknown[0]!r} does not occur in the training rows (known: {some(self._names)})")
+        windows = self._windows(_words(row), tokenizer, limits)
+        if len(windows) > 1 and limits.truncation == "drop":
+            return []
+        if len(windows) > 1 and limits.truncation == "error":
+            raise RowError(f"more tokens than data.max_length: {limits.max_length}")
+        chosen = _chosen(windows)
+        features = []
+        for number, window in enumerate(windows):
+            targets, weights, before = [0] * len(window.words), [0.0] * len(window.words), None
+            for place, word in enumerate(window.words):
+                first = word != before
+                if word is not None and chosen[word] == number and (first or self.subwords == "all"):
+                    targets[place] = places[tags[word]] if first else len(places) + places[self._goes_on(tags[word])]
+                    weights[place] = 1.0
+                before = word
+            features.append(Features(window.input_ids, targets, weights, window.token_type_ids))
+        features[0].silent_words = len(tags) - len(chosen)
+        return features
+
+    def _goes_on(self, tag: str) -> str:
+        """The tag of a word's further tokens."""
+        inner = f"I-{tag[2:]}"
+        return inner if tag.startswith("B-") and inner in self._names else tag
+
+    def _windows(self, words: Sequence[str], tokenizer: Any, limits: Limits) -> list[Window]:
+        """The tokens of words joined by spaces, in windows of at most `max_length`."""
+        text, starts = " ".join(words), [0]
+        for word in words[:-1]:
+            starts.append(starts[-1] + len(word) + 1)
+        room = limits.max_length - tokenizer.num_special_tokens_to_add()
+        encoded = tokenizer(
+            text,
+            truncation=True,
+            max_length=limits.max_length,
+            stride=max(0, min(self.stride, room // 2)),
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+            verbose=False,
+        )
+        found = []
+        for number, (ids, offsets) in enumerate(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)):
+            types = encoded["token_type_ids"][number] if "token_type_ids" in encoded else None
+            special = [sequence is None for sequence in encoded.sequence_ids(number)]
+            found.append(Window(ids, types, [None if out else _word_at(text, starts, *span) for out, span in zip(special, offsets, strict=True)]))
+        return found
+
+    def items(self, model: Any, batch: Batch) -> Items:
+        """The n tokens with a target, with their logits [n, C]."""
+        types = {} if batch.token_type_ids is None else {"token_type_ids": batch.token_type_ids}
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **types).logits
+        targets, classes = batch.targets.flatten()[batch.supervised], logits.shape[-1]
+        return Items(
+            states=logits.flatten(0, 1)[batch.supervised],
+            head=None,
+            num_classes=classes,
+            targets=targets % classes,
+            weights=batch.weights.flatten()[batch.supervised],
+            rows=batch.row_ids[batch.supervised // batch.input_ids.shape[1]],
+            counted=targets < classes,
+        )
+
+    def complete(self, model: Any, tokenizer: Any) -> None:
+        """The tags are in the config already."""
+
+    def metrics(self) -> TagMetrics:
+        return TagMetrics(self._names)
+
+    def records(self, parts: Iterable[Scores]) -> list[dict[str, Any]]:
+        """The tags of each feature's words, as they are and as the model says."""
+        found: dict[int, dict[str, Any]] = {}
+        for row, gold, said in _tag_rows(parts):
+            found.setdefault(row, {"feature": row, "tags": [], "predictions": []})
+            found[row]["tags"] += [self._names[i] for i in gold]
+            found[row]["predictions"] += [self._names[i] for i in said]
+        return list(found.values())
+
+    def predict(self, model: Any, tokenizer: Any, rows: list[Row], limits: Limits, generation: Generation) -> list[dict[str, Any]]:
+        """`tags` of the words; `spans`, each with its characters `start` to `end` of the text and the mean probability of its tags.
+
+        A text in one piece is parted into words at spaces and punctuation; words in a list are joined by spaces.  Of tags
+        without BIO each word is a span.  The tag of a word that the tokenizer makes nothing of is O, or null where there is none.
+        """
+        import numpy as np
+        import torch
+
+        from ftkit.data.batches import collate
+        from ftkit.data.features import FeatureSet
+
+        answers = []
+        texts = [_words(row) for row in rows]
+        windows = [self._windows(words, tokenizer, limits) for words in texts]
+        features = FeatureSet.of([Features(w.input_ids, [0] * len(w.words), [1.0] * len(w.words), w.token_type_ids) for w in each] for each in windows)
+        batch = collate(features, np.arange(len(features)), tokenizer.pad_token_id).to(model.device)
+        types = {} if batch.token_type_ids is None else {"token_type_ids": batch.token_type_ids}
+        with torch.inference_mode():
+            logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **types).logits
+        best, index = (part.tolist() for part in logits.float().softmax(-1).max(-1))
+        of_windows = iter(zip(best, index, strict=True))
+        for row, words, each in zip(rows, texts, windows, strict=True):
+            chosen, said = _chosen(each), dict[int, tuple[str, float]]()
+            for number, (window, (probabilities, tags)) in enumerate(zip(each, of_windows, strict=False)):
+                for word, p, tag in zip(window.words, probabilities, tags, strict=False):
+                    if word is not None and chosen[word] == number:
+                        said.setdefault(word, (self._names[tag], p))
+            answers.append(self._answer(row, words, said))
+        return answers
+
+    def _answer(self, row: Row, words: Sequence[str], said: Mapping[int, tuple[str, float]]) -> dict[str, Any]:
+        text = row.values["tokens"] if isinstance(row.values["tokens"], str) else " ".join(words)
+        places, end = [], 0
+        for word in words:
+            places.append(text.index(word, end))
+            end = places[-1] + len(word)
+        bio = tagged(self._names)
+        tags = [said[i][0] if i in said else OUTSIDE if OUTSIDE in self._names else None for i in range(len(words))]
+        whole = spans([tag or OUTSIDE for tag in tags]) if bio else ((tag, i, i + 1) for i, tag in enumerate(tags) if tag not in (None, OUTSIDE))
+        found = []
+        for label, first, last in whole:
+            start, end = places[first], places[last - 1] + len(words[last - 1])
+            probabilities = [said[i][1] for i in range(first, last) if i in said]
+            mean = sum(probabilities) / len(probabilities)
+            found.append({"label": label, "start": start, "end": end, "text": text[start:end], "probability": mean})
+        return {"tags": tags, "spans": found}
+
+
+class TagMetrics:
+    """Counts of tags and of spans, by words; the loss by tokens."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        import torch
+
+        self.names = names
+        self.types = types_of(names) if tagged(names) else []
+        zeros = lambda *shape: torch.zeros(shape, dtype=torch.float64)  # noqa: E731 - counts stay exact, and those of several processes add up
+        self.sums: dict[str, torch.Tensor] = {
+            "confusion": zeros(len(names), len(names)),  # [gold, predicted]
+            "spans": zeros(len(self.types), 3),  # gold, predicted, both
+            "loss": zeros(),
+            "weights": zeros(),
+        }
+
+    def update(self, scores: Scores) -> None:
+        import torch
+        from torch.nn import functional as F
+
+        losses = F.cross_entropy(scores.logits.float(), scores.targets, reduction="none")
+        self.sums["loss"] += (losses.double() * scores.weights).sum().cpu()
+        self.sums["weights"] += scores.weights.double().sum().cpu()
+        of_type = {kind: i for i, kind in enumerate(self.types)}
+        for _, gold, said in _tag_rows([scores]):
+            self.sums["confusion"].index_put_((torch.tensor(gold), torch.tensor(said)), torch.ones(len(gold), dtype=torch.float64), accumulate=True)
+            if not self.types:
+                continue
+            right, given = ({*spans([self.names[i] for i in tags])} for tags in (gold, said))
+            for column, found in enumerate((right, given, right & given)):
+                for span in found:
+                    self.sums["spans"][of_type[span.label], column] += 1
+
+    def compute(self) -> dict[str, float]:
+        """Fractions from 0 to 1; of spans over all types (micro), as conlleval's."""
+        weights = self.sums["weights"].item()
+        found = {"loss": self.sums["loss"].item() / weights, "loss_count": weights} if weights else {"loss": 0.0, "loss_count": 0.0}
+        of_words = of_confusion(self.sums["confusion"])
+        if not self.types:
+            return {name: of_words[name] for name in ("accuracy", "f1")} | found
+        gold, said, both = self.sums["spans"].sum(0).tolist()
+        by_type = {f"f1_{kind}": _f1(*counts) for kind, counts in zip(self.types, self.sums["spans"].tolist(), strict=True)}
+        of_spans = {"f1": _f1(gold, said, both), "precision": both / said if said else 0.0, "recall": both / gold if gold else 0.0}
+        return of_spans | {"accuracy": of_words["accuracy"]} | found | by_type
+
+
+def _f1(gold: float, said: float, both: float) -> float:
+    return 2 * both / (gold + said) if gold + said else 0.0
+
+
+def _tag_rows(parts: Iterable[Scores]) -> Iterator[tuple[int, list[int], list[int]]]:
+    """Of each feature in the parts: its index, and the tags of its words, as they are and as the model says."""
+    for scores in parts:
+        counted = scores.weights > 0 if scores.counted is None else scores.counted & (scores.weights > 0)
+        rows, gold, said = (each[counted].tolist() for each in (scores.rows, scores.targets, scores.logits.argmax(-1)))
+        start = 0
+        for place in range(1, len(rows) + 1):
+            if place == len(rows) or rows[place] != rows[start]:
+                yield rows[start], gold[start:place], said[start:place]
+                start = place
+
+
+def _words(row: Row) -> list[str]:
+    """Those of a row; RowError for what is no word."""
+    given = row.values["tokens"]
+    if isinstance(given, str):
+        return WORD.findall(given)
+    for number, word in enumerate(given, 1):
+        if not isinstance(word, str) or not word.strip():
+            raise RowError(f"token {number} is {'empty' if isinstance(word, str) else f'{word!r}, not text'}")
+    return [word.strip() for word in given]
+
+
+def _word_at(text: str, starts: Sequence[int], start: int, end: int) -> int | None:
+    """The word that the first character of a token belongs to that is no space; None for a token of spaces."""
+    while start < end and text[start].isspace():
+        start += 1
+    return bisect_right(starts, start) - 1 if start < end else None
+
+
+def _chosen(windows: Sequence[Window]) -> dict[int, int]:
+    """For each word that has a token, the window where the first one has the most tokens on its nearer side."""
+    best: dict[int, tuple[int, int]] = {}
+    for number, window in enumerate(windows):
+        for place, word in enumerate(window.words):
+            if word is not None and (place == 0 or window.words[place - 1] != word):
+                around = min(place, len(window.words) - 1 - place)
+                if word not in best or around > best[word][0]:
+                    best[word] = around, number
+    return {word: number for word, (_, number) in best.items()}
