@@ -143,7 +143,7 @@ def test_a_run_writes_every_file_of_its_directory_and_can_be_repeated(name, ftki
         told, found = metrics[split], recomputed(predictions)
         assert {key: told[key] for key in found} == pytest.approx(found, rel=1e-5)
 
-    plots = {"loss.png", "confusion.png", "confusion-test.png"} if rows in ("single", "pairs") else {"loss.png"}
+    plots = {"loss.png", "confusion.png", "confusion-test.png"} if rows in ("single", "pairs", "tagged") else {"loss.png"}
     assert {plot.name for plot in (run / "plots").iterdir()} == plots
     assert all(plot.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") for plot in (run / "plots").iterdir())
     card = (run / "README.md").read_text(encoding="utf-8")
@@ -164,6 +164,9 @@ def recomputed(predictions: list[dict]) -> dict[str, float]:
     """The metrics that the predictions themselves tell."""
     if "prediction" in predictions[0]:
         return {"accuracy": sum(each["prediction"] == each["label"] for each in predictions) / len(predictions)}
+    if "tags" in predictions[0]:
+        pairs = [pair for each in predictions for pair in zip(each["tags"], each["predictions"], strict=True)]
+        return {"accuracy": sum(gold == said for gold, said in pairs) / len(pairs)}
     tokens = sum(each["tokens"] for each in predictions)
     return {"loss": sum(each["loss"] * each["tokens"] for each in predictions) / tokens, "loss_count": tokens}
 
