@@ -183,6 +183,7 @@ class TokenClassification(Spec):
             return_offsets_mapping=True,
             verbose=False,
         )
+        tokenizer("", verbose=False)  # which forgets what it was told about lengths: it would be saved so
         found = []
         for number, (ids, offsets) in enumerate(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)):
             types = encoded["token_type_ids"][number] if "token_type_ids" in encoded else None

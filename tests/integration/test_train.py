@@ -51,7 +51,7 @@ RUNS = {  # model, rows, method
     "llama-chats-adapter-4-bits": ("llama", "chats", {"kind": "adapter", "reduction": 4, "bits": 4}),
     "bert-tagged-full": ("bert", "tagged", {"kind": "full"}),
     "gpt2-tagged-lora": ("gpt2", "tagged", {"kind": "lora", "r": 4}),
-    "distilbert-tagged-prefix": ("distilbert", "tagged", {"kind": "prefix"}),
+    "distilbert-tagged-head": ("distilbert", "tagged", {"kind": "head"}),
     "t5-rewritten-full": ("t5", "rewritten", {"kind": "full"}),
     "bart-rewritten-lora": ("bart", "rewritten", {"kind": "lora", "r": 4}),
     "t5-rewritten-adapter": ("t5", "rewritten", {"kind": "adapter", "placement": "houlsby"}),
