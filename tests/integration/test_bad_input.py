@@ -377,6 +377,25 @@ def early_stopping_on_what_is_measured_at_the_end(scene):
     scene.rewrite(train={"steps": 1, "early_stopping": {"metric": "rouge_l"}})
 
 
+@mistake(3, r"2 rows cannot be used:\n.*t\.jsonl:2: 1 tags for 2 tokens\n.*t\.jsonl:3: token 1 is 5, not text\nRepair them")
+def tags_that_do_not_match(scene):
+    scene.recipe["task"] = "token-classification"
+    rows = [(["old", "boats"], ["O", "B-X"]), (["old", "boats"], ["O"]), ([5, "boats"], ["O", "B-X"])]
+    scene.recipe["data"] = {"train": scene.file("t.jsonl", "".join(json.dumps({"tokens": words, "tags": tags}) + "\n" for words, tags in rows))}
+
+
+@mistake(3, r"v\.conll:3: tag 'B-Y' does not occur in the training rows \(known: 'B-X', 'O'\)")
+def a_tag_seen_only_in_validation(scene):
+    scene.recipe["task"] = "token-classification"
+    scene.recipe["data"] = {"train": scene.file("t.conll", "old O\nboats B-X\n"), "validation": scene.file("v.conll", "old O\n\nboats B-Y\n")}
+
+
+@mistake(3, r"t\.conll:3: the lines of this sentence have different numbers of columns")
+def a_sentence_with_a_broken_line(scene):
+    scene.recipe["task"] = "token-classification"
+    scene.recipe["data"] = {"train": scene.file("t.conll", "old O\n\nboats NN B-X\nsoup O\n")}
+
+
 @mistake(3, r"2 rows cannot be used:\n.*t\.jsonl:1: target is empty\n.*t\.jsonl:2: source must be text, but is a number")
 def rows_with_nothing_to_write(scene):
     scene.rewrite()
