@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 
 from ftkit.data.batches import ahead, by_length, collate
@@ -79,6 +80,9 @@ def evaluate(
     trainee.train(was_training)
     for name, value in metrics.sums.items():
         metrics.sums[name] = accelerator.reduce(value.to(accelerator.device), "sum").cpu()
+    if accelerator.num_processes > 1:
+        for name, parts in metrics.kept.items():
+            metrics.kept[name] = gather_object(parts)
     return metrics, records
 
 
@@ -140,8 +144,6 @@ def measure(session: Measurable, names: Iterable[str], report: Reporter, stop: S
 
 def _written(session: Measurable, name: str, report: Reporter, stop: StopRequest) -> dict[int, dict[str, Any]]:
     """What the model writes for the rows of a split that are measured, by their places in it, on every process."""
-    from accelerate.utils import gather_object
-
     rows, features = session.splits[name]
     accelerator, recipe = session.accelerator, session.recipe
     own = list(features.rows())[accelerator.process_index :: accelerator.num_processes]

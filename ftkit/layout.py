@@ -174,9 +174,10 @@ def two_rows(features: FeatureSet) -> FeatureSet:
     for index in (longest, max(others, key=features.lengths.__getitem__, default=longest)):
         row = features.get(index)
         tokens = slice(min(limit, len(row["input_ids"])))
-        targets = row["targets"] if features.per_row else row["targets"][tokens]
+        width = features.width
+        targets = row["targets"] if features.per_row else row["targets"][: tokens.stop * width]
         types = None if row["token_type_ids"] is None else row["token_type_ids"][tokens].tolist()
-        chosen.append(Features(row["input_ids"][tokens].tolist(), targets.tolist(), [1.0] * len(targets), types, apart=features.apart))
+        chosen.append(Features(row["input_ids"][tokens].tolist(), targets.tolist(), [1.0] * (len(targets) // width), types, apart=features.apart))
         limit = min(TRIED_TOKENS[1], max(1, tokens.stop - 1))
     return FeatureSet.of([[row] for row in chosen])
 

@@ -118,6 +118,10 @@ def check_metrics(recipe: Recipe, rows: Rows) -> None:
         if name not in known:
             raise RecipeError(f"{key}: {name!r} is not a metric of {recipe.task.kind} on these rows; there are {', '.join(known)}")
     check_packages(recipe)
+    if recipe.objective.label_smoothing and recipe.task.targets != "classes":
+        raise RecipeError(
+            f"objective.label_smoothing: {recipe.objective.label_smoothing} is for classes, and the rows have {recipe.task.targets}; leave it out"
+        )
     if recipe.train.parallel == "fsdp" and (asked := [name for name in recipe.eval.metrics or () if name in written]):
         raise RecipeError(f"eval.metrics: {asked[0]} is of text that the model writes, which takes a whole one, not train.parallel: fsdp")
     if rule and rule.metric in written:

@@ -10,6 +10,7 @@ import copy
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -224,10 +225,14 @@ def _check_features(row: Row, encoded: list[Features], limits: Limits, vocabular
         where = f"encode({row.where})"
         _require(0 < length <= limits.max_length, f"{where} gives {length} tokens, where 1 to {limits.max_length} are allowed")
         _require(all(0 <= token < vocabulary for token in features.input_ids), f"{where} gives token ids outside of the tokenizer's {vocabulary}")
-        _require(len(features.targets) == len(features.weights), f"{where}: {len(features.targets)} targets, but {len(features.weights)} weights")
+        weights = len(features.weights)
         _require(
-            features.apart or len(features.targets) in (1, length),
-            f"{where}: {len(features.targets)} targets for {length} tokens: give one for each token, or one for the row, or say that they are apart",
+            weights > 0 and len(features.targets) % weights == 0,
+            f"{where}: {len(features.targets)} targets, but {weights} weights: give a weight for each, or for as many numbers as make up one",
+        )
+        _require(
+            features.apart or weights in (1, length),
+            f"{where}: {weights} targets for {length} tokens: give one for each token, or one for the row, or say that they are apart",
         )
         types = features.token_type_ids
         _require(types is None or len(types) == length, f"{where}: token_type_ids are not as long as input_ids")
@@ -313,6 +318,7 @@ def _check_metrics(task: Task, model: Any, features: FeatureSet, pad: int) -> No
     values = whole.compute()
     joined = task.metrics()
     joined.sums = {key: first.sums[key] + second.sums[key] for key in first.sums}
+    joined.kept = {key: [*first.kept[key], *second.kept[key]] for key in first.kept}
     for key, value in joined.compute().items():
         _require(
             math.isclose(value, values[key], rel_tol=1e-5, abs_tol=1e-6),
@@ -427,7 +433,7 @@ def _random_scores() -> Scores:
 
 
 def _part(scores: Scores, items: slice) -> Scores:
-    return Scores(scores.logits[items], scores.targets[items], scores.weights[items], scores.rows[items])
+    return replace(scores, logits=scores.logits[items], targets=scores.targets[items], weights=scores.weights[items], rows=scores.rows[items])
 
 
 def _weighted(scores: Scores, weights: torch.Tensor) -> Scores:

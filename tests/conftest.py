@@ -48,6 +48,8 @@ class DataSets(NamedTuple):
     chats: Path
     rewritten: Path
     tagged: Path
+    labelled: Path
+    scored: Path
 
 
 def write_csv(path: Path, header: list[str], rows: list) -> None:
@@ -72,6 +74,17 @@ def data(tmp_path_factory) -> DataSets:
         write_jsonl(found.prompts / f"{split}.jsonl", [{"prompt": f"where are {text}? ", "completion": f"in the {topic}"} for text, topic in rows])
         write_jsonl(found.rewritten / f"{split}.jsonl", [{"source": text, "target": f"{topic} {text.split()[0]}"} for text, topic in rows])
         write_jsonl(found.tagged / f"{split}.jsonl", [{"tokens": text.split(), "ner_tags": tags(text.split())} for text, _ in rows])
+        places = [[topic for topic in TOPICS if set(text.split()) & set(TOPICS[topic])] for text, _ in rows]
+        write_jsonl(
+            found.labelled / f"{split}.jsonl",
+            [{"text": text, "label": place if i % 4 else []} for i, ((text, _), place) in enumerate(zip(rows, places, strict=True))],
+        )
+        scores = [len(set(text.split()) & set(other.split())) / 2 for (text, _), other in zip(rows, others, strict=True)]
+        write_csv(
+            found.scored / f"{split}.csv",
+            ["sentence1", "sentence2", "score"],
+            [(text, other, score) for (text, _), other, score in zip(rows, others, scores, strict=True)],
+        )
         chats = [[{"role": "user", "content": f"where are {text}?"}, {"role": "assistant", "content": f"in the {topic}"}] for text, topic in rows]
         write_jsonl(found.chats / f"{split}.jsonl", [{"messages": chat if i % 2 else [*chat, *chats[i - 1]]} for i, chat in enumerate(chats)])
     return found
@@ -196,6 +209,14 @@ def ftkit(capsys):
     return run
 
 
+TASKS = {
+    "single": "text-classification",
+    "pairs": "text-classification",
+    "labelled": {"kind": "text-classification", "problem": "multi-label"},
+    "scored": {"kind": "text-classification", "problem": "regression"},
+    "tagged": "token-classification",
+    "rewritten": "seq2seq",
+}
 TRAIN = {"steps": 4, "batch_size": 8, "learning_rate": 1e-3, "eval_every": 2, "save_every": 2, "log_every": 1, "precision": "fp32"}
 
 
@@ -208,7 +229,7 @@ def recipe(data, checkpoint, tmp_path):
         files = {split: str(next(directory.glob(f"{split}.*"))) for split in ("train", "validation", "test")}
         values = {
             "model": checkpoint(model) if isinstance(model, str) else model,
-            "task": {"rewritten": "seq2seq", "tagged": "token-classification"}.get(rows, "text-classification" if rows in ("single", "pairs") else "causal-lm"),
+            "task": TASKS.get(rows, "causal-lm"),
             "data": files,
             "train": {**TRAIN, **(train or {})},
             "output": str(tmp_path / "run"),

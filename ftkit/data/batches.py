@@ -148,16 +148,18 @@ def collate(features: FeatureSet, indices: np.ndarray, pad_token_id: int) -> Bat
     input_ids = np.full(shape, pad_token_id, np.int64)
     attention_mask = np.zeros(shape, np.int64)
     type_ids = None if rows[0]["token_type_ids"] is None else np.zeros(shape, np.int64)
-    target_shape = (len(rows),) if features.per_row else (len(rows), max(len(row["targets"]) for row in rows))
-    targets = np.full(target_shape, pad_token_id if features.apart else 0, rows[0]["targets"].dtype)
-    weights = np.zeros(target_shape, np.float32)
+    shape_of_weights = (len(rows),) if features.per_row else (len(rows), max(len(row["weights"]) for row in rows))
+    of_each = (features.width,) if features.width > 1 else ()
+    targets = np.full(shape_of_weights + of_each, pad_token_id if features.apart else 0, rows[0]["targets"].dtype)
+    weights = np.zeros(shape_of_weights, np.float32)
     for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         input_ids[number, :length] = row["input_ids"]
         attention_mask[number, :length] = 1
         if type_ids is not None:
             type_ids[number, :length] = row["token_type_ids"]
-        place = number if features.per_row else (number, slice(len(row["targets"])))
-        targets[place] = row["targets"][0] if features.per_row else row["targets"]
+        place = number if features.per_row else (number, slice(len(row["weights"])))
+        given = row["targets"].reshape(-1, *of_each)
+        targets[place] = given[0] if features.per_row else given
         if not silent:
             weights[place] = row["weights"][0] if features.per_row else row["weights"]
     if targets.dtype != np.float32:

@@ -44,12 +44,13 @@ class FeatureSet:
     """The tokenised rows of a split, one after the other in flat arrays: n features of T tokens in all.
 
     Targets and weights have an entry a token, or an entry a feature (`per_row`), or are sequences of their own: U of them in all.
+    Of targets that are W numbers each, W stand for each weight.
     """
 
     input_ids: Numbers  # int32 [T]
     offsets: Numbers  # int64 [n + 1]: feature i has the tokens from offsets[i] to offsets[i + 1]
-    targets: Numbers  # int32 or float32, [T], [n] or [U]
-    weights: Numbers  # float32, as targets
+    targets: Numbers  # int32 or float32, [T * W], [n * W] or [U * W]
+    weights: Numbers  # float32, [T], [n] or [U]
     row: Numbers  # int64 [n], ascending: index of the row that a feature came from
     token_type_ids: Numbers | None = None  # int8 [T]
     target_offsets: Numbers | None = None  # int64 [n + 1]: as offsets, of sequences of their own
@@ -86,7 +87,12 @@ class FeatureSet:
 
         Where every feature is one token long the two look alike; only a row can be classified then.
         """
-        return not self.apart and len(self.targets) == len(self)
+        return not self.apart and len(self.weights) == len(self)
+
+    @cached_property
+    def width(self) -> int:
+        """Numbers that make up a target."""
+        return len(self.targets) // max(1, len(self.weights))
 
     @property
     def apart(self) -> bool:
@@ -100,9 +106,10 @@ class FeatureSet:
             supervised = slice(*self.target_offsets[index : index + 2].tolist())
         else:
             supervised = slice(index, index + 1) if self.per_row else tokens
+        numbers = slice(supervised.start * self.width, supervised.stop * self.width)
         return {
             "input_ids": self.input_ids[tokens],
-            "targets": self.targets[supervised],
+            "targets": self.targets[numbers],
             "weights": self.weights[supervised],
             "token_type_ids": None if self.token_type_ids is None else self.token_type_ids[tokens],
         }
@@ -159,7 +166,9 @@ class _Builder:
 
     def add(self, row: int, features: list[Features]) -> None:
         for each in features:
-            assert len(each.targets) == len(each.weights), "targets and weights go in pairs"
+            width = len(each.targets) // max(1, len(each.weights))
+            assert width * len(each.weights) == len(each.targets), "targets and weights go in pairs"
+            assert not len(self.weights) or width * len(self.weights) == len(self.targets), "targets are alike in all features"
             assert each.token_type_ids is None or len(each.token_type_ids) == len(each.input_ids)
             if each.apart and not len(self.row):
                 self.apart = True
@@ -177,7 +186,7 @@ class _Builder:
 
     def build(self) -> FeatureSet:
         num_tokens, n = len(self.input_ids), len(self.row)
-        assert self.apart or len(self.targets) in (num_tokens, n), "a target for each token, or one for each feature"
+        assert self.apart or len(self.weights) in (num_tokens, n), "a target for each token, or one for each feature"
         assert len(self.token_type_ids) in (0, num_tokens), "token types for all features, or for none"
 
         def done(grown: Any, dtype: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,6 +28,7 @@ class Row:
         return f"{self.file}:{self.number}"
 
 
+Targets: TypeAlias = Literal["classes", "labels", "numbers"]  # what an item has: one of C classes, any of C labels, or a number
 RowList: TypeAlias = "list[Row] | Spool[Row]"  # in memory or on disk
 
 
@@ -61,6 +62,7 @@ class Features:
 
     `targets` and `weights` are aligned with `input_ids` for tasks that supervise positions (already
     shifted: targets[i] is what position i must predict), and have one entry for tasks that supervise rows.
+    Where a target is several numbers, these follow each other, and there is a weight for each target.
     `apart`, they are a sequence of their own, as long as it likes: what a decoder writes.
     """
 
@@ -135,8 +137,8 @@ class Batch:
 
     input_ids: torch.Tensor  # int64 [B, L]
     attention_mask: torch.Tensor  # int64 [B, L]: 1 on real tokens
-    targets: torch.Tensor  # int64 or float32, [B, L], [B], or [B, T] of a decoder, padded as input_ids are
-    weights: torch.Tensor  # float32, as targets
+    targets: torch.Tensor  # int64 or float32, [B, L], [B], or [B, T] of a decoder, padded as input_ids are; [..., W] if each is W numbers
+    weights: torch.Tensor  # float32, as targets, one for each
     supervised: torch.Tensor  # int64 [n]: where weights are not 0, among the B * L or B * T positions, or the B rows
     row_ids: torch.Tensor  # int64 [B]: index into the feature set
     source: tuple[FeatureSet, np.ndarray]  # that the rows come from, and row_ids where no device has to be asked
@@ -162,11 +164,12 @@ class Scores:
     n is the number of items (positions or rows), C the number of classes (or the vocabulary).
     """
 
-    logits: torch.Tensor  # float [n, C]
-    targets: torch.Tensor  # [n]
+    logits: torch.Tensor  # float [n, C]; of numbers [n, 1]
+    targets: torch.Tensor  # as `kind` says: int64 [n], float32 [n, C] of 0 and 1, or float32 [n]
     weights: torch.Tensor  # float32 [n]
     rows: torch.Tensor  # int64 [n]: the feature (index into the feature set) that an item belongs to
     counted: torch.Tensor | None = None  # bool [n]: what metrics beside the loss count; all if None
+    kind: Targets = "classes"
 
 
 @dataclass(slots=True)
@@ -180,6 +183,7 @@ class Items:
     weights: torch.Tensor  # float32 [n]
     rows: torch.Tensor  # int64 [n]
     counted: torch.Tensor | None = None  # as those of the scores
+    kind: Targets = "classes"
     layer: nn.Linear | None = None  # within the head: [C, H], where a logit takes what it gives for its own row, nothing else of it
 
     def __len__(self) -> int:
@@ -189,7 +193,7 @@ class Items:
         """Those of a part of the items; `states` in place of their own."""
         states = self.states[part] if states is None else states
         counted = None if self.counted is None else self.counted[part]
-        return Scores(self.head(states) if self.head else states, self.targets[part], self.weights[part], self.rows[part], counted)
+        return Scores(self.head(states) if self.head else states, self.targets[part], self.weights[part], self.rows[part], counted, self.kind)
 
     def parts(self, size: int) -> Iterator[slice]:
         """Slices of `size` items; one, if there are no items."""

@@ -10,6 +10,18 @@ if TYPE_CHECKING:
     from ftkit.data.types import Scores
 
 
+def losses(scores: Scores, label_smoothing: float = 0.0) -> torch.Tensor:
+    """float32 [n]: how far each item is from its target; only the loss of classes is smoothed."""
+    from torch.nn import functional as F
+
+    logits = scores.logits.float()
+    if scores.kind == "labels":
+        return F.binary_cross_entropy_with_logits(logits, scores.targets, reduction="none").mean(-1)
+    if scores.kind == "numbers":
+        return (logits.squeeze(-1) - scores.targets).square()
+    return F.cross_entropy(logits, scores.targets, reduction="none", label_smoothing=label_smoothing)
+
+
 class Objective(Protocol):
     """A loss over supervised items."""
 

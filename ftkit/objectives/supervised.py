@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Supervised(Spec):
-    """Cross-entropy against the data's own targets."""
+    """The data's own targets: cross-entropy of classes, binary cross-entropy of labels (their mean), squared error of numbers."""
 
     kind: Literal["supervised"] = "supervised"
     in_chunks: bool = option(
@@ -25,10 +25,9 @@ class Supervised(Spec):
     )
 
     def loss(self, scores: Scores) -> torch.Tensor:
-        """Weighted sum of cross-entropies over the n supervised items, in float32."""
-        from torch.nn import functional as F
+        """Weighted sum of losses over the n supervised items, in float32."""
+        from ftkit.objectives import losses
 
         if len(scores.targets) == 0:  # keep the graph, so that every process has gradients to add up
             return scores.logits.float().sum()
-        losses = F.cross_entropy(scores.logits.float(), scores.targets, reduction="none", label_smoothing=self.label_smoothing)
-        return (losses * scores.weights).sum()
+        return (losses(scores, self.label_smoothing) * scores.weights).sum()

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from ftkit.data.types import Batch, Features, Items, Limits, Row, Scores
+    from ftkit.data.types import Batch, Features, Items, Limits, Row, Scores, Targets
     from ftkit.recipe.spec import Default, Generation
 
 
@@ -32,9 +32,10 @@ class Shape:
 
 
 class Metrics(Protocol):
-    """Streaming metrics of one evaluation: sums only, so that memory is flat and processes add up."""
+    """Streaming metrics of one evaluation: sums, so that memory is flat and processes add up, and no more numbers of each item than a metric needs."""
 
     sums: dict[str, torch.Tensor]  # float64; adding those of all processes gives those of the whole set
+    kept: dict[str, list[torch.Tensor]]  # in any order; those of all processes, one after the other, are those of the whole set
 
     def update(self, scores: Scores) -> None: ...
 
@@ -56,6 +57,7 @@ class Task(Protocol):
     txt_row: ClassVar[str]  # what one row of a txt file is: "line" or "file"
     auto_class: ClassVar[str]  # transformers' Auto class that has the head
     peft_type: ClassVar[str]  # PEFT's task_type
+    targets: Targets  # what items have
     new_head: ClassVar[bool]  # the head starts from random weights and always learns
     defaults: ClassVar[Mapping[str, Default]]  # dotted recipe key -> value and source
 

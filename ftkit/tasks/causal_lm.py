@@ -16,7 +16,7 @@ from ftkit.tasks import Column, Shape, chat, language_model
 from ftkit.tasks.language_model import LanguageModelMetrics, generation_config
 
 if TYPE_CHECKING:
-    from ftkit.data.types import Batch, Items, Scores
+    from ftkit.data.types import Batch, Items, Scores, Targets
 
 MESSAGES = Column("messages", "a chat: a list of {role, content}; assistant messages are learned", "conversation", "chat", "dialogue")
 PROMPT = Column("prompt", "text that is given", "instruction", "input", "question", "query")
@@ -62,6 +62,7 @@ class CausalLM(Spec):
     txt_row: ClassVar[str] = "file"
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     peft_type: ClassVar[str] = "CAUSAL_LM"
+    targets: ClassVar[Targets] = "classes"
     new_head: ClassVar[bool] = False
     defaults: ClassVar[Mapping[str, Default]] = {
         "data.max_length": Default(1024, "TRL's SFTConfig"),

@@ -29,6 +29,7 @@ class LanguageModelMetrics:
     def __init__(self) -> None:
         import torch
 
+        self.kept: dict[str, list[torch.Tensor]] = {}
         self.sums: dict[str, torch.Tensor] = {name: torch.zeros((), dtype=torch.float64) for name in ("loss", "correct", "count")}
 
     def update(self, scores: Scores) -> None:

@@ -14,7 +14,7 @@ from ftkit.tasks import Column, Shape, language_model, text_metrics
 from ftkit.tasks.language_model import LanguageModelMetrics, Stacks
 
 if TYPE_CHECKING:
-    from ftkit.data.types import Batch, Items, Scores
+    from ftkit.data.types import Batch, Items, Scores, Targets
 
 SOURCE = Column("source", "the text that is given", "document", "article", "dialogue", "src", "input", "en")
 TARGET = Column("target", "what is to be written", "summary", "highlights", "tgt", "output", "ko", "de", "fr", "es", "zh", "ja")
@@ -49,6 +49,7 @@ class Seq2Seq(Spec):
     txt_row: ClassVar[str] = "line"
     auto_class: ClassVar[str] = "AutoModelForSeq2SeqLM"
     peft_type: ClassVar[str] = "SEQ_2_SEQ_LM"
+    targets: ClassVar[Targets] = "classes"
     new_head: ClassVar[bool] = False
     defaults: ClassVar[Mapping[str, Default]] = {
         "data.max_length": Default(512, "T5 (arXiv 1910.10683, 3.1.2)"),

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
 
 from ftkit.data.types import Features, Items, Limits, Row, RowError
 from ftkit.errors import DataError, RecipeError
 from ftkit.recipe.spec import Default, Generation, Spec, option
 from ftkit.tasks import Column, Shape
-from ftkit.tasks.classes import in_order, name_of, of_confusion, some
+from ftkit.tasks.classes import in_order, name_of, some
+from ftkit.tasks.problems import AnyLabels, Number, OneClass, Problem, balanced
 
 if TYPE_CHECKING:
-    import torch
-
-    from ftkit.data.types import Batch, Scores
+    from ftkit.data.types import Batch, Scores, Targets
+    from ftkit.tasks import Metrics
 
 TEXT = Column("text", "the text to classify", "sentence", "sentence1", "premise", "question1", "content", "review", "document")
 PAIR = Column("text_pair", "a second text", "sentence2", "hypothesis", "question2")
+SCORE = Column("score", "a number: how alike two texts are, how good something is", "similarity_score", "similarity", "rating", "value")
 LABEL = Column("label", "its class: a word or a number", "labels", "class", "category", "intent", "target", "gold_label")
 
 EXAMPLES = (  # a sentence, a second one, and whether it follows from the first
@@ -38,12 +42,18 @@ EXAMPLES = (  # a sentence, a second one, and whether it follows from the first
 
 
 class TextClassification(Spec):
-    """Which class a text, or a pair of texts, belongs to."""
+    """What a text, or a pair of texts, is told: a class, labels, or a number."""
 
     kind: Literal["text-classification"] = "text-classification"
+    problem: Literal["single-label", "multi-label", "regression"] = option(
+        "single-label", "single-label: one class a row; multi-label: any of the labels, `label` being a list; regression: a number, `score`"
+    )
     labels: list[str] | None = option(None, "class names in the order of the model's outputs; those of the training rows, sorted, if empty")
+    class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = option(
+        None, "how much a row of each class counts in the loss; balanced: so much that all classes count alike; the same for all if empty"
+    )
+    threshold: float = option(0.5, "probability from which on a label is said, of multi-label", gt=0, lt=1)
 
-    shapes: ClassVar[tuple[Shape, ...]] = (Shape(TEXT, PAIR, LABEL), Shape(TEXT, LABEL))
     txt_row: ClassVar[str] = "line"
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
     peft_type: ClassVar[str] = "SEQ_CLS"
@@ -51,51 +61,89 @@ class TextClassification(Spec):
     defaults: ClassVar[Mapping[str, Default]] = {
         "data.max_length": Default(512, "the positions of BERT (arXiv 1810.04805)"),
     }
-    main_metric: ClassVar[str] = "accuracy"
+
+    @model_validator(mode="after")
+    def _no_option_without_effect(self) -> TextClassification:
+        if self.problem == "regression" and self.labels is not None:
+            raise ValueError("labels has no effect with problem: regression; leave it out")
+        if self.problem != "single-label" and self.class_weights is not None:
+            raise ValueError(f"class_weights has no effect with problem: {self.problem}; leave it out")
+        if self.problem != "multi-label" and self.threshold != 0.5:
+            raise ValueError(f"threshold has no effect with problem: {self.problem}; leave it out")
+        return self
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """With labels in a list, a row may have none."""
+        if self.problem == "multi-label":
+            return (Shape(TEXT, PAIR, optional=(LABEL,)), Shape(TEXT, optional=(LABEL,)))
+        outcome = SCORE if self.problem == "regression" else LABEL
+        return (Shape(TEXT, PAIR, outcome), Shape(TEXT, outcome))
+
+    @property
+    def _problem(self) -> Problem:
+        if self.problem == "regression":
+            return Number()
+        return AnyLabels(self.labels, self.threshold) if self.problem == "multi-label" else OneClass(self.labels)
+
+    @property
+    def targets(self) -> Targets:
+        return self._problem.targets
 
     @property
     def metric_names(self) -> tuple[str, ...]:
         """`f1_binary` is that of the second label of two."""
-        binary = ("f1_binary",) if self.labels is None or len(self.labels) == 2 else ()
-        return ("accuracy", "f1", *binary, "mcc", "loss")
+        return self._problem.metric_names
+
+    @property
+    def main_metric(self) -> str:
+        return self._problem.main_metric
 
     def examples(self) -> list[dict[str, Any]]:
-        """Pairs of sentences under the labels of the recipe, if it has any."""
+        """Pairs of sentences under the labels of the recipe, if it has any, or with numbers."""
         labels = self.labels or []
-        return [{"text": text, "text_pair": pair, "label": labels[i % len(labels)] if labels else label} for i, (text, pair, label) in enumerate(EXAMPLES)]
+        rows = [{"text": text, "text_pair": pair, "label": labels[i % len(labels)] if labels else label} for i, (text, pair, label) in enumerate(EXAMPLES)]
+        if self.problem == "multi-label":
+            return [{**row, "label": [row["label"]]} for row in rows]
+        return [{**row, "score": float(i % 6)} for i, row in enumerate(rows)] if self.problem == "regression" else rows
 
     def resolve(self, rows: Iterable[Row]) -> TextClassification:
-        """With the label names of the training rows, numbers in numeric order and words in alphabetic order."""
-        found, flaw = set(), ""
+        """With the label names of the training rows, numbers in numeric order and words in alphabetic order, and the weights of classes."""
+        if self.problem == "regression":
+            return self
+        found, flaw = Counter[str](), ""
         for row in rows:
             try:
-                found.add(name_of(row.values["label"]))
+                if self.problem == "single-label":
+                    found[name_of(row.values["label"])] += 1
+                else:
+                    found.update(AnyLabels.named(row.values.get("label", [])))
             except RowError as error:  # encode() says it of each such row
                 flaw = flaw or f"{row.where}: {error}"
-        if flaw and not found:
-            raise DataError(f"the training rows have no label that can be used: {flaw}")
-        if self.labels is None:
-            labels = in_order(found)
-        else:
-            labels = self.labels
-            if missing := sorted(found - set(labels)):
-                raise DataError(f"task.labels lacks labels of the training rows: {some(missing)}")
-        if len(found) < 2:
+        if not found:
+            raise DataError(f"the training rows have no label that can be used{f': {flaw}' if flaw else ''}")
+        labels = in_order(found) if self.labels is None else self.labels
+        if missing := sorted(set(found) - set(labels)):
+            raise DataError(f"task.labels lacks labels of the training rows: {some(missing)}")
+        if len(found) < 2 and self.problem == "single-label":
             raise DataError(f"the training rows have one label only ({some(sorted(found))}): there is nothing to tell apart")
         if len(set(labels)) < len(labels):
             raise RecipeError(f"task.labels repeats a label: {some(sorted({x for x in labels if labels.count(x) > 1}))}")
-        return self.model_copy(update={"labels": labels})
+        weights = balanced(found) if self.class_weights == "balanced" else self.class_weights
+        if weights is not None and (unknown := sorted(set(weights) - set(labels))):
+            raise RecipeError(f"task.class_weights: {some(unknown)} is no label (known: {some(labels)})")
+        return self.model_copy(update={"labels": labels, "class_weights": weights})
 
     def check(self, tokenizer: Any) -> None:
         """Every tokenizer will do."""
 
     def config_kwargs(self) -> dict[str, Any]:
-        names = self._names
+        names = ["LABEL_0"] if self.problem == "regression" else self._names  # transformers' name where there is none
         return {
             "num_labels": len(names),
             "id2label": dict(enumerate(names)),
             "label2id": {name: i for i, name in enumerate(names)},
-            "problem_type": "single_label_classification",
+            "problem_type": self._problem.problem_type,
         }
 
     @property
@@ -103,10 +151,14 @@ class TextClassification(Spec):
         assert self.labels is not None, "resolve() comes first"
         return self.labels
 
+    def _weight(self, row: Row) -> float:
+        if not isinstance(self.class_weights, dict) or "label" not in row.values:
+            return 1.0
+        return self.class_weights.get(name_of(row.values["label"]), 1.0)
+
     def encode(self, row: Row, tokenizer: Any, limits: Limits) -> list[Features]:
-        name = name_of(row.values["label"]) if "label" in row.values else self._names[0]
-        if name not in self._names:
-            raise RowError(f"label {name!r} does not occur in the training rows (known: {some(self._names)})")
+        problem = self._problem
+        targets = problem.target(row.values[problem.column]) if problem.column in row.values else problem.nothing
         texts = [row.values["text"], *([row.values["text_pair"]] if "text_pair" in row.values else [])]
         encoded = tokenizer(*texts, truncation=False, verbose=False)
         excess = len(encoded["input_ids"]) - limits.max_length
@@ -124,8 +176,8 @@ class TextClassification(Spec):
             Features(
                 input_ids=encoded["input_ids"],
                 token_type_ids=encoded.get("token_type_ids"),
-                targets=[self._names.index(name)],
-                weights=[1.0],
+                targets=targets,
+                weights=[self._weight(row)],
                 truncated=max(excess, 0),
             )
         ]
@@ -134,31 +186,28 @@ class TextClassification(Spec):
         """Every row, with its logits [C]."""
         types = {} if batch.token_type_ids is None else {"token_type_ids": batch.token_type_ids}
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **types).logits
-        return Items(logits, None, logits.shape[1], batch.targets, batch.weights, batch.row_ids)
+        targets = batch.targets.view_as(logits) if self.targets == "labels" else batch.targets
+        return Items(logits, None, logits.shape[1], targets, batch.weights, batch.row_ids, kind=self.targets)
 
     def complete(self, model: Any, tokenizer: Any) -> None:
         """The labels are in the config already."""
 
-    def metrics(self) -> ClassificationMetrics:
-        return ClassificationMetrics(len(self._names))
+    def metrics(self) -> Metrics:
+        return self._problem.metrics()
 
     def records(self, parts: Iterable[Scores]) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = []
-        for scores in parts:
-            best, index = scores.logits.float().softmax(-1).max(-1)
-            columns = zip(scores.rows.tolist(), scores.targets.tolist(), index.tolist(), best.tolist(), strict=True)
-            found += [{"feature": row, "label": self._names[gold], "prediction": self._names[said], "probability": p} for row, gold, said, p in columns]
-        return found
+        problem = self._problem
+        return [{"feature": row} | record for scores in parts for row, record in zip(scores.rows.tolist(), problem.records(scores), strict=True)]
 
     def baselines(self, train: Iterable[Row], rows: Iterable[Row]) -> dict[str, float]:
-        """Accuracy on rows without any model: the commonest training label, and words counted by naive Bayes.
+        """Accuracy on rows without any model, where each has one class: the commonest training label, and words counted by naive Bayes.
 
         Multinomial naive Bayes with add-one smoothing, the baseline of Wang and Manning 2012 (aclanthology.org/P12-2018).
         """
-        from collections import Counter
-
         import numpy as np
 
+        if self.problem != "single-label":
+            return {}
         counts: dict[str, Counter[str]] = {}
         prior: Counter[str] = Counter()
         for row in train:
@@ -185,7 +234,7 @@ class TextClassification(Spec):
         }
 
     def predict(self, model: Any, tokenizer: Any, rows: list[Row], limits: Limits, generation: Generation) -> list[dict[str, Any]]:
-        """The likeliest label of each row, its probability, and the probabilities of all labels."""
+        """The likeliest label of each row with its probability, all labels that are likely enough, or a number; and the probabilities of all labels."""
         import numpy as np
         import torch
 
@@ -201,35 +250,7 @@ class TextClassification(Spec):
         features = FeatureSet.of(map(encode, rows))
         batch = collate(features, np.arange(len(features)), tokenizer.pad_token_id).to(model.device)
         with torch.inference_mode():
-            probabilities = self.items(model, batch).states.float().softmax(-1).tolist()
-        answers = [dict(zip(self._names, row, strict=True)) for row in probabilities]
-        return [{"label": max(scores, key=scores.__getitem__), "probability": max(scores.values()), "scores": scores} for scores in answers]
-
-
-class ClassificationMetrics:
-    """Accuracy, F1 and MCC from one confusion matrix; loss with its denominator."""
-
-    def __init__(self, num_labels: int) -> None:
-        import torch
-
-        # float64 sums: counts stay exact, and those of several processes add up
-        self.sums: dict[str, torch.Tensor] = {
-            "confusion": torch.zeros(num_labels, num_labels, dtype=torch.float64),  # [gold, predicted]
-            "loss": torch.zeros((), dtype=torch.float64),
-        }
-
-    def update(self, scores: Scores) -> None:
-        from torch.nn import functional as F
-
-        gold, said = scores.targets.cpu(), scores.logits.argmax(-1).cpu()
-        self.sums["confusion"].index_put_((gold, said), scores.weights.double().cpu(), accumulate=True)
-        losses = F.cross_entropy(scores.logits.float(), scores.targets, reduction="none")
-        self.sums["loss"] += (losses.double() * scores.weights).sum().cpu()
-
-    def compute(self) -> dict[str, float]:
-        """Those of `classes.of_confusion`, and the loss."""
-        total = self.sums["confusion"].sum().item()
-        return of_confusion(self.sums["confusion"]) | {"loss": self.sums["loss"].item() / total, "loss_count": total}
+            return self._problem.answers(self.items(model, batch).states)
 
 
 def _words(row: Row) -> list[str]:

@@ -13,11 +13,10 @@ from ftkit.recipe.spec import Default, Generation, Spec, option
 from ftkit.tasks import Column, Shape
 from ftkit.tasks.classes import in_order, name_of, of_confusion, some
 from ftkit.tasks.spans import OUTSIDE, spans, tagged, types_of
+from ftkit.tasks.streaming import Streaming
 
 if TYPE_CHECKING:
-    import torch
-
-    from ftkit.data.types import Batch, Scores
+    from ftkit.data.types import Batch, Scores, Targets
 
 TOKENS = Column("tokens", "the words of a text, in a list", "words")
 TAGS = Column("tags", "their tags, as many", "ner_tags", "pos_tags", "upos", "ner", "pos", "labels")
@@ -63,6 +62,7 @@ class TokenClassification(Spec):
     txt_row: ClassVar[str] = "line"
     auto_class: ClassVar[str] = "AutoModelForTokenClassification"
     peft_type: ClassVar[str] = "TOKEN_CLS"
+    targets: ClassVar[Targets] = "classes"
     new_head: ClassVar[bool] = True
     defaults: ClassVar[Mapping[str, Default]] = {
         "data.max_length": Default(512, "the positions of BERT (arXiv 1810.04805)"),
@@ -270,29 +270,18 @@ class TokenClassification(Spec):
         return {"tags": tags, "spans": found}
 
 
-class TagMetrics:
+class TagMetrics(Streaming):
     """Counts of tags and of spans, by words; the loss by tokens."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        import torch
-
         self.names = names
         self.types = types_of(names) if tagged(names) else []
-        zeros = lambda *shape: torch.zeros(shape, dtype=torch.float64)  # noqa: E731 - counts stay exact, and those of several processes add up
-        self.sums: dict[str, torch.Tensor] = {
-            "confusion": zeros(len(names), len(names)),  # [gold, predicted]
-            "spans": zeros(len(self.types), 3),  # gold, predicted, both
-            "loss": zeros(),
-            "weights": zeros(),
-        }
+        super().__init__(confusion=(len(names), len(names)), spans=(len(self.types), 3))  # [gold, predicted]; gold, predicted, both
 
     def update(self, scores: Scores) -> None:
         import torch
-        from torch.nn import functional as F
 
-        losses = F.cross_entropy(scores.logits.float(), scores.targets, reduction="none")
-        self.sums["loss"] += (losses.double() * scores.weights).sum().cpu()
-        self.sums["weights"] += scores.weights.double().sum().cpu()
+        self.add_loss(scores)
         of_type = {kind: i for i, kind in enumerate(self.types)}
         for _, gold, said in _tag_rows([scores]):
             self.sums["confusion"].index_put_((torch.tensor(gold), torch.tensor(said)), torch.ones(len(gold), dtype=torch.float64), accumulate=True)
@@ -305,15 +294,13 @@ class TagMetrics:
 
     def compute(self) -> dict[str, float]:
         """Fractions from 0 to 1; of spans over all types (micro), as conlleval's."""
-        weights = self.sums["weights"].item()
-        found = {"loss": self.sums["loss"].item() / weights, "loss_count": weights} if weights else {"loss": 0.0, "loss_count": 0.0}
         of_words = of_confusion(self.sums["confusion"])
         if not self.types:
-            return {name: of_words[name] for name in ("accuracy", "f1")} | found
+            return {name: of_words[name] for name in ("accuracy", "f1")} | self.loss()
         gold, said, both = self.sums["spans"].sum(0).tolist()
         by_type = {f"f1_{kind}": _f1(*counts) for kind, counts in zip(self.types, self.sums["spans"].tolist(), strict=True)}
         of_spans = {"f1": _f1(gold, said, both), "precision": both / said if said else 0.0, "recall": both / gold if gold else 0.0}
-        return of_spans | {"accuracy": of_words["accuracy"]} | found | by_type
+        return of_spans | {"accuracy": of_words["accuracy"]} | self.loss() | by_type
 
 
 def _f1(gold: float, said: float, both: float) -> float:

@@ -13,14 +13,17 @@ from ftkit.data.types import Features, Row, RowError
 from ftkit.methods.full import Full
 from ftkit.recipe.spec import Model
 from ftkit.tasks.causal_lm import CausalLM
+from ftkit.tasks.problems import ClassMetrics
 from ftkit.tasks.seq2seq import Seq2Seq
-from ftkit.tasks.text_classification import ClassificationMetrics, TextClassification
+from ftkit.tasks.text_classification import TextClassification
 from ftkit.tasks.token_classification import TokenClassification
 from ftkit.testing import check_task
 
 SHAPES = {  # data set -> task, how its file calls the columns, architectures with the head
     "single": (TextClassification(), {"text": "text", "label": "label"}, ("bert", "distilbert", "llama", "gpt2")),
     "pairs": (TextClassification(), {"sentence1": "text", "sentence2": "text_pair", "label": "label"}, ("bert", "llama")),
+    "labelled": (TextClassification(problem="multi-label"), {"text": "text", "label": "label"}, ("bert", "llama")),
+    "scored": (TextClassification(problem="regression"), {"sentence1": "text", "sentence2": "text_pair", "score": "score"}, ("bert", "gpt2")),
     "text": (CausalLM(), {"text": "text"}, ("llama", "gpt2")),
     "prompts": (CausalLM(), {"prompt": "prompt", "completion": "completion"}, ("llama", "gpt2")),
     "chats": (CausalLM(), {"messages": "messages"}, ("llama",)),
@@ -84,10 +87,10 @@ class Lenient(TextClassification):
 
 
 class Miscounted(TextClassification):
-    """Two targets, one weight."""
+    """A target, two weights."""
 
     def encode(self, row, tokenizer, limits):
-        return [Features(**{**_fields(each), "targets": each.targets * 2}) for each in super().encode(row, tokenizer, limits)]
+        return [Features(**{**_fields(each), "weights": each.weights * 2}) for each in super().encode(row, tokenizer, limits)]
 
 
 class Averaged(TextClassification):
@@ -97,7 +100,7 @@ class Averaged(TextClassification):
         return AveragedMetrics(len(self._names))
 
 
-class AveragedMetrics(ClassificationMetrics):
+class AveragedMetrics(ClassMetrics):
     """The largest loss so far is no sum."""
 
     def update(self, scores):
@@ -130,7 +133,7 @@ def _fields(features: Features) -> dict:
         (Unmasked(), "mask the padding"),
         (Silent(), "truncated says 0"),
         (Lenient(), "must raise RowError"),
-        (Miscounted(), "2 targets, but 1 weights"),
+        (Miscounted(), "1 targets, but 2 weights"),
         (Averaged(), "keep sums, not means"),
         (Lost(), "one object for each feature"),
         (Tensors(), "cannot be written as JSON"),

@@ -49,6 +49,10 @@ RUNS = {  # model, rows, method
     "bert-head-4-bits": ("bert", "single", {"kind": "head", "bits": 4}),
     "gpt2-prompts-bitfit-4-bits": ("gpt2", "prompts", {"kind": "bitfit", "bits": 4}),
     "llama-chats-adapter-4-bits": ("llama", "chats", {"kind": "adapter", "reduction": 4, "bits": 4}),
+    "bert-labelled-full": ("bert", "labelled", {"kind": "full"}),
+    "gpt2-labelled-lora": ("gpt2", "labelled", {"kind": "lora", "r": 4}),
+    "bert-scored-full": ("bert", "scored", {"kind": "full"}),
+    "distilbert-scored-lora": ("distilbert", "scored", {"kind": "lora", "r": 4}),
     "bert-tagged-full": ("bert", "tagged", {"kind": "full"}),
     "gpt2-tagged-lora": ("gpt2", "tagged", {"kind": "lora", "r": 4}),
     "distilbert-tagged-head": ("distilbert", "tagged", {"kind": "head"}),
@@ -162,8 +166,12 @@ def test_a_run_writes_every_file_of_its_directory_and_can_be_repeated(name, ftki
 
 def recomputed(predictions: list[dict]) -> dict[str, float]:
     """The metrics that the predictions themselves tell."""
-    if "prediction" in predictions[0]:
+    if "label" in predictions[0]:
         return {"accuracy": sum(each["prediction"] == each["label"] for each in predictions) / len(predictions)}
+    if "predictions" in predictions[0] and "labels" in predictions[0]:
+        return {"accuracy": sum(each["predictions"] == each["labels"] for each in predictions) / len(predictions)}
+    if "score" in predictions[0]:
+        return {"mse": sum((each["prediction"] - each["score"]) ** 2 for each in predictions) / len(predictions)}
     if "tags" in predictions[0]:
         pairs = [pair for each in predictions for pair in zip(each["tags"], each["predictions"], strict=True)]
         return {"accuracy": sum(gold == said for gold, said in pairs) / len(pairs)}

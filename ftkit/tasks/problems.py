@@ -1,0 +1,270 @@
+"""What a text can be told: its one class, any of several labels, or a number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from ftkit.data.types import RowError
+from ftkit.tasks.classes import name_of, of_confusion, some
+from ftkit.tasks.streaming import Streaming
+
+if TYPE_CHECKING:
+    import torch
+
+    from ftkit.data.types import Scores, Targets
+    from ftkit.tasks import Metrics
+
+BINS = 15  # of probabilities, for the calibration error (arXiv 1706.04599)
+
+
+class Problem(Protocol):
+    """How values become targets, and logits answers."""
+
+    targets: ClassVar[Targets]
+    column: ClassVar[str]
+    problem_type: ClassVar[str]  # transformers' name of it
+    metric_names: tuple[str, ...]
+    main_metric: ClassVar[str]
+
+    def target(self, value: Any) -> list[int] | list[float]:
+        """What a row's column says, as the numbers that make up a target.  Raises RowError."""
+        ...
+
+    @property
+    def nothing(self) -> list[int] | list[float]:
+        """The target of a row without the column."""
+        ...
+
+    def metrics(self) -> Metrics: ...
+
+    def records(self, scores: Scores) -> Iterator[dict[str, Any]]:
+        """What was said of each item beside what it is."""
+        ...
+
+    def answers(self, logits: torch.Tensor) -> list[dict[str, Any]]:
+        """What is said of each item, logits [n, C]."""
+        ...
+
+
+class OneClass:
+    """One of the classes; probabilities are the softmax of the logits."""
+
+    targets: ClassVar[Targets] = "classes"
+    column: ClassVar[str] = "label"
+    problem_type: ClassVar[str] = "single_label_classification"
+    main_metric: ClassVar[str] = "accuracy"
+
+    def __init__(self, names: Sequence[str] | None) -> None:
+        self.names = names or ()
+        of_two = ("f1_binary", "auroc") if names is None or len(names) == 2 else ()
+        self.metric_names = ("accuracy", "f1", *of_two, "mcc", "ece", "loss")
+
+    def target(self, value: Any) -> list[int]:
+        name = name_of(value)
+        if name not in self.names:
+            raise RowError(f"label {name!r} does not occur in the training rows (known: {some(list(self.names))})")
+        return [self.names.index(name)]
+
+    @property
+    def nothing(self) -> list[int]:
+        return [0]
+
+    def metrics(self) -> ClassMetrics:
+        return ClassMetrics(len(self.names))
+
+    def records(self, scores: Scores) -> Iterator[dict[str, Any]]:
+        best, index = scores.logits.float().softmax(-1).max(-1)
+        for gold, said, p in zip(scores.targets.tolist(), index.tolist(), best.tolist(), strict=True):
+            yield {"label": self.names[gold], "prediction": self.names[said], "probability": p}
+
+    def answers(self, logits: torch.Tensor) -> list[dict[str, Any]]:
+        answers = [dict(zip(self.names, row, strict=True)) for row in logits.float().softmax(-1).tolist()]
+        return [{"label": max(scores, key=scores.__getitem__), "probability": max(scores.values()), "scores": scores} for scores in answers]
+
+
+class AnyLabels:
+    """Any of the labels, or none; each has a probability of its own, the sigmoid of its logit."""
+
+    targets: ClassVar[Targets] = "labels"
+    column: ClassVar[str] = "label"
+    problem_type: ClassVar[str] = "multi_label_classification"
+    main_metric: ClassVar[str] = "f1"
+    metric_names: tuple[str, ...] = ("f1", "f1_micro", "accuracy", "auroc", "loss")
+
+    def __init__(self, names: Sequence[str] | None, threshold: float) -> None:
+        self.names, self.threshold = names or (), threshold
+
+    def target(self, value: Any) -> list[float]:
+        given = self.named(value)
+        if unknown := [name for name in given if name not in self.names]:
+            raise RowError(f"label {unknown[0]!r} does not occur in the training rows (known: {some(list(self.names))})")
+        return [float(name in given) for name in self.names]
+
+    @property
+    def nothing(self) -> list[float]:
+        return [0.0] * len(self.names)
+
+    @staticmethod
+    def named(value: Any) -> list[str]:
+        """The names in a list of labels; a label alone is a list of one."""
+        return [name_of(each) for each in value] if isinstance(value, list) else [name_of(value)]
+
+    def metrics(self) -> LabelMetrics:
+        return LabelMetrics(len(self.names), self.threshold)
+
+    def records(self, scores: Scores) -> Iterator[dict[str, Any]]:
+        for gold, answer in zip(scores.targets.tolist(), self.answers(scores.logits), strict=True):
+            labels = [name for name, target in zip(self.names, gold, strict=True) if target]
+            yield {"labels": labels, "predictions": answer["labels"], "probabilities": answer["scores"]}
+
+    def answers(self, logits: torch.Tensor) -> list[dict[str, Any]]:
+        answers = [dict(zip(self.names, row, strict=True)) for row in logits.float().sigmoid().tolist()]
+        return [{"labels": [name for name, p in scores.items() if p >= self.threshold], "scores": scores} for scores in answers]
+
+
+class Number:
+    """A number, such as how alike two texts are."""
+
+    targets: ClassVar[Targets] = "numbers"
+    column: ClassVar[str] = "score"
+    problem_type: ClassVar[str] = "regression"
+    main_metric: ClassVar[str] = "spearman"
+    metric_names: tuple[str, ...] = ("pearson", "spearman", "mse", "loss")
+
+    def target(self, value: Any) -> list[float]:
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise RowError(f"score {value!r} is not a number") from None
+        if isinstance(value, bool) or not math.isfinite(number):
+            raise RowError(f"score {value!r} is not a finite number")
+        return [number]
+
+    @property
+    def nothing(self) -> list[float]:
+        return [0.0]
+
+    def metrics(self) -> NumberMetrics:
+        return NumberMetrics()
+
+    def records(self, scores: Scores) -> Iterator[dict[str, Any]]:
+        for gold, said in zip(scores.targets.tolist(), scores.logits.float().squeeze(-1).tolist(), strict=True):
+            yield {"score": gold, "prediction": said}
+
+    def answers(self, logits: torch.Tensor) -> list[dict[str, Any]]:
+        return [{"score": said} for said in logits.float().squeeze(-1).tolist()]
+
+
+# --- metrics --------------------------------------------------------------------------------------------------------
+
+
+class ClassMetrics(Streaming):
+    """Of one confusion matrix: accuracy, F1 and MCC; of probabilities: the calibration error, and AUROC of two classes."""
+
+    def __init__(self, num_labels: int) -> None:
+        super().__init__(confusion=(num_labels, num_labels), bins=(BINS, 3))  # [gold, predicted]; rows, probabilities, right ones
+
+    def update(self, scores: Scores) -> None:
+        import torch
+
+        self.add_loss(scores)
+        counted = scores.weights > 0
+        probabilities = scores.logits[counted].float().softmax(-1)
+        best, said = (part.cpu() for part in probabilities.max(-1))
+        gold = scores.targets[counted].cpu()
+        ones = torch.ones(len(gold), dtype=torch.float64)
+        self.sums["confusion"].index_put_((gold, said), ones, accumulate=True)
+        places = (best * BINS).ceil().long().clamp(1, BINS) - 1  # (0, 1/15], (1/15, 2/15], ...
+        self.sums["bins"].index_add_(0, places, torch.stack((ones, best.double(), (gold == said).double()), 1))
+        if probabilities.shape[1] == 2:
+            self.keep("second", torch.stack((probabilities[:, 1].cpu(), gold.float()), 1))
+
+    def compute(self) -> dict[str, float]:
+        """Fractions from 0 to 1; `f1` is macro-averaged over the labels that occur or were predicted."""
+        rows, probabilities, right = self.sums["bins"].unbind(1)
+        found = of_confusion(self.sums["confusion"]) | {"ece": ((probabilities - right).abs().sum() / rows.sum()).item()}
+        if self.kept:
+            said, gold = self.all("second").unbind(1)
+            if not math.isnan(value := auroc(said, gold)):
+                found["auroc"] = value
+        return found | self.loss()
+
+
+class LabelMetrics(Streaming):
+    """F1 over the labels (macro) and over all (micro), rows that are right in all labels, and the mean AUROC of the labels."""
+
+    def __init__(self, num_labels: int, threshold: float) -> None:
+        super().__init__(counts=(num_labels, 3), right=(), rows=())  # gold, predicted, both
+        self.threshold = threshold
+
+    def update(self, scores: Scores) -> None:
+        import torch
+
+        self.add_loss(scores)
+        counted = scores.weights > 0
+        probabilities, gold = scores.logits[counted].float().sigmoid().cpu(), scores.targets[counted].bool().cpu()
+        said = probabilities >= self.threshold
+        self.sums["counts"] += torch.stack((gold.sum(0), said.sum(0), (gold & said).sum(0)), 1).double()
+        self.sums["right"] += (gold == said).all(1).sum().double()
+        self.sums["rows"] += len(gold)
+        self.keep("probabilities", probabilities)
+        self.keep("gold", gold)
+
+    def compute(self) -> dict[str, float]:
+        """Fractions from 0 to 1; `f1` and `auroc` leave out labels of which they are not defined."""
+        gold, said, both = self.sums["counts"].unbind(1)
+        f1 = (2 * both / (gold + said).clamp(min=1e-12))[gold + said > 0]
+        values = [auroc(p, g) for p, g in zip(self.all("probabilities").T, self.all("gold").T, strict=True)]
+        defined = [value for value in values if not math.isnan(value)]
+        return {
+            "f1": f1.mean().item() if len(f1) else 0.0,
+            "f1_micro": (2 * both.sum() / (gold + said).sum().clamp(min=1e-12)).item(),
+            "accuracy": (self.sums["right"] / self.sums["rows"]).item(),
+            "auroc": sum(defined) / len(defined) if defined else 0.0,
+        } | self.loss()
+
+
+class NumberMetrics(Streaming):
+    """Correlation by numbers and by ranks, and the mean squared error."""
+
+    def update(self, scores: Scores) -> None:
+        import torch
+
+        self.add_loss(scores)
+        self.keep("pairs", torch.stack((scores.logits.float().squeeze(-1), scores.targets), 1)[scores.weights > 0])
+
+    def compute(self) -> dict[str, float]:
+        """`pearson` and `spearman` from -1 to 1; 0 where all numbers are the same."""
+        said, gold = self.all("pairs").unbind(1)
+        return {"pearson": pearson(said, gold), "spearman": pearson(ranks(said), ranks(gold)), "mse": (said - gold).square().mean().item()} | self.loss()
+
+
+def pearson(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The correlation of two rows of numbers, float64 [n]; 0 where one of them does not vary."""
+    one, other = one - one.mean(), other - other.mean()
+    scale = (one.square().sum() * other.square().sum()).sqrt().item()
+    return (one @ other).item() / scale if scale else 0.0
+
+
+def ranks(numbers: torch.Tensor) -> torch.Tensor:
+    """float64 [n], from 1: the place of each in ascending order, the mean of their places for equal ones."""
+    _, of_each, counts = numbers.unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0)
+    return (last - (counts - 1) / 2)[of_each].double()
+
+
+def auroc(said: torch.Tensor, gold: torch.Tensor) -> float:
+    """How often one of the class is said to be likelier than one of the other, ties by half (doi:10.1016/j.patrec.2005.10.010); NaN where one is missing."""
+    positive = gold > 0.5
+    ones, zeros = positive.sum().item(), (~positive).sum().item()
+    if not ones or not zeros:
+        return math.nan
+    return (ranks(said)[positive].sum().item() - ones * (ones + 1) / 2) / (ones * zeros)
+
+
+def balanced(counts: Mapping[str, int]) -> dict[str, float]:
+    """Weights with which all classes count alike, of a mean of 1 over the rows (scikit-learn's `balanced`)."""
+    total = sum(counts.values())
+    return {name: total / (len(counts) * count) for name, count in counts.items()}
