@@ -334,7 +334,7 @@ def unknown_metric(scene):
     scene.recipe["eval"] = {"metrics": ["acuracy"]}
 
 
-@mistake(2, r"early_stopping\.metric: 'f1_binary' is not a metric of text-classification on these rows; there are accuracy, f1, mcc, loss")
+@mistake(2, r"early_stopping\.metric: 'f1_binary' is not a metric of text-classification on these rows; there are accuracy, f1, mcc, ece, loss")
 def early_stopping_on_f1_of_two_labels_where_there_are_three(scene):
     scene.recipe["train"]["early_stopping"] = {"metric": "f1_binary"}
 
@@ -382,6 +382,12 @@ def tags_that_do_not_match(scene):
     scene.recipe["task"] = "token-classification"
     rows = [(["old", "boats"], ["O", "B-X"]), (["old", "boats"], ["O"]), ([5, "boats"], ["O", "B-X"])]
     scene.recipe["data"] = {"train": scene.file("t.jsonl", "".join(json.dumps({"tokens": words, "tags": tags}) + "\n" for words, tags in rows))}
+
+
+@mistake(2, r"objective\.label_smoothing: 0\.1 is for classes, and the rows have numbers; leave it out")
+def smoothed_numbers(scene):
+    scene.recipe |= {"task": {"kind": "text-classification", "problem": "regression"}, "objective": {"kind": "supervised", "label_smoothing": 0.1}}
+    scene.recipe["data"] = {"train": str(scene.data.scored / "train.csv")}
 
 
 @mistake(3, r"v\.conll:3: tag 'B-Y' does not occur in the training rows \(known: 'B-X', 'O'\)")

@@ -73,7 +73,7 @@ def _train_until_killed(path: str, place: str, call: int, flags: tuple[str, ...]
 def test_signals_in_every_stage_checkpoint_and_the_run_goes_on(name, ftkit, recipe, whole, tmp_path, monkeypatch, assert_same_run):
     path, run = write(recipe, name, tmp_path / "cut"), tmp_path / "cut"
     encode = {"prompts": "ftkit.tasks.causal_lm._plain_ids", "rewritten": "ftkit.tasks.seq2seq._ended"}.get(
-        CONFIGURATIONS[name][1], "ftkit.tasks.text_classification.name_of"
+        CONFIGURATIONS[name][1], "ftkit.tasks.problems.name_of"
     )
     stops = [
         (encode, 40, signal.SIGTERM, 75),  # while rows are tokenised: nothing is written yet

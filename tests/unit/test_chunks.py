@@ -209,7 +209,7 @@ def test_larger_chunks_are_round(batch, monkeypatch):
 )
 def test_slices_are_for_many_classes_in_bfloat16(vocabulary, bf16, smoothing, expected):
     layer = torch.nn.Linear(2, vocabulary)
-    items = Items(torch.zeros(1, 2), layer, vocabulary, torch.zeros(1), torch.zeros(1), torch.zeros(1), layer)
+    items = Items(torch.zeros(1, 2), layer, vocabulary, torch.zeros(1), torch.zeros(1), torch.zeros(1), layer=layer)
     objective = Supervised().model_copy(update={"label_smoothing": smoothing})
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         assert chunks.sliced(items, objective) is (layer if expected else None)
