@@ -16,6 +16,8 @@ from ftkit.tasks.spans import OUTSIDE, spans, tagged, types_of
 from ftkit.tasks.streaming import Streaming
 
 if TYPE_CHECKING:
+    import torch
+
     from ftkit.data.types import Batch, Scores, Targets
 
 TOKENS = Column("tokens", "the words of a text, in a list", "words")
@@ -193,8 +195,7 @@ class TokenClassification(Spec):
 
     def items(self, model: Any, batch: Batch) -> Items:
         """The n tokens with a target, with their logits [n, C]."""
-        types = {} if batch.token_type_ids is None else {"token_type_ids": batch.token_type_ids}
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **types).logits
+        logits = _logits(model, batch)
         targets, classes = batch.targets.flatten()[batch.supervised], logits.shape[-1]
         return Items(
             states=logits.flatten(0, 1)[batch.supervised],
@@ -233,14 +234,18 @@ class TokenClassification(Spec):
         from ftkit.data.batches import collate
         from ftkit.data.features import FeatureSet
 
-        answers = []
-        texts = [_words(row) for row in rows]
+        def words_of(row: Row) -> list[str]:
+            try:
+                return _words(row)
+            except RowError as error:
+                raise DataError(f"{row.where}: {error}") from error
+
+        answers, texts = [], [words_of(row) for row in rows]
         windows = [self._windows(words, tokenizer, limits) for words in texts]
         features = FeatureSet.of([Features(w.input_ids, [0] * len(w.words), [1.0] * len(w.words), w.token_type_ids) for w in each] for each in windows)
         batch = collate(features, np.arange(len(features)), tokenizer.pad_token_id).to(model.device)
-        types = {} if batch.token_type_ids is None else {"token_type_ids": batch.token_type_ids}
         with torch.inference_mode():
-            logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **types).logits
+            logits = _logits(model, batch)
         best, index = (part.tolist() for part in logits.float().softmax(-1).max(-1))
         of_windows = iter(zip(best, index, strict=True))
         for row, words, each in zip(rows, texts, windows, strict=True):
@@ -317,6 +322,13 @@ def _tag_rows(parts: Iterable[Scores]) -> Iterator[tuple[int, list[int], list[in
             if place == len(rows) or rows[place] != rows[start]:
                 yield rows[start], gold[start:place], said[start:place]
                 start = place
+
+
+def _logits(model: Any, batch: Batch) -> torch.Tensor:
+    """Of every position: [B, L, C]."""
+    types = {} if batch.token_type_ids is None else {"token_type_ids": batch.token_type_ids}
+    found: torch.Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **types).logits
+    return found
 
 
 def _words(row: Row) -> list[str]:

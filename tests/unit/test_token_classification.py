@@ -205,6 +205,10 @@ class TestPredict:
         assert found["tags"] == ["B-X" if word == "boats" else "O" for word in words]
         assert len(found["spans"]) == words.count("boats")
 
+    def test_rows_that_cannot_be_answered_are_told(self, tokenizers):
+        with pytest.raises(DataError, match=r"rows\.jsonl:7: token 2 is 3, not text"):
+            self.answers(tokenizers["wordpiece"], [row(["boats", 3], number=7)])
+
     def test_a_word_that_makes_no_token_is_outside(self, tokenizers):
         (found,) = self.answers(tokenizers["wordpiece"], [row(["\ufe0f", "boats"])])
         assert found["tags"] == ["O", "B-X"]
