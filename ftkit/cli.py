@@ -182,13 +182,15 @@ def show(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = Fals
         from ftkit.preflight import forecast
 
         try:
-            expected = forecast(resolved.recipe)
+            expected = forecast(resolved)
         except FtkitError as error:  # no reason not to show the recipe
             expected = None
             print(f"parameters: {error}")
     values = resolved.recipe.model_dump()
     if as_json:
         _print_json({"recipe": values, "origins": resolved.origins, "parameters": expected and expected.parameters, "layout": expected and expected.layout})
+    if expected:
+        values["train"]["learning_rate"] = expected.learning_rate
         return
     from ftkit.recipe.document import one_line
 

@@ -93,15 +93,18 @@ class Forecast(NamedTuple):
     parameters: dict[str, dict[str, int]]  # trainable and total, by group; a quantised base counts unquantised
     layout: str  # padded | bucketed | flat
     not_flat: str | None  # why `auto` is not flat
+    learning_rate: float  # the recipe's, or a default for a model of this width
 
 
-def forecast(recipe: Recipe) -> Forecast:
+def forecast(resolved: Resolved) -> Forecast:
     """Build the model without weights and apply the method.
 
     Reads the model's config, and the rows where the task's head depends on them.
     """
-    from ftkit import layout, model
+    from ftkit import layout, model, optim
     from ftkit.data.rows import load_rows
+
+    recipe = resolved.recipe
 
     def rows() -> Iterator[Row]:  # read only if the task wants them
         yield from load_rows(recipe.data, recipe.task, recipe.train.seed, lambda text: None).pool
@@ -121,7 +124,7 @@ def forecast(recipe: Recipe) -> Forecast:
     plain = model.skeleton(config, task)
     base = model.Base(plain, tokenizer, source if spec.init == "pretrained" else None, task, model.head_of(plain))
     parameters = model.parameters_by_group(recipe.method.apply(base), base.head)
-    return Forecast(parameters, *layout.foreseen(recipe, plain))
+    return Forecast(parameters, *layout.foreseen(recipe, plain), optim.learning_rate(resolved, config))
 
 
 class _Architecture(NamedTuple):

@@ -54,7 +54,7 @@ def prepare(resolved: Resolved, report: Reporter, poll: Callable[[], None] = lam
 
     `poll` is called between rows and may raise to stop.
     """
-    from ftkit import model
+    from ftkit import model, optim
     from ftkit.data.rows import load_rows
 
     recipe = resolved.recipe
@@ -89,7 +89,11 @@ def prepare(resolved: Resolved, report: Reporter, poll: Callable[[], None] = lam
     named = {**rows.validation, **({"test": rows.test} if rows.test else {})}
     splits = {name: (split, encode(name, split)) for name, split in named.items()}
     data = recipe.data.model_copy(update={"max_length": limits.max_length, "columns": rows.columns})
-    return Prepared(recipe.model_copy(update={"data": data}), source, tokenizer, config, limits, rows, train, splits, audits)
+    rate = optim.learning_rate(resolved, config)
+    if rate != recipe.train.learning_rate:
+        report.note(f"train.learning_rate: {rate:g}, the default of {recipe.train.learning_rate:g} lowered for the width of the model")
+    train_settings = recipe.train.model_copy(update={"learning_rate": rate})
+    return Prepared(recipe.model_copy(update={"data": data, "train": train_settings}), source, tokenizer, config, limits, rows, train, splits, audits)
 
 
 def tokenise(

@@ -26,11 +26,12 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Resolved:
     Raises RecipeError with everything that is wrong, one line each: file:line:column, what, what would be right.
     """
     from ftkit.recipe.layers import from_command_line, from_defaults, from_file, over
+    from ftkit.recipe.spec import Default
     from ftkit.recipe.validation import build, origins
 
     problems: list[Problem] = []
     file = Path(path)
-    output = {"output": (str(Path.cwd() / "runs" / file.stem), "runs/ and the name of the recipe")}
+    output = {"output": Default(str(Path.cwd() / "runs" / file.stem), "runs/ and the name of the recipe")}
     typed, texts = from_command_line(overrides, problems)
     tree = reduce(over, [from_defaults(output), from_file(file, problems), typed])
     recipe, tree = build(tree, texts, problems)

@@ -14,6 +14,8 @@ from ftkit.recipe.document import MAX_BYTES, MAX_DEPTH, Node, Place, Problem, pa
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from ftkit.recipe.spec import Default
+
 COMMAND_LINE = "command line"
 SHORTHAND = {"model": "name", "task": "kind", "method": "kind", "objective": "kind"}  # what a string there is short for
 
@@ -68,11 +70,11 @@ def from_command_line(overrides: Sequence[str], problems: list[Problem]) -> tupl
     return _located(tree, Path.cwd()), texts
 
 
-def from_defaults(defaults: Mapping[str, tuple[Any, str]]) -> Node:
+def from_defaults(defaults: Mapping[str, Default]) -> Node:
     """The tree of dotted keys with a default and its source each."""
     tree = Node({}, Place("default"))
-    for key, (value, source) in defaults.items():
-        tree = merged(tree, _nested(key.split("."), Node(value, Place(f"default: {source}"))))
+    for key, default in defaults.items():
+        tree = merged(tree, _nested(key.split("."), Node(default.value, Place(f"default: {default.source}"))))
     return tree
 
 

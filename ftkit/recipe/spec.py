@@ -24,6 +24,7 @@ class Default(NamedTuple):
 
     value: Any
     source: str
+    width: int | None = None  # of a learning rate: how wide the model was that it was found with; wider ones take lower rates
 
 
 def option(default: Any, doc: str, source: str | None = None, **constraints: Any) -> Any:

@@ -96,7 +96,7 @@ def test_the_card_says_what_was_done(recipe):
     for row in (
         "| validation | accuracy | 0.5000 | 0.9300 |",
         "| validation | loss (n = 1,640) | 0.7000 | 0.2000 |",
-        "| learning rate | 0.0002, linear, warm-up 0.1 |",
+        "| learning rate | 0.001, linear, warm-up 0.1 |",
         "| batch size | 32 rows a step |",
         "| precision | bf16 |",
         "| seed | 42 |",

@@ -251,7 +251,8 @@ class TestOtherCommands:
 
     def test_show(self, run: Run, stand_in: Callable[..., list[Any]]) -> None:
         groups = {"layers": {"trainable": 10, "total": 2000}}
-        stand_in("ftkit.preflight", forecast=lambda recipe: SimpleNamespace(parameters=groups, layout="bucketed", not_flat="its attention is its own"))
+        expected = SimpleNamespace(parameters=groups, layout="bucketed", not_flat="its attention is its own", learning_rate=5.8e-5)
+        stand_in("ftkit.preflight", forecast=lambda resolved: expected)
         code, out, _ = run("show", "recipe.yaml", "train.seed=7", "data.columns={a.b: '1'}", "model.revision=123")
         assert code == 0
         lines = [line.split() for line in out.splitlines()]
@@ -263,6 +264,7 @@ class TestOtherCommands:
         assert ["layout", "bucketed", "(not", "flat:", "its", "attention", "is", "its", "own)"] in lines
         document = json.loads(run("show", "recipe.yaml", "--json")[1])
         assert document["recipe"]["train"]["seed"] == 42
+        assert document["recipe"]["train"]["learning_rate"] == 5.8e-5  # for a model of its width
         assert document["origins"]["model.name"] == "recipe.yaml:1"
         assert document["parameters"] == groups
         assert document["layout"] == "bucketed"

@@ -123,3 +123,30 @@ def test_a_share_of_warmup_never_swallows_the_whole_run():
 def test_more_warmup_than_steps_is_refused():
     with pytest.raises(RecipeError, match=r"train.warmup: 100 steps of warm-up, but the run has only 100"):
         optim.schedule(Train(warmup=100), 100)
+
+
+@pytest.mark.parametrize(
+    ("settings", "width", "expected"),
+    [
+        ("method: lora", 128, 1e-3),
+        ("method: lora", 384, 1e-3),
+        ("method: lora", 4096, 1.6e-4),
+        ("method: full", 768, 5.8e-5),
+        ("method: prompt", 4096, 3e-1),  # the same for models of every size
+        ("method: lora\ntrain: {learning_rate: 1e-3}", 4096, 1e-3),
+    ],
+)
+def test_default_rates_fall_with_the_width_of_the_model(settings, width, expected, tmp_path):
+    from ftkit.recipe import read
+
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"model: some/model\ntask: text-classification\ndata: {{train: rows.csv}}\n{settings}\n")
+    assert optim.learning_rate(read(path), transformers.BertConfig(hidden_size=width)) == expected
+
+
+def test_what_trains_from_nothing_keeps_its_own_default(tmp_path):
+    from ftkit.recipe import read
+
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: {init: random, config: {model_type: llama}}\ntask: causal-lm\ndata: {train: rows.txt}\n")
+    assert optim.learning_rate(read(path), transformers.LlamaConfig(hidden_size=4096)) == 5e-4
