@@ -8,13 +8,15 @@ from pathlib import Path
 from pprint import pformat
 from typing import TYPE_CHECKING, Any
 
-from ftkit.quantities import denominator, number
+from ftkit.quantities import denominator, interval, number
 
 if TYPE_CHECKING:
     from ftkit.recipe.spec import Recipe
 
 Measured = Mapping[str, Mapping[str, float]]  # split -> metric -> value
 
+LISTED_CLASSES = 30  # up to here the card has a table of classes
+SHOWN_CHARACTERS = 200  # of an answer
 PIPELINE_TAGS = {  # transformers' Auto class -> the hub's name for what a model with that head does
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForTokenClassification": "token-classification",
@@ -25,8 +27,8 @@ PIPELINE_TAGS = {  # transformers' Auto class -> the hub's name for what a model
 }
 
 
-def model_card(recipe: Recipe[Any, Any, Any], manifest: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
-    """The card of a finished run; `manifest` and `metrics` are what manifest.json and metrics.json hold.
+def model_card(recipe: Recipe[Any, Any, Any], manifest: Mapping[str, Any], metrics: Mapping[str, Any], details: Mapping[str, Mapping[str, Any]]) -> str:
+    """The card of a finished run, of what manifest.json, metrics.json and details.json hold.
 
     Nothing in it tells where on this machine anything lies: a local model or file goes by its own name.
     """
@@ -42,7 +44,7 @@ def model_card(recipe: Recipe[Any, Any, Any], manifest: Mapping[str, Any], metri
         _story(recipe, manifest, base, tuned),
         f"## Load it\n\nFrom inside the run directory:\n\n```python\n{_loading_code(manifest)}\n```"
         + ("\n\nSo it answers rows one by one; `ftkit.load('model')` takes rows side by side, too, padded on either side." if as_prompt else ""),
-        f"## Results\n\n{_results(base, tuned)}",
+        "\n\n".join(["## Results", _results(base, tuned, details), *_classes(details), *_samples(details)]),
         f"## Training\n\n{_hyperparameters(recipe, manifest)}",
     ]
     if check := manifest.get("verification"):
@@ -158,15 +160,50 @@ def _local_base(base: str, manifest: Mapping[str, Any]) -> str:
     return f"path = {f'PATH/TO/{name}'!r}  # the local model that this was trained on{known}"
 
 
-def _results(base: Measured, tuned: Measured) -> str:
+def _results(base: Measured, tuned: Measured, details: Mapping[str, Mapping[str, Any]]) -> str:
     """A table of base and tuned; the loss with what it is a mean over."""
-    rows = [
-        (split, f"{metric}{denominator(values) if metric == 'loss' else ''}", number(base.get(split, {}).get(metric)), number(value))
-        for split, values in tuned.items()
-        for metric, value in values.items()
-        if metric != "loss_count"
+    drawn = {split: found["intervals"] for split, found in details.items() if "intervals" in found}
+    rows = []
+    for split, values in tuned.items():
+        for metric, value in values.items():
+            if metric != "loss_count":
+                name = f"{metric}{denominator(values) if metric == 'loss' else ''}"
+                between = (interval(drawn.get(split, {}).get(metric)),) if drawn else ()
+                rows.append((split, name, number(base.get(split, {}).get(metric)), number(value), *between))
+    if not rows:
+        return "None: there were no validation and no test rows."
+    if not drawn:
+        return _table(("set", "metric", "base", "tuned"), rows)
+    return f"{_table(('set', 'metric', 'base', 'tuned', '95 % interval'), rows)}\n\nIntervals are those of 1,000 bootstrap samples of the set."
+
+
+def _classes(details: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A table of the classes of each set that has some, but not too many."""
+    return [
+        f"Classes of {split}:\n\n"
+        + _table(
+            ("class", "precision", "recall", "f1", "rows"),
+            [(name, *(number(values[key]) for key in ("precision", "recall", "f1")), f"{values['support']:,}") for name, values in found["classes"].items()],
+        )
+        for split, found in details.items()
+        if 0 < len(found.get("classes", {})) <= LISTED_CLASSES
     ]
-    return _table(("set", "metric", "base", "tuned"), rows) if rows else "None: there were no validation and no test rows."
+
+
+def _samples(details: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What the model wrote before training and after, beside the right answers."""
+    shown = ("asked", "reference", "before", "after")
+    return [
+        f"Answers to rows of {split}:\n\n{_table(shown, [[_short(sample[key]) for key in shown] for sample in found['samples']])}"
+        for split, found in details.items()
+        if "samples" in found
+    ]
+
+
+def _short(text: str | None) -> str:
+    """The beginning, in one line."""
+    line = " ".join((text or "-").split())
+    return line if len(line) <= SHOWN_CHARACTERS else f"{line[:SHOWN_CHARACTERS]}..."
 
 
 def _hyperparameters(recipe: Recipe[Any, Any, Any], manifest: Mapping[str, Any]) -> str:

@@ -90,13 +90,15 @@ def evaluate(
     target: Annotated[str, typer.Argument(metavar="RUN_OR_RECIPE", help="A run directory; or a recipe, whose untrained base is measured.")],
     data: Annotated[str | None, typer.Option("--data", metavar="FILE", help="Measure on these rows.")] = None,
     split: Annotated[str | None, typer.Option("--split", metavar="NAME", help="Measure on one of the recipe's sets.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", metavar="FILE", help="Measure the untuned model too, with this text before each row.")] = None,
+    shots: Annotated[int, typer.Option("--shots", metavar="N", min=0, help="Measure the untuned model too, with N answered training rows before each.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a run on its own sets or on other rows."""
+    """Measure a run on its own sets or on other rows, or beside a prompt."""
     with redirect_stdout(sys.stderr):
         from ftkit.remeasure import evaluate
 
-        summary = evaluate(target, data=data, split=split)
+        summary = evaluate(target, data=data, split=split, prompt=prompt, shots=shots)
     _print_summary(summary, as_json)
 
 
@@ -187,10 +189,10 @@ def show(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = Fals
             expected = None
             print(f"parameters: {error}")
     values = resolved.recipe.model_dump()
-    if as_json:
-        _print_json({"recipe": values, "origins": resolved.origins, "parameters": expected and expected.parameters, "layout": expected and expected.layout})
     if expected:
         values["train"]["learning_rate"] = expected.learning_rate
+    if as_json:
+        _print_json({"recipe": values, "origins": resolved.origins, "parameters": expected and expected.parameters, "layout": expected and expected.layout})
         return
     from ftkit.recipe.document import one_line
 

@@ -142,11 +142,25 @@ def measure(session: Measurable, names: Iterable[str], report: Reporter, stop: S
     return measured
 
 
-def _written(session: Measurable, name: str, report: Reporter, stop: StopRequest) -> dict[int, dict[str, Any]]:
-    """What the model writes for the rows of a split that are measured, by their places in it, on every process."""
+def samples(session: Measurable, report: Reporter, stop: StopRequest) -> list[str]:
+    """What the model writes for the first rows of the first split, as many as the recipe wants to see."""
+    count = session.recipe.eval.generation.samples
+    return [answer["text"] for answer in _written(session, next(iter(session.splits)), report, stop, count).values()] if count else []
+
+
+def side_by_side(session: Measurable, before: list[str], after: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """The samples of the first split, with what they are answers to and the right ones."""
+    rows, features = next(iter(session.splits.values()))
+    task: Any = session.recipe.task
+    shown = zip((rows[i] for i in features.rows()), before, after, strict=False)
+    return {"samples": [{"row": row.number, "asked": task.asked(row), "reference": task.reference(row), "before": b, "after": a} for row, b, a in shown]}
+
+
+def _written(session: Measurable, name: str, report: Reporter, stop: StopRequest, first: int | None = None) -> dict[int, dict[str, Any]]:
+    """What the model writes for the rows of a split that are measured, or the first ones, by their places in it, on every process."""
     rows, features = session.splits[name]
     accelerator, recipe = session.accelerator, session.recipe
-    own = list(features.rows())[accelerator.process_index :: accelerator.num_processes]
+    own = list(features.rows())[:first][accelerator.process_index :: accelerator.num_processes]
     order = sorted(own, key=lambda row: len(str(rows[row].values)))  # rows of like length are written together
     model: Any = accelerator.unwrap_model(session.wrapped)
     was_training = model.training

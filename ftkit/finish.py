@@ -11,7 +11,7 @@ import torch
 
 from ftkit import adapters, checkpoint, compiled, device, plots, rundir, verify
 from ftkit.card import model_card
-from ftkit.evaluate import measure, predictions
+from ftkit.evaluate import measure, predictions, samples, side_by_side
 from ftkit.model import Source
 from ftkit.quantities import duration
 from ftkit.report import peak_memory
@@ -34,6 +34,7 @@ def finish(session: Session, output: Path, report: Reporter, stop: StopRequest, 
     """Everything after the last step; returns the summary."""
     _take_best(session, output, report, position)
     measured = measure(session, session.prepared.splits, report, stop, keep_records=True)
+    written = samples(session, report, stop)
     if stop.agreed(session.accelerator):
         raise stop.error()  # the last step is checkpointed: nothing is lost
     for name, result in measured.items():
@@ -58,7 +59,12 @@ def finish(session: Session, output: Path, report: Reporter, stop: StopRequest, 
     if not main:
         return {}
     rundir.write_json(output / "metrics.json", {"base": manifest["base"]} | {name: result.values for name, result in measured.items()})
-    _draw(session, output, measured)
+    with report.stage("drawing intervals"):
+        details = {name: result.metrics.details() for name, result in measured.items()}
+    if written:
+        details[next(iter(details))] |= side_by_side(session, manifest["base_samples"], written)
+    rundir.write_json(output / "details.json", details)
+    _draw(session, output, details)
     manifest.update(artifact=artifact)
     with report.stage("loading the result in a fresh process"):
         verification = verify.check(output / "model", artifact, expected)
@@ -66,6 +72,7 @@ def finish(session: Session, output: Path, report: Reporter, stop: StopRequest, 
     summary: dict[str, Any] = {
         "output": str(output),
         "metrics": {"base": manifest["base"]} | {name: result.values for name, result in measured.items()},
+        "details": details,
         "baselines": baselines,
         "verification": verification | {"loads_with": artifact["loads_with"]},
         "seconds": round(manifest.seconds, 1),
@@ -74,7 +81,7 @@ def finish(session: Session, output: Path, report: Reporter, stop: StopRequest, 
         "parameters": {key: manifest["parameters"][key] for key in ("trainable", "total")},
     }
     manifest.update(verification=verification)
-    rundir.write_text(output / "README.md", model_card(session.recipe, manifest.facts, summary["metrics"]))
+    rundir.write_text(output / "README.md", model_card(session.recipe, manifest.facts, summary["metrics"], details))
     summary["files"] = [[str(path), _size(path)] for path in sorted(output.iterdir()) if not path.name.startswith(".")]
     manifest.finish(notes=report.notes, summary=summary)
     return summary
@@ -158,14 +165,14 @@ def _write_records(session: Session, output: Path, name: str, result: Measured) 
         path.unlink()
 
 
-def _draw(session: Session, output: Path, measured: dict[str, Measured]) -> None:
+def _draw(session: Session, output: Path, details: dict[str, dict[str, Any]]) -> None:
     """The loss curve, and a confusion matrix for each split of a classification."""
     (output / "plots").mkdir(exist_ok=True)
     plots.loss_curve(output / "log.jsonl", output / "plots" / "loss.png")
-    for name, result in measured.items():
-        if "confusion" in result.metrics.sums:
+    for name, found in details.items():
+        if "confusion" in found:
             target = "confusion.png" if name in (*session.prepared.validation[:1],) else f"confusion-{name}.png"
-            plots.confusion(result.metrics.sums["confusion"].long().tolist(), session.recipe.task.labels, output / "plots" / target)
+            plots.confusion(found["confusion"], session.recipe.task.labels, output / "plots" / target)
 
 
 def _baselines(session: Session, report: Reporter) -> dict[str, float]:

@@ -5,7 +5,7 @@ It needs no process group and leaves its work in the cache, so that every proces
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,13 +126,31 @@ def check_metrics(recipe: Recipe, rows: Rows) -> None:
         raise RecipeError(
             f"objective.label_smoothing: {recipe.objective.label_smoothing} is for classes, and the rows have {recipe.task.targets}; leave it out"
         )
-    if recipe.train.parallel == "fsdp" and (asked := [name for name in recipe.eval.metrics or () if name in written]):
-        raise RecipeError(f"eval.metrics: {asked[0]} is of text that the model writes, which takes a whole one, not train.parallel: fsdp")
+    _check_written(recipe, rows, written)
     if rule and rule.metric in written:
         measured = ", ".join(name for name in known if name not in written)
         raise RecipeError(f"train.early_stopping.metric: {rule.metric} is of text that the model writes after training; there are {measured}")
     if rule and not rows.validation:
         raise RecipeError("train.early_stopping needs validation rows (data.validation: a file, or a fraction such as 0.1)")
+
+
+def _check_written(recipe: Recipe, rows: Rows, written: Mapping[str, Any]) -> None:
+    """Refuse metrics and samples of what the model writes where it writes nothing, or nothing that there is an answer to."""
+    asked = [f"eval.metrics: {name}" for name in recipe.eval.metrics or () if name in written]
+    if count := recipe.eval.generation.samples:
+        asked.append(f"eval.generation.samples: {count}")
+    if not asked:
+        return
+    if not written:
+        raise RecipeError(f"{asked[0]}, but models of task {recipe.task.kind} write no text; leave it out")
+    splits = {**rows.validation, **({"test": rows.test} if rows.test else {})}
+    if not splits:
+        raise RecipeError(f"{asked[0]} is of rows that are not learned, and there are none; give data.validation")
+    for split in splits.values():
+        if all(recipe.task.reference(row) is None for row in split):  # type: ignore[attr-defined]
+            raise RecipeError(f"{asked[0]} compares what the model writes with answers, and the rows of {split[0].file} have none")
+    if recipe.train.parallel == "fsdp":
+        raise RecipeError(f"{asked[0]} is of text that the model writes, which takes a whole one, not train.parallel: fsdp")
 
 
 def check_packages(recipe: Recipe) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 
 def number(value: float | None) -> str:
@@ -12,6 +12,11 @@ def number(value: float | None) -> str:
     if abs(value) >= 1e9:
         return f"{value:.3e}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.4g}".removesuffix(".")
+
+
+def interval(ends: Sequence[float] | None) -> str:
+    """`0.8853 to 0.9251`; `-` where there is none."""
+    return "-" if ends is None else " to ".join(map(number, ends))
 
 
 def metrics_line(metrics: Mapping[str, float]) -> str:

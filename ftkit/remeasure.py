@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from ftkit.data.types import Limits, Row
     from ftkit.evaluate import Measured
     from ftkit.opened import Opened
+    from ftkit.prepare import Prepared
     from ftkit.recipe.spec import Recipe
     from ftkit.report import Reporter
 
@@ -35,19 +38,32 @@ class _Run(NamedTuple):
     splits: Splits
 
 
-def evaluate(target: str, data: str | None = None, split: str | None = None) -> dict[str, Any]:
+class Lead(NamedTuple):
+    """What the untuned model is shown before each row: instructions, and some training rows with their answers."""
+
+    text: str
+    shots: int
+
+
+def evaluate(target: str, data: str | None = None, split: str | None = None, prompt: str | None = None, shots: int = 0) -> dict[str, Any]:
     """Measure a run on its validation and test sets, on one of them, or on the rows of another file.
 
+    With the text in the file `prompt`, or with `shots`, the untuned model is measured too, reading these before each row.
     What comes out is also written to RUN/eval/NAME, NAME being that of the set, or other/NAME after another
     file.  A recipe's untrained base is measured likewise, on one process, and nothing is written.  Returns
-    the summary: {"output": ..., "metrics": {split: {metric: value}}}.
+    the summary: {"output": ..., "metrics": {split: {metric: value}}, "details": {split: ...}}.
     """
     from ftkit.report import Reporter
 
     if data and split and Path(data).is_file():
         raise RecipeError(f"--split: {data} is one file: it has no splits; leave --split out")
+    lead = Lead(_text(prompt) if prompt else "", shots) if prompt or shots else None
     with Reporter(None) as report:
-        return _measure_run(target, data, split, report) if rundir.is_run(target) else _measure_base(target, data, split, report)
+        if not rundir.is_run(target):
+            return _measure_base(target, data, split, report, lead)
+        base = _measure_base(str(Path(target) / "recipe.yaml"), data, split, report, lead)["metrics"] if lead else {}
+        tuned = _measure_run(target, data, split, report)
+        return tuned | {"metrics": base | tuned["metrics"]}
 
 
 def _measure_run(target: str, data: str | None, split: str | None, report: Reporter) -> dict[str, Any]:
@@ -72,11 +88,21 @@ def _measure_run(target: str, data: str | None, split: str | None, report: Repor
     wrapped = accelerator.prepare_model(trainee, evaluation_mode=True)
     subject = _Run(recipe, accelerator, wrapped, run.tokenizer, run.limits, _encoded(rows, recipe, run.tokenizer, run.limits, report))
     measured = measure(subject, subject.splits, report, StopRequest(), keep_records=True)
-    files = [file for name, result in measured.items() for file in _write(run.path / "eval" / name, name, result, subject.splits[name])]
-    return {"output": str(run.path), "metrics": _values(measured), "files": files}
+    with report.stage("drawing intervals"):
+        details = {name: result.metrics.details() for name, result in measured.items()}
+    files = [file for name, result in measured.items() for file in _write(run.path / "eval" / name, name, result, details[name], subject.splits[name])]
+    return {"output": str(run.path), "metrics": _values(measured), "details": details, "files": files}
 
 
-def _measure_base(target: str, data: str | None, split: str | None, report: Reporter) -> dict[str, Any]:
+def _text(file: str) -> str:
+    """What is in a file, UTF-8."""
+    try:
+        return Path(file).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"--prompt: {file} cannot be read as text: {error}") from None
+
+
+def _measure_base(target: str, data: str | None, split: str | None, report: Reporter, lead: Lead | None) -> dict[str, Any]:
     from ftkit.evaluate import measure
     from ftkit.model import quiet_libraries
     from ftkit.prepare import prepare
@@ -91,9 +117,28 @@ def _measure_base(target: str, data: str | None, split: str | None, report: Repo
         prepared.splits = _encoded(other, prepared.recipe, prepared.tokenizer, prepared.limits, report)
     else:
         prepared.splits = _chosen(prepared.splits, split)
+    if lead:
+        prepared = _led(prepared, lead, report)
     session = open_session(prepared, report)
     measured = measure(session, prepared.splits, report, StopRequest(), keep_records=True)
     return {"metrics": {"base": _values(measured)}}
+
+
+def _led(prepared: Prepared, lead: Lead, report: Reporter) -> Prepared:
+    """With what leads each row of the splits, and as much room for it as the model has."""
+    from ftkit.model import max_positions
+
+    recipe, train = prepared.recipe, prepared.rows.train
+    if not hasattr(recipe.task, "after"):
+        raise RecipeError(f"--prompt and --shots are for models that continue texts (task: causal-lm), not for {recipe.task.kind}")
+    if lead.shots > len(train):
+        raise RecipeError(f"--shots: {lead.shots}, but there are {len(train):,} training rows")
+    shown = [train[i] for i in random.Random(recipe.train.seed).sample(range(len(train)), lead.shots)]
+    positions = max_positions(prepared.config)
+    longer = positions - recipe.method.positions if positions else prepared.limits.max_length * (lead.shots + 2)
+    limits = prepared.limits._replace(max_length=longer, truncation="left")  # what is too long loses examples, not its answer
+    led = {name: [recipe.task.after(row, lead.text, shown) for row in rows] for name, (rows, _) in prepared.splits.items()}
+    return replace(prepared, limits=limits, splits=_encoded(led, recipe, prepared.tokenizer, limits, report))
 
 
 def _on_one_process(recipe: Recipe, report: Reporter) -> Recipe:
@@ -150,13 +195,14 @@ def _encoded(rows: dict[str, list[Row]], recipe: Recipe, tokenizer: Any, limits:
     return {name: (split, tokenise(name, split, recipe.task, tokenizer, limits, recipe.data.on_bad_rows, report).features) for name, split in rows.items()}
 
 
-def _write(directory: Path, name: str, result: Measured, split: tuple[list[Row], FeatureSet]) -> list[list[Any]]:
-    """metrics.json and predictions.jsonl of a set; their paths and sizes."""
+def _write(directory: Path, name: str, result: Measured, details: dict[str, Any], split: tuple[list[Row], FeatureSet]) -> list[list[Any]]:
+    """metrics.json, details.json and predictions.jsonl of a set; their paths and sizes."""
     from ftkit.evaluate import predictions
 
     rundir.write_json(directory / "metrics.json", {name: result.values})
+    rundir.write_json(directory / "details.json", {name: details})
     rundir.write_text(directory / "predictions.jsonl", predictions(result.records, *split))
-    return [[str(path), path.stat().st_size] for path in (directory / "metrics.json", directory / "predictions.jsonl")]
+    return [[str(path), path.stat().st_size] for path in sorted(directory.iterdir())]
 
 
 def _values(measured: dict[str, Measured]) -> dict[str, dict[str, float]]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftkit import checkpoint, launch, model, rundir, signals, trackers
 from ftkit.errors import Diverged, RecipeError
-from ftkit.evaluate import measure
+from ftkit.evaluate import measure, samples
 from ftkit.finish import finish
 from ftkit.loop import Position, fit
 from ftkit.manifest import Manifest, describe
@@ -81,9 +81,9 @@ def _train(resolved: Resolved, stop: signals.StopRequest, resume: bool, overwrit
                 report.warn(f"not bit for bit as without the interruption: layers computed once were {before['layers_computed_once']} and are {once}")
             manifest.update(layers_computed_once=once)
             if position.step == 0 and "base" not in before:
-                base = measure(session, prepared.splits, report, stop)
+                base, written = measure(session, prepared.splits, report, stop), samples(session, report, stop)
                 _stop_if_asked(session, output, position, report, stop)
-                manifest.update(base={name: measured.values for name, measured in base.items()})
+                manifest.update(base={name: measured.values for name, measured in base.items()}, base_samples=written)
             if position.step == 0:
                 for name in prepared.validation:
                     report.evaluation(0, name, manifest["base"][name])

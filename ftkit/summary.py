@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftkit.progress import open_console, print_line
-from ftkit.quantities import denominator, duration, number, size
+from ftkit.quantities import denominator, duration, interval, number, size
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -18,12 +18,12 @@ LOWER_IS_BETTER = {"loss", "perplexity"}
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:
-    """Print what there is of: metrics (as in metrics.json), baselines (name -> accuracy on the first set),
+    """Print what there is of: metrics and details (as in metrics.json and details.json), baselines (name -> accuracy on the first set),
     parameters, seconds, tokens_per_second, peak_memory_bytes, verification, notes, output, files.
     """
     console = open_console(sys.stdout)
     if metrics := summary.get("metrics"):
-        console.print(_table(metrics))
+        console.print(_table(metrics, {split: found.get("intervals", {}) for split, found in summary.get("details", {}).items()}))
         console.print()
     for line in _facts(summary):
         print_line(console, line)
@@ -41,8 +41,8 @@ def print_summary(summary: Mapping[str, Any]) -> None:
             console.print(f"  {text:>{width}}  {Path(path).relative_to(output) if inside else path}", soft_wrap=True)
 
 
-def _table(metrics: Mapping[str, Mapping[str, Any]]) -> Table:
-    """A row for each set and metric, a column for the base and one for the tuned model; the better one stands out."""
+def _table(metrics: Mapping[str, Mapping[str, Any]], intervals: Mapping[str, Mapping[str, list[float]]]) -> Table:
+    """A row for each set and metric, columns for the base and the tuned model, the better one standing out, and for the intervals of the tuned one's."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -54,6 +54,8 @@ def _table(metrics: Mapping[str, Mapping[str, Any]]) -> Table:
     table.add_column("", no_wrap=True)
     for name in columns:
         table.add_column(name, justify="right", min_width=7, no_wrap=True)
+    if any(intervals.values()):
+        table.add_column("95 % interval", justify="right", no_wrap=True)
     for split in dict.fromkeys((*tuned, *base)):
         values = {"base": base.get(split, {}), "tuned": tuned.get(split, {})}
         table.add_row(Text(split, style="bold"))
@@ -63,7 +65,8 @@ def _table(metrics: Mapping[str, Mapping[str, Any]]) -> Table:
             row = {name: values[name].get(metric) for name in columns}
             best = _best(metric, [value for value in row.values() if value is not None])
             cells = [Text(number(value), style="bold green" if value == best else "") for value in row.values()]
-            table.add_row(f"  {metric}{denominator(values[columns[-1]]) if metric == 'loss' else ''}", *cells)
+            between = (Text(interval(found), style="dim") for found in (intervals.get(split, {}).get(metric),) if found)
+            table.add_row(f"  {metric}{denominator(values[columns[-1]]) if metric == 'loss' else ''}", *cells, *between)
     return table
 
 

@@ -325,6 +325,9 @@ def _check_metrics(task: Task, model: Any, features: FeatureSet, pad: int) -> No
             f"{name}: {key} is {values[key]} of the whole, {value} of its halves' sums: keep sums, not means",
         )
     _json(values, f"{name}.compute()")
+    details = _json(whole.details(), f"{name}.details()")
+    for key, (low, high) in details.get("intervals", {}).items():
+        _require(key in values and low <= high, f"{name}.details: the interval of {key}, {low} to {high}, is of no metric, or none")
     _require({"loss", "loss_count"} <= values.keys(), f"{name}.compute lacks loss or loss_count")
     _require(task.main_metric in values, f"{name}.compute lacks the main metric {task.main_metric}")
     unknown = values.keys() - {*task.metric_names, "loss_count"}

@@ -199,6 +199,7 @@ class Generation(Spec):
     temperature: float = option(0.0, "0 is greedy", ge=0)
     top_p: float = option(1.0, "nucleus sampling (arXiv 1904.09751)", gt=0, le=1)
     num_beams: int = option(1, "beam search", ge=1)
+    samples: int = option(0, "rows of the first set whose answers are kept, as the model gives them before training and after", ge=0)
 
 
 class Eval(Spec):
@@ -206,7 +207,7 @@ class Eval(Spec):
 
     batch_size: int = option(64, "rows a forward pass", ge=1)
     metrics: list[str] | None = option(
-        None, "metrics to report; if empty, all that the task has but those of text that the model writes (bleu, chrf, rouge_l), measured after training"
+        None, "metrics to report; if empty, all that the task has but those of text that the model writes (bleu, stop_rate, ...), measured after training"
     )
     generation: Generation = option({}, "settings of generated text", validate_default=True)
 

@@ -43,13 +43,18 @@ class Metrics(Protocol):
         """Bare metric names to values, plus `loss` and its denominator `loss_count`."""
         ...
 
+    def details(self) -> dict[str, Any]:
+        """What is more than a number, for details.json: `intervals` of metrics, [from, to] by name; tables of classes; nothing, as it is."""
+        ...
+
 
 class Task(Protocol):
     """What a row is, what is supervised in it, and how outputs become metrics and predictions.
 
     A task with metrics of what `predict` says has `written`, a map of their names to the packages that they need (or
-    None), and `judge(answers, rows, names)`, which computes them.  They are among `metric_names`, and computed at the
-    end only, if eval.metrics names them: generating takes long.
+    None), `judge(answers, rows, names)`, which computes them, `reference(row)`, the right answer or None, and
+    `asked(row)`, what it is an answer to.  They are among `metric_names`, and computed at the end only, if eval.metrics
+    names them: generating takes long.
     """
 
     kind: str

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
@@ -12,7 +13,7 @@ from weakref import WeakKeyDictionary
 from ftkit.data.types import Features, Limits, Row, RowError
 from ftkit.errors import DataError, RecipeError
 from ftkit.recipe.spec import Default, Generation, Spec
-from ftkit.tasks import Column, Shape, chat, language_model
+from ftkit.tasks import Column, Shape, chat, language_model, text_metrics
 from ftkit.tasks.language_model import LanguageModelMetrics, generation_config
 
 if TYPE_CHECKING:
@@ -71,7 +72,8 @@ class CausalLM(Spec):
         "train.weight_decay": Default(0.0, "Stanford Alpaca's training command"),
         "eval.batch_size": Default(16, "16 x 1024 positions; their logits are computed a chunk at a time"),
     }
-    metric_names: ClassVar[tuple[str, ...]] = LanguageModelMetrics.NAMES
+    metric_names: ClassVar[tuple[str, ...]] = (*LanguageModelMetrics.NAMES, *text_metrics.PACKAGES)
+    written: ClassVar[Mapping[str, str | None]] = text_metrics.PACKAGES
     main_metric: ClassVar[str] = "loss"
 
     def examples(self) -> list[dict[str, Any]]:
@@ -162,6 +164,38 @@ class CausalLM(Spec):
 
     def records(self, parts: Iterable[Scores]) -> list[dict[str, Any]]:
         return language_model.records(parts)
+
+    def after(self, row: Row, text: str, shown: Sequence[Row]) -> Row:
+        """The row behind instructions and rows with their answers, none of which is learned or measured."""
+        if "messages" in row.values:
+            first = [{"role": "system", "content": text}] if text else []
+            of_rows = [[message for message in each.values["messages"] if not text or message["role"] != "system"] for each in (*shown, row)]
+            examples = [message | {"weight": 0} if message["role"] == "assistant" else message for each in of_rows[:-1] for message in each]
+            return replace(row, values={"messages": [*first, *examples, *of_rows[-1]]})
+        if "prompt" not in row.values:
+            raise RecipeError("--prompt and --shots are for rows with prompts and answers, not for plain text")
+        examples = [each.values["prompt"] + each.values["completion"] for each in shown]
+        return replace(row, values={**row.values, "prompt": "\n\n".join([*filter(None, [text]), *examples, row.values["prompt"]])})
+
+    def judge(self, answers: Sequence[Mapping[str, Any]], rows: Sequence[Row], names: Collection[str]) -> dict[str, float]:
+        """Metrics of what `predict` said to rows that end with an answer."""
+        references = [self.reference(row) for row in rows]
+        known = [(answer, reference) for answer, reference in zip(answers, references, strict=True) if reference is not None]
+        return text_metrics.measured([answer for answer, _ in known], [reference for _, reference in known], names)
+
+    def reference(self, row: Row) -> str | None:
+        """The completion, or the answer that ends a chat; None of plain text, and of a chat that ends otherwise."""
+        if "messages" not in row.values:
+            return row.values.get("completion")
+        last = row.values["messages"][-1]
+        return last.get("content") if last["role"] == "assistant" else None
+
+    def asked(self, row: Row) -> str:
+        """The prompt, or the message that the last answer of a chat is to."""
+        if "messages" not in row.values:
+            return row.values.get("prompt") or row.values["text"]
+        said = [str(message.get("content") or "") for message in row.values["messages"] if message["role"] != "assistant"]
+        return said[-1] if said else ""
 
     def predict(self, model: Any, tokenizer: Any, rows: list[Row], limits: Limits, generation: Generation) -> list[dict[str, Any]]:
         """Continuations: `text`, and whether it `finished` by itself.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ftkit.data.types import RowError
+from ftkit.tasks.streaming import RESAMPLES
 
 if TYPE_CHECKING:
     import torch
@@ -57,3 +58,30 @@ def of_confusion(confusion: torch.Tensor) -> dict[str, float]:
     if len(confusion) == 2:
         metrics["f1_binary"] = (2 * hits[1] / (gold[1] + said[1]).clamp(min=1e-12)).item()
     return metrics
+
+
+def redrawn(confusion: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Counts of as many items, drawn from the counted ones with replacement, again and again."""
+    import numpy as np
+    import torch
+
+    generator = np.random.default_rng(0)
+    filled = confusion.nonzero(as_tuple=True)
+    counts = confusion[filled].long().numpy()
+    for _ in range(RESAMPLES):
+        drawn = torch.zeros_like(confusion)
+        drawn[filled] = torch.from_numpy(generator.multinomial(counts.sum(), counts / counts.sum())).to(drawn.dtype)
+        yield drawn
+
+
+def counts_of(confusion: torch.Tensor) -> tuple[list[float], list[float], list[float]]:
+    """How often each class is right, was said, and both."""
+    return confusion.sum(1).tolist(), confusion.sum(0).tolist(), confusion.diagonal().tolist()
+
+
+def by_class(names: Sequence[str], gold: Sequence[float], said: Sequence[float], both: Sequence[float]) -> dict[str, dict[str, float]]:
+    """Precision, recall, F1 and support of each class, from how often it is right, was said, and both: 0 where it never was."""
+    return {
+        name: {"precision": b / s if s else 0.0, "recall": b / g if g else 0.0, "f1": 2 * b / (g + s) if g + s else 0.0, "support": int(g)}
+        for name, g, s, b in zip(names, gold, said, both, strict=True)
+    }

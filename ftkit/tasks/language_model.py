@@ -50,6 +50,10 @@ class LanguageModelMetrics:
         perplexity = min(loss.exp().item(), sys.float_info.max)
         return {"loss": loss.item(), "perplexity": perplexity, "token_accuracy": accuracy.item(), "loss_count": count.item()}
 
+    def details(self) -> dict[str, Any]:
+        """Nothing more."""
+        return {}
+
 
 def records(parts: Iterable[Scores]) -> list[dict[str, Any]]:
     """Mean loss of each feature's supervised tokens, and how many they are."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from ftkit.data.types import RowError
-from ftkit.tasks.classes import name_of, of_confusion, some
+from ftkit.tasks.classes import by_class, counts_of, name_of, of_confusion, redrawn, some
 from ftkit.tasks.streaming import Streaming
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ftkit.tasks import Metrics
 
 BINS = 15  # of probabilities, for the calibration error (arXiv 1706.04599)
+RANKED_CLASSES = 20  # up to here all probabilities are kept, for AUROC
 
 
 class Problem(Protocol):
@@ -58,8 +59,9 @@ class OneClass:
 
     def __init__(self, names: Sequence[str] | None) -> None:
         self.names = names or ()
-        of_two = ("f1_binary", "auroc") if names is None or len(names) == 2 else ()
-        self.metric_names = ("accuracy", "f1", *of_two, "mcc", "ece", "loss")
+        of_two = ("f1_binary",) if names is None or len(names) == 2 else ()
+        of_few = ("auroc",) if names is None or len(names) <= RANKED_CLASSES else ()
+        self.metric_names = ("accuracy", "f1", *of_two, *of_few, "mcc", "ece", "loss")
 
     def target(self, value: Any) -> list[int]:
         name = name_of(value)
@@ -72,7 +74,7 @@ class OneClass:
         return [0]
 
     def metrics(self) -> ClassMetrics:
-        return ClassMetrics(len(self.names))
+        return ClassMetrics(self.names)
 
     def records(self, scores: Scores) -> Iterator[dict[str, Any]]:
         best, index = scores.logits.float().softmax(-1).max(-1)
@@ -112,7 +114,7 @@ class AnyLabels:
         return [name_of(each) for each in value] if isinstance(value, list) else [name_of(value)]
 
     def metrics(self) -> LabelMetrics:
-        return LabelMetrics(len(self.names), self.threshold)
+        return LabelMetrics(self.names, self.threshold)
 
     def records(self, scores: Scores) -> Iterator[dict[str, Any]]:
         for gold, answer in zip(scores.targets.tolist(), self.answers(scores.logits), strict=True):
@@ -161,10 +163,11 @@ class Number:
 
 
 class ClassMetrics(Streaming):
-    """Of one confusion matrix: accuracy, F1 and MCC; of probabilities: the calibration error, and AUROC of two classes."""
+    """Of one confusion matrix: accuracy, F1 and MCC; of probabilities: the calibration error, and AUROC of a few classes."""
 
-    def __init__(self, num_labels: int) -> None:
-        super().__init__(confusion=(num_labels, num_labels), bins=(BINS, 3))  # [gold, predicted]; rows, probabilities, right ones
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+        super().__init__(confusion=(len(names), len(names)), bins=(BINS, 3))  # [gold, predicted]; rows, probabilities, right ones
 
     def update(self, scores: Scores) -> None:
         import torch
@@ -178,52 +181,76 @@ class ClassMetrics(Streaming):
         self.sums["confusion"].index_put_((gold, said), ones, accumulate=True)
         places = (best * BINS).ceil().long().clamp(1, BINS) - 1  # (0, 1/15], (1/15, 2/15], ...
         self.sums["bins"].index_add_(0, places, torch.stack((ones, best.double(), (gold == said).double()), 1))
-        if probabilities.shape[1] == 2:
-            self.keep("second", torch.stack((probabilities[:, 1].cpu(), gold.float()), 1))
+        if len(self.names) <= RANKED_CLASSES:
+            self.keep("ranked", torch.cat((probabilities.cpu(), gold.float().unsqueeze(1)), 1))
 
     def compute(self) -> dict[str, float]:
-        """Fractions from 0 to 1; `f1` is macro-averaged over the labels that occur or were predicted."""
+        """Fractions from 0 to 1; `f1` and `auroc` are means over the labels, one against the rest, of which they are defined."""
         rows, probabilities, right = self.sums["bins"].unbind(1)
         found = of_confusion(self.sums["confusion"]) | {"ece": ((probabilities - right).abs().sum() / rows.sum()).item()}
-        if self.kept:
-            said, gold = self.all("second").unbind(1)
-            if not math.isnan(value := auroc(said, gold)):
-                found["auroc"] = value
-        return found | self.loss()
+        return found | (self._ranked(self.all("ranked")) if self.kept else {}) | self.loss()
+
+    def _ranked(self, items: torch.Tensor) -> dict[str, float]:
+        """AUROC of rows of probabilities and the class, float64 [k, C + 1]; of two classes that of the second."""
+        first = 1 if len(self.names) == 2 else 0
+        classes = range(first, len(self.names))
+        return mean_auroc(items[:, first:-1].T, [items[:, -1] == i for i in classes])
+
+    def draws(self) -> Iterator[dict[str, float]]:
+        """Of what is counted, and AUROC of two classes."""
+        yield from map(of_confusion, redrawn(self.sums["confusion"]))
+        if len(self.names) == 2 and self.kept:
+            yield from map(self._ranked, self.redrawn("ranked"))
+
+    def details(self) -> dict[str, Any]:
+        """Beside the intervals, each class, and `confusion`, [label, prediction]."""
+        confusion = self.sums["confusion"]
+        classes = by_class(self.names, *counts_of(confusion))
+        return super().details() | {"classes": classes, "confusion": confusion.long().tolist()}
 
 
 class LabelMetrics(Streaming):
     """F1 over the labels (macro) and over all (micro), rows that are right in all labels, and the mean AUROC of the labels."""
 
-    def __init__(self, num_labels: int, threshold: float) -> None:
-        super().__init__(counts=(num_labels, 3), right=(), rows=())  # gold, predicted, both
-        self.threshold = threshold
+    def __init__(self, names: Sequence[str], threshold: float) -> None:
+        super().__init__()
+        self.names, self.threshold = names, threshold
 
     def update(self, scores: Scores) -> None:
         import torch
 
         self.add_loss(scores)
         counted = scores.weights > 0
-        probabilities, gold = scores.logits[counted].float().sigmoid().cpu(), scores.targets[counted].bool().cpu()
-        said = probabilities >= self.threshold
-        self.sums["counts"] += torch.stack((gold.sum(0), said.sum(0), (gold & said).sum(0)), 1).double()
-        self.sums["right"] += (gold == said).all(1).sum().double()
-        self.sums["rows"] += len(gold)
-        self.keep("probabilities", probabilities)
-        self.keep("gold", gold)
+        self.keep("labels", torch.stack((scores.logits[counted].float().sigmoid(), scores.targets[counted]), 1))
 
     def compute(self) -> dict[str, float]:
         """Fractions from 0 to 1; `f1` and `auroc` leave out labels of which they are not defined."""
-        gold, said, both = self.sums["counts"].unbind(1)
+        probabilities, gold = self.all("labels").unbind(1)
+        return self._counted(self.all("labels")) | mean_auroc(probabilities.T, gold.T) | self.loss()
+
+    def _counted(self, items: torch.Tensor) -> dict[str, float]:
+        """Metrics of probabilities and labels, float64 [k, 2, L]."""
+        gold, said, both = self._counts(items)
         f1 = (2 * both / (gold + said).clamp(min=1e-12))[gold + said > 0]
-        values = [auroc(p, g) for p, g in zip(self.all("probabilities").T, self.all("gold").T, strict=True)]
-        defined = [value for value in values if not math.isnan(value)]
+        right = (items[:, 0] >= self.threshold) == (items[:, 1] > 0)
         return {
             "f1": f1.mean().item() if len(f1) else 0.0,
             "f1_micro": (2 * both.sum() / (gold + said).sum().clamp(min=1e-12)).item(),
-            "accuracy": (self.sums["right"] / self.sums["rows"]).item(),
-            "auroc": sum(defined) / len(defined) if defined else 0.0,
-        } | self.loss()
+            "accuracy": right.all(1).double().mean().item(),
+        }
+
+    def _counts(self, items: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """How often each label is right, was said, and both, float64 [L]."""
+        said, gold = items[:, 0] >= self.threshold, items[:, 1] > 0
+        return gold.sum(0).double(), said.sum(0).double(), (gold & said).sum(0).double()
+
+    def draws(self) -> Iterable[dict[str, float]]:
+        """Of what is counted."""
+        return map(self._counted, self.redrawn("labels"))
+
+    def details(self) -> dict[str, Any]:
+        """Beside the intervals, each label."""
+        return super().details() | {"classes": by_class(self.names, *(part.tolist() for part in self._counts(self.all("labels"))))}
 
 
 class NumberMetrics(Streaming):
@@ -237,8 +264,17 @@ class NumberMetrics(Streaming):
 
     def compute(self) -> dict[str, float]:
         """`pearson` and `spearman` from -1 to 1; 0 where all numbers are the same."""
-        said, gold = self.all("pairs").unbind(1)
-        return {"pearson": pearson(said, gold), "spearman": pearson(ranks(said), ranks(gold)), "mse": (said - gold).square().mean().item()} | self.loss()
+        return of_numbers(self.all("pairs")) | self.loss()
+
+    def draws(self) -> Iterable[dict[str, float]]:
+        """Of all."""
+        return map(of_numbers, self.redrawn("pairs"))
+
+
+def of_numbers(pairs: torch.Tensor) -> dict[str, float]:
+    """Metrics of numbers said and right ones, float64 [n, 2]."""
+    said, gold = pairs.unbind(1)
+    return {"pearson": pearson(said, gold), "spearman": pearson(ranks(said), ranks(gold)), "mse": (said - gold).square().mean().item()}
 
 
 def pearson(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -262,6 +298,12 @@ def auroc(said: torch.Tensor, gold: torch.Tensor) -> float:
     if not ones or not zeros:
         return math.nan
     return (ranks(said)[positive].sum().item() - ones * (ones + 1) / 2) / (ones * zeros)
+
+
+def mean_auroc(said: Iterable[torch.Tensor], gold: Iterable[torch.Tensor]) -> dict[str, float]:
+    """`auroc`, the mean of that of each class (scikit-learn's macro average); of none where it is not defined for any."""
+    defined = [value for value in map(auroc, said, gold) if not math.isnan(value)]
+    return {"auroc": sum(defined) / len(defined)} if defined else {}
 
 
 def balanced(counts: Mapping[str, int]) -> dict[str, float]:

@@ -146,7 +146,15 @@ class Seq2Seq(Spec):
 
     def judge(self, answers: Sequence[Mapping[str, Any]], rows: Sequence[Row], names: Collection[str]) -> dict[str, float]:
         """Metrics of what `predict` said to rows with targets."""
-        return text_metrics.measured([answer["text"] for answer in answers], [row.values["target"] for row in rows], names)
+        return text_metrics.measured(answers, [self.reference(row) for row in rows], names)
+
+    def reference(self, row: Row) -> str:
+        """What the model should write."""
+        return row.values["target"]
+
+    def asked(self, row: Row) -> str:
+        """What it is made of."""
+        return row.values["source"]
 
     def predict(self, model: Any, tokenizer: Any, rows: list[Row], limits: Limits, generation: Generation) -> list[dict[str, Any]]:
         """Targets: `text`, and whether it `finished` by itself.

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     import torch
 
     from ftkit.data.types import Scores
+
+RESAMPLES = 1000
 
 
 class Streaming:
@@ -42,3 +46,25 @@ class Streaming:
         """The mean loss and its denominator."""
         count = self.sums["weights"].item()
         return {"loss": self.sums["loss"].item() / count, "loss_count": count}
+
+    def draws(self) -> Iterable[dict[str, float]]:
+        """Metrics of sets of as many items, drawn from these with replacement; of none, as it is."""
+        return ()
+
+    def redrawn(self, name: str) -> Iterator[torch.Tensor]:
+        """As many of the items that were kept, drawn with replacement, again and again."""
+        import torch
+
+        items, generator = self.all(name), torch.Generator().manual_seed(0)
+        for _ in range(RESAMPLES):
+            yield items[torch.randint(len(items), (len(items),), generator=generator)]
+
+    def details(self) -> dict[str, Any]:
+        """`intervals`: of each metric that is drawn again, where 95 % of the draws lie (Efron 1979, doi:10.1214/aos/1176344552)."""
+        import numpy as np
+
+        found: dict[str, list[float]] = {}
+        for draw in self.draws():
+            for name, value in draw.items():
+                found.setdefault(name, []).append(value)
+        return {"intervals": {name: np.quantile(values, (0.025, 0.975)).tolist() for name, values in found.items()}} if found else {}

@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 # What each is computed with, beside this file
-PACKAGES: Mapping[str, str | None] = {"bleu": "sacrebleu", "chrf": "sacrebleu", "rouge_l": None}
+PACKAGES: Mapping[str, str | None] = {"exact_match": None, "rouge_l": None, "bleu": "sacrebleu", "chrf": "sacrebleu", "stop_rate": None}
 WORD = re.compile(r"[^\W_]+")
 
 
-def measured(texts: Sequence[str], references: Sequence[str], names: Collection[str]) -> dict[str, float]:
-    """Those of `names`, over all texts.
+def measured(answers: Sequence[Mapping[str, Any]], references: Sequence[str], names: Collection[str]) -> dict[str, float]:
+    """Those of `names`, over all answers, each a `text` that `finished` by itself or not.
 
+    Exact match but for white space; the stop rate is how many finished.
     BLEU (aclanthology.org/P02-1040) and chrF2 (aclanthology.org/W15-3049) of the whole set as sacrebleu computes them by
     default, mixed case, 13a words; ROUGE-L as the mean over the texts.
     """
-    found = {}
+    found, texts = {}, [answer["text"] for answer in answers]
     if {"bleu", "chrf"} & set(names):
         from sacrebleu.metrics import BLEU, CHRF
 
         for name, metric in (("bleu", BLEU), ("chrf", CHRF)):
             if name in names:
-                found[name] = metric().corpus_score(list(texts), [list(references)]).score / 100
+                found[name] = metric().corpus_score(texts, [list(references)]).score / 100
     if "rouge_l" in names:
         found["rouge_l"] = sum(map(rouge_l, texts, references)) / len(texts)
+    if "exact_match" in names:
+        found["exact_match"] = sum(text.split() == reference.split() for text, reference in zip(texts, references, strict=True)) / len(texts)
+    if "stop_rate" in names:
+        found["stop_rate"] = sum(answer["finished"] for answer in answers) / len(answers)
     return found
 
 

@@ -11,7 +11,7 @@ from ftkit.data.types import Features, Items, Limits, Row, RowError
 from ftkit.errors import DataError, RecipeError
 from ftkit.recipe.spec import Default, Generation, Spec, option
 from ftkit.tasks import Column, Shape
-from ftkit.tasks.classes import in_order, name_of, of_confusion, some
+from ftkit.tasks.classes import by_class, counts_of, in_order, name_of, of_confusion, some
 from ftkit.tasks.spans import OUTSIDE, spans, tagged, types_of
 from ftkit.tasks.streaming import Streaming
 
@@ -288,28 +288,45 @@ class TagMetrics(Streaming):
 
         self.add_loss(scores)
         of_type = {kind: i for i, kind in enumerate(self.types)}
+        rows = list[tuple[int, ...]]()
         for _, gold, said in _tag_rows([scores]):
             self.sums["confusion"].index_put_((torch.tensor(gold), torch.tensor(said)), torch.ones(len(gold), dtype=torch.float64), accumulate=True)
-            if not self.types:
-                continue
-            right, given = ({*spans([self.names[i] for i in tags])} for tags in (gold, said))
+            right, given = ({*spans([self.names[i] for i in tags])} if self.types else set() for tags in (gold, said))
             for column, found in enumerate((right, given, right & given)):
                 for span in found:
                     self.sums["spans"][of_type[span.label], column] += 1
+            rows.append((len(right), len(given), len(right & given), sum(map(int.__eq__, gold, said)), len(gold)))
+        self.keep("rows", torch.tensor(rows, dtype=torch.float32).view(-1, 5))
 
     def compute(self) -> dict[str, float]:
         """Fractions from 0 to 1; of spans over all types (micro), as conlleval's."""
-        of_words = of_confusion(self.sums["confusion"])
+        found = self._of_rows(self.all("rows"))
         if not self.types:
-            return {name: of_words[name] for name in ("accuracy", "f1")} | self.loss()
-        gold, said, both = self.sums["spans"].sum(0).tolist()
-        by_type = {f"f1_{kind}": _f1(*counts) for kind, counts in zip(self.types, self.sums["spans"].tolist(), strict=True)}
-        of_spans = {"f1": _f1(gold, said, both), "precision": both / said if said else 0.0, "recall": both / gold if gold else 0.0}
-        return of_spans | {"accuracy": of_words["accuracy"]} | self.loss() | by_type
+            return found | {"f1": of_confusion(self.sums["confusion"])["f1"]} | self.loss()
+        return found | self.loss() | {f"f1_{kind}": values["f1"] for kind, values in self._classes().items()}
 
+    def _of_rows(self, rows: torch.Tensor) -> dict[str, float]:
+        """Of counts of each row, float64 [k, 5]."""
+        *of_spans, right, words = rows.sum(0).tolist()
+        accuracy = {"accuracy": right / words}
+        if not self.types:
+            return accuracy
+        values = by_class(("all",), *([count] for count in of_spans))["all"]
+        return {name: values[name] for name in ("f1", "precision", "recall")} | accuracy
 
-def _f1(gold: float, said: float, both: float) -> float:
-    return 2 * both / (gold + said) if gold + said else 0.0
+    def _classes(self) -> dict[str, dict[str, float]]:
+        """Of types of spans, or of tags."""
+        if self.types:
+            return by_class(self.types, *self.sums["spans"].T.tolist())
+        return by_class(self.names, *counts_of(self.sums["confusion"]))
+
+    def draws(self) -> Iterator[dict[str, float]]:
+        """Of whole rows: their words go together."""
+        return map(self._of_rows, self.redrawn("rows"))
+
+    def details(self) -> dict[str, Any]:
+        """Beside the intervals, each type of span, or tag, and `confusion` of words, [tag, prediction]."""
+        return super().details() | {"classes": self._classes(), "confusion": self.sums["confusion"].long().tolist()}
 
 
 def _tag_rows(parts: Iterable[Scores]) -> Iterator[tuple[int, list[int], list[int]]]:

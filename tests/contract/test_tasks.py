@@ -97,7 +97,7 @@ class Averaged(TextClassification):
     """Averages where sums are wanted."""
 
     def metrics(self):
-        return AveragedMetrics(len(self._names))
+        return AveragedMetrics(self._names)
 
 
 class AveragedMetrics(ClassMetrics):

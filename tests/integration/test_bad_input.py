@@ -334,7 +334,7 @@ def unknown_metric(scene):
     scene.recipe["eval"] = {"metrics": ["acuracy"]}
 
 
-@mistake(2, r"early_stopping\.metric: 'f1_binary' is not a metric of text-classification on these rows; there are accuracy, f1, mcc, ece, loss")
+@mistake(2, r"early_stopping\.metric: 'f1_binary' is not a metric of text-classification on these rows; there are accuracy, f1, auroc, mcc, ece, loss")
 def early_stopping_on_f1_of_two_labels_where_there_are_three(scene):
     scene.recipe["train"]["early_stopping"] = {"metric": "f1_binary"}
 
@@ -370,6 +370,17 @@ def a_decoder_that_is_to_rewrite(scene):
 def a_metric_whose_package_is_missing(scene):
     scene.rewrite(eval={"metrics": ["rouge_l", "chrf"]})
     scene.monkeypatch.setitem(sys.modules, "sacrebleu", None)
+
+
+@mistake(2, r"eval\.metrics: stop_rate compares what the model writes with answers, and the rows of .*v\.txt have none")
+def metrics_of_answers_where_there_are_none(scene):
+    scene.recipe |= {"task": "causal-lm", "model": scene.checkpoint("llama"), "eval": {"metrics": ["loss", "stop_rate"]}}
+    scene.recipe["data"] = {"train": scene.file("t.txt", "old boats"), "validation": scene.file("v.txt", "old roses")}
+
+
+@mistake(2, r"eval\.generation\.samples: 3, but models of task text-classification write no text; leave it out")
+def samples_of_what_a_classifier_writes(scene):
+    scene.recipe["eval"] = {"generation": {"samples": 3}}
 
 
 @mistake(2, r"train\.early_stopping\.metric: rouge_l is of text that the model writes after training; there are loss, perplexity, token_accuracy")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import re
 import shutil
 from pathlib import Path
@@ -39,6 +40,12 @@ def make_run(tmp_path_factory, checkpoint, data):
         },
         "tagged": {"model": checkpoint("bert"), "task": "token-classification", "data": files(data.tagged, "jsonl"), "method": "full"},
         "written": {"model": checkpoint("t5"), "task": "seq2seq", "data": files(data.rewritten, "jsonl"), "eval": {"metrics": ["rouge_l", "bleu", "chrf"]}},
+        "answered": {
+            "model": checkpoint("llama"),
+            "task": "causal-lm",
+            "data": files(data.chats, "jsonl"),
+            "eval": {"metrics": ["rouge_l", "stop_rate", "exact_match"], "generation": {"samples": 3}},
+        },
     }
     made: dict[str, Path] = {}
 
@@ -46,7 +53,8 @@ def make_run(tmp_path_factory, checkpoint, data):
         if name not in made:
             directory = tmp_path_factory.mktemp(name)
             recipe = kinds[name] | {"train": {"steps": 3, "batch_size": 8, "learning_rate": 1e-3, "precision": "fp32"}, "output": str(directory / "run")}
-            recipe["eval"] = recipe.get("eval", {}) | {"generation": {"max_new_tokens": 8}}
+            evaluation = recipe.get("eval", {})
+            recipe["eval"] = evaluation | {"generation": evaluation.get("generation", {}) | {"max_new_tokens": 8}}
             (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe))
             AcceleratorState._reset_state(True)
             train(str(directory / "recipe.yaml"))
@@ -84,6 +92,11 @@ def test_eval_gives_the_numbers_of_the_run(make_run, ftkit, name):
         # an untrained model's numbers hardly vary: their correlation takes the rounding of other batches as a larger part
         assert values == pytest.approx(metrics[split], rel=1e-5 if name == "scored" else 1e-6)
         assert json.loads((run / "eval" / split / "metrics.json").read_text()) == {split: values}
+        details = [json.loads(path.read_text())[split] for path in (run / "details.json", run / "eval" / split / "details.json")]
+        assert details[0].keys() == details[1].keys()
+        intervals = [each.get("intervals", {}) for each in details]
+        assert intervals[0].keys() == intervals[1].keys()
+        assert all(intervals[1][metric] == pytest.approx(ends, rel=1e-3) for metric, ends in intervals[0].items())
         said, again = (run / where / what for where, what in (("predictions", f"{split}.jsonl"), (f"eval/{split}", "predictions.jsonl")))
         for before, now in zip(map(json.loads, said.open()), map(json.loads, again.open()), strict=True):
             assert {key: pytest.approx(value, rel=1e-5) if isinstance(value, float) else value for key, value in before.items()} == now
@@ -108,6 +121,75 @@ def test_metrics_of_written_text_are_those_of_what_predict_says(make_run, ftkit,
         assert again[split] == pytest.approx(found[split])
         kept = [json.loads(line) for line in (run / "predictions" / f"{split}.jsonl").open()]
         assert [(line["row"], line["text"], line["finished"]) for line in kept] == [(each["row"], each["text"], each["finished"]) for each in said]
+
+
+def test_answers_to_chats_are_measured_and_shown_before_and_after(make_run, ftkit, data):
+    from ftkit.tasks.text_metrics import rouge_l
+
+    run = make_run("answered")
+    found, details = (json.loads((run / file).read_text()) for file in ("metrics.json", "details.json"))
+    for split in ("validation", "test"):
+        chats = [json.loads(line)["messages"] for line in (data.chats / f"{split}.jsonl").open()]
+        said = answers(ftkit("predict", run, "--file", data.chats / f"{split}.jsonl"))
+        assert found[split]["stop_rate"] == sum(answer["finished"] for answer in said) / len(said)
+        alike = [rouge_l(answer["text"], chat[-1]["content"]) for answer, chat in zip(said, chats, strict=True)]
+        assert found[split]["rouge_l"] == pytest.approx(sum(alike) / len(said))
+    samples = details["validation"]["samples"]
+    chats = [json.loads(line)["messages"] for line in (data.chats / "validation.jsonl").open()][:3]
+    said = answers(ftkit("predict", run, "--file", data.chats / "validation.jsonl"))[:3]
+    assert [(each["asked"], each["reference"], each["after"]) for each in samples] == [
+        (chat[-2]["content"], chat[-1]["content"], answer["text"]) for chat, answer in zip(chats, said, strict=True)
+    ]
+    untrained = [each["before"] for each in samples]
+    assert untrained == json.loads((run / "manifest.json").read_text())["base_samples"]
+    assert f"| {chats[0][-2]['content']} | {chats[0][-1]['content']} |" in (run / "README.md").read_text()
+    assert "samples" not in details["test"]
+
+
+@pytest.mark.parametrize("name", ["chats", "prompts"])
+def test_the_untuned_model_is_measured_with_a_prompt_and_examples(make_run, ftkit, data, tmp_path, name):
+    """As rows that hold them already, of which the last answer counts."""
+    from transformers import AutoConfig
+
+    run, prompt = make_run(name), tmp_path / "prompt.txt"
+    prompt.write_text("You know where things are.\n")
+    done = ftkit("eval", run, "--prompt", prompt, "--shots", "2", "--split", "test", "--json")
+    assert done.code == 0, done.err
+    found, kept = json.loads(done.out)["metrics"], json.loads((run / "metrics.json").read_text())
+    assert found["test"] == pytest.approx(kept["test"], rel=1e-5)
+    assert found["base"].keys() == {"test"}
+    assert found["base"]["test"]["loss_count"] == kept["base"]["test"]["loss_count"]
+    assert found["base"]["test"]["loss"] != pytest.approx(kept["base"]["test"]["loss"], rel=1e-4)
+    train, test = ([json.loads(line) for line in (getattr(data, name) / f"{split}.jsonl").open()] for split in ("train", "test"))
+    shown = [train[i] for i in random.Random(42).sample(range(len(train)), 2)]
+    path = tmp_path / "test.jsonl"
+    for row in test:
+        if name == "prompts":
+            row["prompt"] = "\n\n".join(["You know where things are.", *(each["prompt"] + each["completion"] for each in shown), row["prompt"]])
+        else:
+            examples = [message | {"weight": int(message["role"] != "assistant")} for each in shown for message in each["messages"]]
+            row["messages"] = [{"role": "system", "content": "You know where things are."}, *examples, *row["messages"]]
+    path.write_text("".join(json.dumps(row) + "\n" for row in test))
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    positions = AutoConfig.from_pretrained(recipe["model"]["name"]).max_position_embeddings
+    recipe["data"] |= {"max_length": positions, "truncation": "left"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    again = ftkit("eval", tmp_path / "recipe.yaml", "--data", path, "--json")
+    assert json.loads(again.out)["metrics"]["base"]["other/test"] == pytest.approx(found["base"]["test"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "told"),
+    [
+        ("single", ("--shots", "2"), "--prompt and --shots are for models that continue texts (task: causal-lm), not for text-classification"),
+        ("chats", ("--shots", "900"), "--shots: 900, but there are 32 training rows"),
+        ("chats", ("--prompt", "nowhere.txt"), "--prompt: nowhere.txt cannot be read as text"),
+    ],
+)
+def test_prompts_that_cannot_be_measured_are_refused(make_run, ftkit, name, options, told):
+    done = ftkit("eval", make_run(name), *options)
+    assert done.code == 2
+    assert told in done.err
 
 
 def test_eval_measures_one_set_and_prints_a_table(make_run, ftkit):

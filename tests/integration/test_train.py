@@ -105,7 +105,7 @@ def test_a_run_writes_every_file_of_its_directory_and_can_be_repeated(name, ftki
     assert outcome.code == 0, outcome.err
     summary = json.loads(outcome.out)
     assert summary["output"] == str(run)
-    files = {"recipe.yaml", "manifest.json", "log.jsonl", "metrics.json", "model", "checkpoints", "predictions", "plots", "README.md"}
+    files = {"recipe.yaml", "manifest.json", "log.jsonl", "metrics.json", "details.json", "model", "checkpoints", "predictions", "plots", "README.md"}
     assert {entry.name for entry in run.iterdir()} == files
     assert not [str(entry) for entry in run.rglob(".*")]
     assert {Path(file).name for file, _ in summary["files"]} == files
@@ -136,7 +136,9 @@ def test_a_run_writes_every_file_of_its_directory_and_can_be_repeated(name, ftki
     assert all(record.keys() == STEP_KEYS and all(map(math.isfinite, record.values())) for record in steps)
     assert {(record["step"], record["split"]) for record in records if "split" in record} >= {(2, "validation"), (4, "validation"), (4, "test")}
 
-    metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    metrics, details = (json.loads((run / file).read_text(encoding="utf-8")) for file in ("metrics.json", "details.json"))
+    assert details.keys() == {"validation", "test"}
+    assert all(found.get("intervals", {}).keys() <= metrics[split].keys() for split, found in details.items())
     assert metrics.keys() == {"base", "validation", "test"}
     assert metrics["base"].keys() == {"validation", "test"}
     for split, count in {"validation": 12, "test": 8}.items():

@@ -66,7 +66,7 @@ def code(card: str) -> str:
 def test_the_hub_understands_the_front_matter(recipe):
     from huggingface_hub import ModelCard
 
-    card = model_card(recipe(), MANIFEST, METRICS)
+    card = model_card(recipe(), MANIFEST, METRICS, {})
     front = front_matter(card)
     assert front.pop("model-index")
     assert front == {
@@ -87,7 +87,7 @@ def test_the_hub_understands_the_front_matter(recipe):
 
 
 def test_the_card_says_what_was_done(recipe):
-    card = model_card(recipe(), MANIFEST, METRICS)
+    card = model_card(recipe(), MANIFEST, METRICS, {})
     assert (
         "`google-bert/bert-base-uncased` was trained for `text-classification` with method `lora`, which changes 295,682 of 109,779,970 "
         "parameters, on 25,000 rows of `stanfordnlp/imdb:plain_text@main` for 3 epochs. "
@@ -107,16 +107,27 @@ def test_the_card_says_what_was_done(recipe):
     assert "ftkit 0.1.0, torch 2.13.0." in card
 
 
+def test_the_card_shows_intervals_and_classes(recipe):
+    found = {"precision": 0.5, "recall": 1.0, "f1": 2 / 3, "support": 1200}
+    details = {"validation": {"intervals": {"accuracy": [0.91, 0.95]}, "classes": {"good|bad": found}}}
+    lines = model_card(recipe(), MANIFEST, METRICS, details).splitlines()
+    assert "| validation | accuracy | 0.5000 | 0.9300 | 0.9100 to 0.9500 |" in lines
+    assert "| validation | loss (n = 1,640) | 0.7000 | 0.2000 | - |" in lines
+    assert "| good\\|bad | 0.5000 | 1.000 | 0.6667 | 1,200 |" in lines
+    many = {str(i): found for i in range(31)}
+    assert "Classes of" not in model_card(recipe(), MANIFEST, METRICS, {"validation": {"classes": many}})
+
+
 def test_a_run_that_may_stop_early_is_at_most_so_long(recipe):
     overrides = ("train.steps=200", "train.epochs=null", "train.early_stopping={patience: 2}")
-    assert "for at most 200 steps." in model_card(recipe(*overrides), MANIFEST, METRICS)
+    assert "for at most 200 steps." in model_card(recipe(*overrides), MANIFEST, METRICS, {})
 
 
 def test_what_was_not_measured_is_not_claimed(recipe):
-    card = model_card(recipe(), MANIFEST, {"base": {}})
+    card = model_card(recipe(), MANIFEST, {"base": {}}, {})
     assert "How good it is was not measured" in card
     assert "model-index" not in front_matter(card)
-    card = model_card(recipe(), MANIFEST, {"test": {"f1": 0.5}})
+    card = model_card(recipe(), MANIFEST, {"test": {"f1": 0.5}}, {})
     assert "Its f1 on test is 0.5000; before training it was not measured." in card
 
 
@@ -125,7 +136,7 @@ def test_nothing_tells_where_files_lie(recipe, tmp_path):
     base.mkdir(parents=True)
     manifest = copy.deepcopy(MANIFEST)
     manifest["artifact"] |= {"base": str(base), "revision": None}
-    card = model_card(recipe(model=str(base), data="{train: train.csv}"), manifest, METRICS)
+    card = model_card(recipe(model=str(base), data="{train: train.csv}"), manifest, METRICS, {})
     assert str(tmp_path) not in card
     assert "secret-home" not in card
     assert "`my-bert` was trained" in card
@@ -143,7 +154,7 @@ def test_a_run_directory_goes_by_its_own_name():
 def test_random_weights_are_fine_tuned_from_nothing(recipe):
     manifest = MANIFEST | {"artifact": {"loads_with": "transformers", "auto_class": "AutoModelForCausalLM", "load_kwargs": {"dtype": "float32"}}}
     built = recipe(model="{init: random, config: {model_type: llama}, tokenizer: {train: data}}", task="causal-lm", method="full")
-    card = model_card(built, manifest, {"validation": {"loss": 3.0, "loss_count": 10.0}})
+    card = model_card(built, manifest, {"validation": {"loss": 3.0, "loss_count": 10.0}}, {})
     front = front_matter(card)
     assert "base_model" not in front
     assert (front["library_name"], front["pipeline_tag"]) == ("transformers", "text-generation")
@@ -153,22 +164,22 @@ def test_random_weights_are_fine_tuned_from_nothing(recipe):
 def test_quantised_bases_load_as_they_were_verified(recipe):
     manifest = copy.deepcopy(MANIFEST)
     manifest["artifact"]["load_kwargs"]["quantization_config"] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-    script = code(model_card(recipe(), manifest, METRICS))
+    script = code(model_card(recipe(), manifest, METRICS, {}))
     compile(script, "card", "exec")
     assert "quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4'),\n    device_map='cpu'" in script
     assert "import AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig" in script
 
 
 def test_the_code_loads_onto_the_kind_of_device_that_was_verified(recipe):
-    script = code(model_card(recipe(), MANIFEST | {"hardware": {"gpus": ["NVIDIA H200"]}}, METRICS))
+    script = code(model_card(recipe(), MANIFEST | {"hardware": {"gpus": ["NVIDIA H200"]}}, METRICS, {}))
     assert "device_map='cuda'" in script
-    assert "device_map" not in code(model_card(recipe(), MANIFEST, METRICS))
+    assert "device_map" not in code(model_card(recipe(), MANIFEST, METRICS, {}))
 
 
 def test_own_code_is_trusted_for_the_tokenizer_too(recipe):
     manifest = copy.deepcopy(MANIFEST)
     manifest["artifact"]["load_kwargs"]["trust_remote_code"] = True
-    script = code(model_card(recipe(), manifest, METRICS))
+    script = code(model_card(recipe(), manifest, METRICS, {}))
     assert script.count("trust_remote_code=True") == 2
     assert script.endswith("from_pretrained('model', trust_remote_code=True)\n")
 
@@ -180,7 +191,7 @@ def test_a_local_base_is_for_the_reader_to_place(recipe, tmp_path, place, name):
     manifest = copy.deepcopy(MANIFEST)
     manifest["artifact"] |= {"base": str(tmp_path / place), "revision": None}
     manifest["verification"]["base_sha256"] = "0123abcd"
-    script = code(model_card(recipe(model=str(tmp_path / place)), manifest, METRICS))
+    script = code(model_card(recipe(model=str(tmp_path / place)), manifest, METRICS, {}))
     compile(script, "card", "exec")
     assert f"path = 'PATH/TO/{name}'  # the local model that this was trained on; sha256 over its tensors, in manifest.json: 0123abcd" in script
     assert "from_pretrained(\n    path,\n" in script
@@ -209,7 +220,7 @@ def test_the_code_loads_a_whole_model(recipe, tiny, tmp_path):
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     artifact = {"loads_with": "transformers", "auto_class": "AutoModelForSequenceClassification", "load_kwargs": {"dtype": "float32"}}
-    loaded = run_code(model_card(recipe(method="full"), MANIFEST | {"artifact": artifact}, METRICS), tmp_path)
+    loaded = run_code(model_card(recipe(method="full"), MANIFEST | {"artifact": artifact}, METRICS, {}), tmp_path)
     assert loaded["model"].classifier.weight.equal(model.classifier.weight)
     assert loaded["tokenizer"]("good")["input_ids"] == tokenizer("good")["input_ids"]
 
@@ -225,7 +236,7 @@ def test_the_code_loads_an_adapter_and_its_base(recipe, tiny, tmp_path):
     tokenizer.save_pretrained(tmp_path / "model")
     manifest = copy.deepcopy(MANIFEST)
     manifest["artifact"] |= {"base": "base", "revision": None}
-    loaded = run_code(model_card(recipe(), manifest, METRICS), tmp_path)
+    loaded = run_code(model_card(recipe(), manifest, METRICS, {}), tmp_path)
     inputs = loaded["tokenizer"](["good bad"], return_tensors="pt")
     assert loaded["model"].config.id2label == {0: "bad", 1: "good"}
     # weights that are mapped from a file may lie at other addresses, for which some kernels add in another order

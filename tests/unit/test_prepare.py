@@ -61,7 +61,7 @@ def test_a_sample_of_the_rows_has_the_labels_of_all(prepared, data, rare, sample
 
 
 def test_metrics_depend_on_the_labels(prepared):
-    with pytest.raises(RecipeError, match=r"eval\.metrics: 'f1_binary' is not a metric .* on these rows; there are accuracy, f1, mcc, ece, loss"):
+    with pytest.raises(RecipeError, match=r"eval\.metrics: 'f1_binary' is not a metric .* on these rows; there are accuracy, f1, auroc, mcc, ece, loss"):
         prepared("bert", "single", eval={"metrics": ["f1_binary"]})
     prepared("bert", "pairs", eval={"metrics": ["f1_binary"]})
 

@@ -220,3 +220,82 @@ def test_losses_are_of_the_kind_of_the_targets():
     logits = torch.tensor([[2.0, -1.0]])
     assert objectives.losses(scores(logits, torch.tensor([0]), "classes"))[0] == pytest.approx(math.log(1 + math.exp(-3)), rel=1e-6)
     assert objectives.losses(scores(logits[:, :1], torch.tensor([5.0]), "numbers")).tolist() == [9.0]
+
+
+def test_the_area_of_several_classes_is_the_mean_of_each_against_the_rest():
+    metrics = pytest.importorskip("sklearn.metrics")
+    rng = torch.Generator().manual_seed(0)
+    gold, logits = torch.randint(4, (90,), generator=rng), torch.randn(90, 4, generator=rng)
+    ours = TextClassification(labels=["a", "b", "c", "d"]).metrics()
+    ours.update(scores(logits, gold, "classes"))
+    expected = metrics.roc_auc_score(gold, logits.double().softmax(-1), multi_class="ovr", average="macro")
+    assert ours.compute()["auroc"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_many_classes_keep_no_probabilities():
+    names = [f"{i:02}" for i in range(21)]
+    task = TextClassification(labels=names)
+    ours = task.metrics()
+    ours.update(scores(torch.randn(5, 21), torch.arange(5), "classes"))
+    assert not ours.kept
+    assert "auroc" not in task.metric_names
+
+
+def test_the_table_of_classes_is_that_of_scikit_learn():
+    metrics = pytest.importorskip("sklearn.metrics")
+    rng = torch.Generator().manual_seed(0)
+    gold, logits = torch.randint(2, (50,), generator=rng), torch.randn(50, 3, generator=rng)  # class c never occurs
+    ours = TextClassification(labels=["a", "b", "c"]).metrics()
+    ours.update(scores(logits, gold, "classes"))
+    details, said = ours.details(), logits.argmax(-1)
+    expected = metrics.precision_recall_fscore_support(gold, said, labels=range(3), zero_division=0)
+    assert [list(row.values()) for row in details["classes"].values()] == [pytest.approx(row) for row in zip(*expected, strict=True)]
+    assert details["confusion"] == metrics.confusion_matrix(gold, said, labels=range(3)).tolist()
+
+    wanted, logits = (torch.rand(50, 3, generator=rng) < 0.3).float(), torch.randn(50, 3, generator=rng)
+    ours = MANY.metrics()
+    ours.update(scores(logits, wanted, "labels"))
+    expected = metrics.precision_recall_fscore_support(wanted, logits > 0, zero_division=0)
+    assert [list(row.values()) for row in ours.details()["classes"].values()] == [pytest.approx(row) for row in zip(*expected, strict=True)]
+
+
+def test_intervals_of_fractions_are_those_of_the_binomial_distribution():
+    """80 of 100 right: 0.8 with a standard error of 0.04."""
+    stats = pytest.importorskip("scipy.stats")
+    low, high = (stats.binom(100, 0.8).ppf(q) / 100 for q in (0.025, 0.975))
+    for task, kind in ((TextClassification(labels=["a", "b"]), "classes"), (TextClassification(problem="multi-label", labels=["a", "b"]), "labels")):
+        said = torch.nn.functional.one_hot(torch.arange(100) % 2, 2).float()
+        gold = said.argmax(-1)
+        gold[:20] = 1 - gold[:20]
+        ours = task.metrics()
+        ours.update(scores(20 * said - 10, gold if kind == "classes" else torch.nn.functional.one_hot(gold, 2).float(), kind))
+        intervals = ours.details()["intervals"]
+        assert intervals["accuracy"] == pytest.approx([low, high], abs=0.011)
+        assert intervals["accuracy"] == ours.details()["intervals"]["accuracy"]  # each time the same
+
+
+def test_intervals_of_correlations_are_those_of_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    rng = torch.Generator().manual_seed(0)
+    gold = torch.randn(80, generator=rng)
+    said = gold + torch.randn(80, generator=rng)
+    ours = NUMBER.metrics()
+    ours.update(scores(said[:, None], gold, "numbers"))
+    for name, statistic in (("pearson", stats.pearsonr), ("spearman", stats.spearmanr)):
+        drawn = stats.bootstrap(
+            (said.numpy(), gold.numpy()),
+            lambda x, y, of=statistic: of(x, y)[0],
+            paired=True,
+            vectorized=False,
+            n_resamples=1000,
+            method="percentile",
+            rng=0,
+        )
+        assert ours.details()["intervals"][name] == pytest.approx(list(drawn.confidence_interval), abs=0.02)
+
+
+def test_labels_that_separate_have_intervals_of_their_own():
+    ours = TextClassification(labels=["a", "b"]).metrics()
+    ours.update(scores(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1]), "classes"))
+    low, high = ours.details()["intervals"]["auroc"]  # draws of one class alone have none
+    assert low == high == 1.0

@@ -29,20 +29,29 @@ def test_rouge_l_by_hand(text, reference, expected):
     assert rouge_l(reference, text) == pytest.approx(expected, abs=1e-12)
 
 
+def finished(texts):
+    return [{"text": text, "finished": True} for text in texts]
+
+
 def test_of_a_set_rouge_l_is_the_mean():
-    found = measured(TEXTS, REFERENCES, ["rouge_l"])
+    found = measured(finished(TEXTS), REFERENCES, ["rouge_l"])
     assert found == {"rouge_l": pytest.approx(sum(map(rouge_l, TEXTS, REFERENCES)) / 4)}
 
 
 def test_bleu_and_chrf_are_sacrebleus_of_the_whole_set():
     sacrebleu = pytest.importorskip("sacrebleu")
-    found = measured(TEXTS, REFERENCES, ["bleu", "chrf", "loss"])
+    found = measured(finished(TEXTS), REFERENCES, ["bleu", "chrf", "loss"])
     assert found == {"bleu": sacrebleu.corpus_bleu(TEXTS, [REFERENCES]).score / 100, "chrf": sacrebleu.corpus_chrf(TEXTS, [REFERENCES]).score / 100}
     assert all(0 < value < 1 for value in found.values())
-    assert measured(REFERENCES, REFERENCES, list(text_metrics.PACKAGES)) == pytest.approx({"bleu": 1, "chrf": 1, "rouge_l": 1})
+    assert measured(finished(REFERENCES), REFERENCES, list(text_metrics.PACKAGES)) == pytest.approx(dict.fromkeys(text_metrics.PACKAGES, 1))
 
 
 def test_bleu_by_hand():
     """One text of six words: precisions 5/6, 3/5, 2/4, 1/3, as long as its reference."""
     pytest.importorskip("sacrebleu")
-    assert measured(["the cat sat on the mat"], ["the cat sat on a mat"], ["bleu"])["bleu"] == pytest.approx((5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25)
+    assert measured(finished(["the cat sat on the mat"]), ["the cat sat on a mat"], ["bleu"])["bleu"] == pytest.approx((5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25)
+
+
+def test_what_is_alike_but_for_white_space_matches_and_what_runs_on_does_not_stop():
+    answers = [{"text": " a tower\n", "finished": True}, {"text": "A tower", "finished": True}, {"text": "a  tower", "finished": False}]
+    assert measured(answers, ["a tower"] * 3, ["exact_match", "stop_rate"]) == pytest.approx({"exact_match": 2 / 3, "stop_rate": 2 / 3})

@@ -9,7 +9,7 @@ import transformers
 
 from ftkit.data.batches import collate
 from ftkit.data.features import FeatureSet
-from ftkit.data.types import Limits, Row, RowError
+from ftkit.data.types import Limits, Row, RowError, Scores
 from ftkit.errors import DataError, RecipeError
 from ftkit.recipe.spec import Generation
 from ftkit.tasks.token_classification import TokenClassification
@@ -212,3 +212,16 @@ class TestPredict:
     def test_a_word_that_makes_no_token_is_outside(self, tokenizers):
         (found,) = self.answers(tokenizers["wordpiece"], [row(["\ufe0f", "boats"])])
         assert found["tags"] == ["O", "B-X"]
+
+
+def test_the_interval_of_spans_comes_from_whole_rows():
+    """Of ten rows with ten names each, nine are right: a draw is one of rows, not of a hundred names."""
+    names = torch.eye(3)[[1] * 10] * 9
+    wrong = torch.eye(3)[[0] * 10] * 9
+    metrics = TASK.metrics()
+    logits = torch.cat([names] * 9 + [wrong])
+    metrics.update(Scores(logits, torch.ones(100).long() * TASK.labels.index("B-X"), torch.ones(100), torch.arange(100) // 10))
+    found = metrics.details()
+    assert found["classes"]["X"] == {"precision": 1.0, "recall": 0.9, "f1": pytest.approx(18 / 19), "support": 100}
+    assert found["intervals"]["recall"] == pytest.approx([0.7, 1.0])  # of a hundred names: 0.84 to 0.95
+    assert found["intervals"]["accuracy"] == pytest.approx([0.7, 1.0])
