@@ -1,7 +1,7 @@
-"""Fine-tune a classifier as one does with transformers' Trainer and peft: what ftkit is compared with.
+"""Fine-tune a classifier, or a model of a number, as one does with transformers' Trainer and peft: what ftkit is compared with.
 
 python -m reference.classification --model DIR --train rows.jsonl --validation rows.jsonl --report out.json
-Rows have `text`, perhaps `text_pair`, and `label`.
+Rows have `text`, perhaps `text_pair`, and `label`, or `score`, a number.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, matthews_corrcoef
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, set_seed
 
@@ -28,7 +29,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 def dataset(rows: list[dict[str, Any]], labels: list[Any], tokenizer: Any) -> Dataset:
     def encode(row: dict[str, Any]) -> dict[str, Any]:
         encoded = tokenizer(row["text"], row.get("text_pair"), truncation=True)
-        return {**encoded, "labels": labels.index(row["label"])}
+        return {**encoded, "labels": float(row["score"]) if "score" in row else labels.index(row["label"])}
 
     return Dataset.from_list(rows).map(encode, remove_columns=list(rows[0]))
 
@@ -51,6 +52,11 @@ def metrics(prediction: Any) -> dict[str, float]:
     return {"accuracy": accuracy_score(prediction.label_ids, said), "mcc": matthews_corrcoef(prediction.label_ids, said)}
 
 
+def correlations(prediction: Any) -> dict[str, float]:
+    said = prediction.predictions.squeeze(-1)
+    return {"pearson": pearsonr(said, prediction.label_ids)[0], "spearman": spearmanr(said, prediction.label_ids)[0]}
+
+
 def main() -> None:
     options = plain.parser(__doc__, batch_size=32, learning_rate=5e-5, epochs=3)
     options.add_argument("--validation", type=Path)
@@ -60,9 +66,9 @@ def main() -> None:
 
     set_seed(args.seed)
     rows = read(args.train)
-    labels = sorted({row["label"] for row in rows})
+    labels = sorted({row["label"] for row in rows if "label" in row})
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=len(labels), dtype=torch.float32)
+    model = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=len(labels) or 1, dtype=torch.float32)
     watch = Watch(args.warm_up)
     trainer = plain.train(
         args,
@@ -72,7 +78,7 @@ def main() -> None:
         train_dataset=dataset(rows, labels, tokenizer),
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
-        compute_metrics=metrics,
+        compute_metrics=metrics if labels else correlations,
     )
     measured = trainer.evaluate(dataset(read(args.validation), labels, tokenizer)) if args.validation else {}
     watch.write(args.report, supervised=round(len(rows) * args.epochs), metrics={name.removeprefix("eval_"): value for name, value in measured.items()})
