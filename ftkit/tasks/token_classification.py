@@ -14,6 +14,7 @@ from ftkit.tasks import Column, Shape
 from ftkit.tasks.classes import by_class, counts_of, in_order, name_of, of_confusion, some
 from ftkit.tasks.spans import OUTSIDE, spans, tagged, types_of
 from ftkit.tasks.streaming import Streaming
+from ftkit.tasks.windows import check_tokenizer, windows_of
 
 if TYPE_CHECKING:
     import torch
@@ -40,8 +41,8 @@ EXAMPLES = (  # words, and which of them are names
 )
 
 
-class Window(NamedTuple):
-    """A part of a row that fits into the model: tokens, and of which word each is, None for special ones."""
+class Words(NamedTuple):
+    """A window of a row: tokens, and of which word each is, None for special ones."""
 
     input_ids: list[int]
     token_type_ids: list[int] | None
@@ -109,11 +110,7 @@ class TokenClassification(Spec):
 
     def check(self, tokenizer: Any) -> None:
         """Refuse a tokenizer that does not say which characters its tokens are of."""
-        if not getattr(tokenizer, "is_fast", False):
-            raise RecipeError(
-                f"task {self.kind}: the tokenizer of {tokenizer.name_or_path or 'this run'} does not say where in a text its tokens stand, so tags "
-                "cannot be given to them; use one that is made by the tokenizers library (a tokenizer.json)"
-            )
+        check_tokenizer(tokenizer, self.kind, "tags cannot be given to them")
 
     def config_kwargs(self) -> dict[str, Any]:
         names = self._names
@@ -170,28 +167,16 @@ class TokenClassification(Spec):
         inner = f"I-{tag[2:]}"
         return inner if tag.startswith("B-") and inner in self._names else tag
 
-    def _windows(self, words: Sequence[str], tokenizer: Any, limits: Limits) -> list[Window]:
+    def _windows(self, words: Sequence[str], tokenizer: Any, limits: Limits) -> list[Words]:
         """The tokens of words joined by spaces, in windows of at most `max_length`."""
         text, starts = " ".join(words), [0]
         for word in words[:-1]:
             starts.append(starts[-1] + len(word) + 1)
         room = limits.max_length - tokenizer.num_special_tokens_to_add()
-        encoded = tokenizer(
-            text,
-            truncation=True,
-            max_length=limits.max_length,
-            stride=max(0, min(self.stride, room // 2)),
-            return_overflowing_tokens=True,
-            return_offsets_mapping=True,
-            verbose=False,
-        )
-        tokenizer("", verbose=False)  # which forgets what it was told about lengths: it would be saved so
-        found = []
-        for number, (ids, offsets) in enumerate(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)):
-            types = encoded["token_type_ids"][number] if "token_type_ids" in encoded else None
-            special = [sequence is None for sequence in encoded.sequence_ids(number)]
-            found.append(Window(ids, types, [None if out else _word_at(text, starts, *span) for out, span in zip(special, offsets, strict=True)]))
-        return found
+        return [
+            Words(window.input_ids, window.token_type_ids, [None if span is None else _word_at(text, starts, *span) for span in window.spans])
+            for window in windows_of(tokenizer, text, limits, self.stride, room)
+        ]
 
     def items(self, model: Any, batch: Batch) -> Items:
         """The n tokens with a target, with their logits [n, C]."""
@@ -366,7 +351,7 @@ def _word_at(text: str, starts: Sequence[int], start: int, end: int) -> int | No
     return bisect_right(starts, start) - 1 if start < end else None
 
 
-def _chosen(windows: Sequence[Window]) -> dict[int, int]:
+def _chosen(windows: Sequence[Words]) -> dict[int, int]:
     """For each word that has a token, the window where the first one has the most tokens on its nearer side."""
     best: dict[int, tuple[int, int]] = {}
     for number, window in enumerate(windows):
