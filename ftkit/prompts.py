@@ -99,7 +99,7 @@ class Virtual:
         changed: dict[str, Any] = {"input_ids": input_ids, "attention_mask": longer(batch.attention_mask, 1)}
         if batch.token_type_ids is not None:
             changed["token_type_ids"] = longer(batch.token_type_ids, 0)
-        if batch.targets.dim() == 2 and not batch.source[0].apart:
+        if batch.weights.dim() == 2 and not batch.source[0].apart:
             changed |= {"targets": longer(batch.targets, 0), "weights": longer(batch.weights, 0)}
             changed["supervised"] = batch.supervised + n * (batch.supervised // width + 1)
         if batch.segments is not None:

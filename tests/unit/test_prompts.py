@@ -1,5 +1,6 @@
 """Virtual tokens are what embeddings in front of a row are, wherever a row lies in a batch."""
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -111,6 +112,16 @@ def test_a_batch_becomes_longer_in_front_and_supervises_the_same(llama):
     assert torch.equal(longer.weights.flatten()[longer.supervised], batch.weights.flatten()[batch.supervised])
     assert longer.segments.lengths == [length + N for length in batch.segments.lengths]
     assert torch.equal(longer.segments.gather(longer.input_ids)[0], longer.input_ids[longer.attention_mask.bool()])
+
+
+def test_targets_of_whole_rows_stay_where_they_are(llama):
+    """Labels, or the places of an answer: two numbers a row are no two positions."""
+    batch = collate(FeatureSet.of([[Features(ids, [1, 2], [1.0])] for ids in ROWS]), np.arange(3), 0)
+    longer = prompts.of(llama[1]).extended(batch)
+    assert longer.input_ids.shape[1] == batch.input_ids.shape[1] + N
+    assert torch.equal(longer.targets, batch.targets)
+    assert torch.equal(longer.weights, batch.weights)
+    assert torch.equal(longer.supervised, batch.supervised)
 
 
 def test_generating_infers_padding_as_transformers_does(llama):
