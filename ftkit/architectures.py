@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 TRAITS = {
     "AutoModelForSequenceClassification": "no classification head",
     "AutoModelForTokenClassification": "no head that tags tokens",
+    "AutoModelForQuestionAnswering": "no head that finds answers",
     "AutoModelForCausalLM": "no head that continues text",
     "AutoModelForSeq2SeqLM": "no head that rewrites text",
     "layers": "no list of layers",
@@ -32,9 +33,9 @@ TRAITS = {
     "few bits": "feed-forward layers that compute in another type than weights of few bits are stored in",
     "attention interface": "attention that is its own, or wants what others have not",
 }
-CLASSIFIER, TAGGER = "AutoModelForSequenceClassification", "AutoModelForTokenClassification"
+CLASSIFIER, TAGGER, FINDER = "AutoModelForSequenceClassification", "AutoModelForTokenClassification", "AutoModelForQuestionAnswering"
 CAUSAL, REWRITER = "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"
-NEW_HEADS = {CLASSIFIER, TAGGER}
+NEW_HEADS = {CLASSIFIER, TAGGER, FINDER}
 USUAL = {*NEW_HEADS, "layers", "linear", "untransposed", "keys, values", "feed-forward", "attention output", "attention interface", "few bits"}
 BIASED = {*USUAL, "biases"}
 DECODER, BIASED_DECODER = {*USUAL, CAUSAL}, {*BIASED, CAUSAL}
@@ -62,11 +63,11 @@ TABLE: dict[str, set[str]] = {
     "bloom": BIASED_DECODER - OWN,
     "cohere": DECODER - NEW_HEADS,
     "falcon": BIASED_DECODER - OWN,
-    "gemma": DECODER,
-    "gemma2": DECODER - OWN,
-    "gemma3_text": DECODER - {TAGGER},
+    "gemma": DECODER - {FINDER},
+    "gemma2": DECODER - OWN - {FINDER},
+    "gemma3_text": DECODER - {TAGGER, FINDER},
     "gpt2": BIASED_DECODER - {"untransposed"},
-    "gpt_bigcode": BIASED_DECODER,
+    "gpt_bigcode": BIASED_DECODER - {FINDER},
     "gpt_neo": BIASED_DECODER - OWN,
     "gpt_neox": BIASED_DECODER | {"own head"},
     "gptj": BIASED_DECODER - OWN - {TAGGER} | {"own head"},
@@ -74,16 +75,16 @@ TABLE: dict[str, set[str]] = {
     "llama": DECODER | {"own head"},
     "mistral": DECODER | {"own head"},
     "mixtral": DECODER - {"feed-forward"} | {"own head"},  # experts are no linear modules
-    "olmo2": DECODER - {TAGGER} | {"own head"},
+    "olmo2": DECODER - {TAGGER, FINDER} | {"own head"},
     "opt": BIASED_DECODER - {TAGGER},
-    "phi": BIASED_DECODER | {"own head"},
-    "phi3": DECODER | {"own head"},
+    "phi": BIASED_DECODER - {FINDER} | {"own head"},
+    "phi3": DECODER - {FINDER} | {"own head"},
     "qwen2": BIASED_DECODER | {"own head"},
     "qwen2_moe": BIASED_DECODER | {"own head"},
     "qwen3": DECODER | {"own head"},
     "smollm3": DECODER,
-    "stablelm": BIASED_DECODER | {"own head"},  # in its norms
-    "starcoder2": BIASED_DECODER,
+    "stablelm": BIASED_DECODER - {FINDER} | {"own head"},  # in its norms
+    "starcoder2": BIASED_DECODER - {FINDER},
     "bart": BIASED_TWO_STACKS,
     "blenderbot": BIASED_TWO_STACKS,
     "bigbird_pegasus": BIASED_TWO_STACKS - OWN,

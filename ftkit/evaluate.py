@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -55,6 +55,7 @@ def evaluate(
     accelerator: Accelerator,
     trainee: nn.Module,
     task: Task,
+    rows: Sequence[Row],
     features: FeatureSet,
     batch_size: int,
     pad_token_id: int,
@@ -66,7 +67,8 @@ def evaluate(
 
     `trainee` is a `Trainee`, as accelerate prepared it or alone.  Stops early, with sums that mean nothing, as soon as `interrupted` says so.
     """
-    metrics = task.metrics()
+    metrics = metrics_of(task, rows, features)
+    whole = hasattr(metrics, "records")  # of rows, whose features may be in several batches
     records: list[dict[str, Any]] = []
     was_training = trainee.training
     trainee.eval()
@@ -75,7 +77,7 @@ def evaluate(
         for indices, batch in ahead(lambda indices: (indices, collate(features, indices, pad_token_id)), shares):
             if interrupted():
                 break
-            records += _judged(trainee, batch.to(accelerator.device), metrics, task if keep_records and len(indices) else None)
+            records += _judged(trainee, batch.to(accelerator.device), metrics, task if keep_records and len(indices) and not whole else None)
             advance(len(indices) * accelerator.num_processes)
     trainee.train(was_training)
     for name, value in metrics.sums.items():
@@ -83,7 +85,14 @@ def evaluate(
     if accelerator.num_processes > 1:
         for name, parts in metrics.kept.items():
             metrics.kept[name] = gather_object(parts)
+    if keep_records and whole:
+        records = metrics.records()[accelerator.process_index :: accelerator.num_processes]
     return metrics, records
+
+
+def metrics_of(task: Task, rows: Sequence[Row], features: FeatureSet) -> Any:
+    """The metrics of a split, which nothing was measured of yet."""
+    return task.row_metrics(rows, features) if hasattr(task, "row_metrics") else task.metrics()
 
 
 def _judged(trainee: nn.Module, batch: Batch, metrics: Metrics, task: Task | None) -> list[dict[str, Any]]:
@@ -114,12 +123,13 @@ def measure(session: Measurable, names: Iterable[str], report: Reporter, stop: S
     asked = session.recipe.eval.metrics
     alone = session.recipe.train.parallel == "ddp"  # under FSDP a forward pass waits for the other processes: none may break off
     for name in names:
-        _, features = session.splits[name]
+        rows, features = session.splits[name]
         with report.stage(f"evaluating {name}", len(features)) as stage:
             metrics, records = evaluate(
                 session.accelerator,
                 session.wrapped,
                 session.recipe.task,
+                rows,
                 features,
                 session.recipe.eval.batch_size,
                 session.tokenizer.pad_token_id,
@@ -135,7 +145,6 @@ def measure(session: Measurable, names: Iterable[str], report: Reporter, stop: S
         if not math.isfinite(values["loss"]):
             raise Diverged(f"{name}: the loss is {values['loss']}; the weights, or numbers on the way to it, are no longer finite")
         if written:
-            rows = session.splits[name][0]
             values |= session.recipe.task.judge(list(answers.values()), [rows[row] for row in answers], written)  # type: ignore[attr-defined]
             records = [record | answers[int(features.row[record["feature"]])] for record in records]
         measured[name] = Measured(selected(values, asked), metrics, records)

@@ -152,7 +152,7 @@ def _try(trainee: Trainee, flat: Flat, rows: FeatureSet, pad_token_id: int, limi
 
 
 def logits(trainee: Trainee, features: FeatureSet, indices: Sequence[int], pad_token_id: int) -> list[torch.Tensor]:
-    """Those of each of these rows, computed in one batch: float32 [items, classes]."""
+    """Those of each of these rows, computed in one batch, for the classes that it has: float32, one after the other."""
     found: list[torch.Tensor] = []
     owners: list[torch.Tensor] = []
 
@@ -163,7 +163,8 @@ def logits(trainee: Trainee, features: FeatureSet, indices: Sequence[int], pad_t
 
     device = next(trainee.parameters()).device
     trainee(collate(features, np.array(indices), pad_token_id).to(device), judge)
-    return [torch.cat(found)[torch.cat(owners) == index] for index in indices]
+    of_rows = [torch.cat(found)[torch.cat(owners) == index] for index in indices]
+    return [each[each != -torch.inf] for each in of_rows]  # a shorter row has fewer positions
 
 
 def two_rows(features: FeatureSet) -> FeatureSet:

@@ -22,6 +22,7 @@ from ftkit import finish, rundir, verify
 from ftkit.data.batches import collate
 from ftkit.data.features import FeatureSet
 from ftkit.data.types import Batch, Features, Limits, Row, RowError, Scores
+from ftkit.evaluate import metrics_of
 from ftkit.loop import Trainee
 from ftkit.merge import merge
 from ftkit.model import max_positions
@@ -61,8 +62,8 @@ def check_task(task: Task, rows: Sequence[Row], tokenizer: Any, model_factory: C
     _require(len(set(whole.lengths.tolist())) > 1, "give check_task rows of different lengths, or padding is not tried")
     with torch.inference_mode():
         scores = _check_scores(task, model, whole, tokenizer.pad_token_id)
-        _check_metrics(task, model, whole, tokenizer.pad_token_id)
-        _check_records(task, scores)
+        _check_metrics(task, model, rows, whole, tokenizer.pad_token_id)
+        _check_records(task, scores, rows, whole)
         _check_predictions(task, model, tokenizer, list(questions or rows), limits)
 
 
@@ -290,9 +291,10 @@ def _check_scores(task: Task, model: Any, features: FeatureSet, pad: int) -> Sco
             f"scores: feature {index} alone comes back as {alone.rows.unique().tolist()}: rows are to be those of batch.row_ids",
         )
         _require(torch.equal(scores.targets[chosen], alone.targets), f"scores: feature {index} has other targets in a padded batch than alone")
-        difference = (scores.logits[chosen] - alone.logits).abs().max().item() if chosen.any() else math.inf
+        said, expected = (each[each != -math.inf] for each in (scores.logits[chosen], alone.logits))  # a shorter row has fewer positions
+        difference = (said - expected).abs().max().item() if len(said) == len(expected) > 0 else math.inf
         _require(
-            _same(scores.logits[chosen], alone.logits),
+            _same(said, expected),
             f"scores: logits of feature {index} differ by {difference:.2g} between a padded batch and the row alone: mask the padding",
         )
     silent = task.items(model, collate(features, np.array([], np.int64), pad)).scores()
@@ -300,12 +302,12 @@ def _check_scores(task: Task, model: Any, features: FeatureSet, pad: int) -> Sco
     return scores
 
 
-def _check_metrics(task: Task, model: Any, features: FeatureSet, pad: int) -> None:
+def _check_metrics(task: Task, model: Any, rows: Sequence[Row], features: FeatureSet, pad: int) -> None:
     """Sums of halves added are those of the whole: processes and batch sizes do not matter."""
     half = len(features) // 2
 
     def measured(*groups: np.ndarray) -> Metrics:
-        metrics = task.metrics()
+        metrics: Metrics = metrics_of(task, rows, features)
         for group in groups:
             metrics.update(task.items(model, collate(features, group, pad)).scores())
         return metrics
@@ -316,7 +318,7 @@ def _check_metrics(task: Task, model: Any, features: FeatureSet, pad: int) -> No
     wrong = [key for key, value in whole.sums.items() if value.dtype != torch.float64]
     _require(not wrong, f"{name}.sums: {', '.join(wrong)} must be float64, or counts of large sets are rounded")
     values = whole.compute()
-    joined = task.metrics()
+    joined = metrics_of(task, rows, features)
     joined.sums = {key: first.sums[key] + second.sums[key] for key in first.sums}
     joined.kept = {key: [*first.kept[key], *second.kept[key]] for key in first.kept}
     for key, value in joined.compute().items():
@@ -336,10 +338,12 @@ def _check_metrics(task: Task, model: Any, features: FeatureSet, pad: int) -> No
     _require(values["loss_count"] == total, f"{name}: loss_count is {values['loss_count']}, the weights sum up to {total}")
 
 
-def _check_records(task: Task, scores: Scores) -> None:
-    records = _json(task.records([scores]), "records()")
-    features = [record.get("feature") for record in records]
-    _require(sorted(features) == sorted(scores.rows.unique().tolist()), f"records: one object for each feature of the batch is wanted, these came: {features}")
+def _check_records(task: Task, scores: Scores, rows: Sequence[Row], features: FeatureSet) -> None:
+    metrics = metrics_of(task, rows, features)
+    metrics.update(scores)
+    records = _json(metrics.records() if hasattr(metrics, "records") else task.records([scores]), "records()")
+    found = [record.get("feature") for record in records]
+    _require(sorted(found) == sorted(scores.rows.unique().tolist()), f"records: one object for each feature of the batch is wanted, these came: {found}")
 
 
 def _check_predictions(task: Task, model: Any, tokenizer: Any, questions: list[Row], limits: Limits) -> None:

@@ -50,6 +50,7 @@ class DataSets(NamedTuple):
     tagged: Path
     labelled: Path
     scored: Path
+    asked: Path
 
 
 def write_csv(path: Path, header: list[str], rows: list) -> None:
@@ -85,6 +86,7 @@ def data(tmp_path_factory) -> DataSets:
             ["sentence1", "sentence2", "score"],
             [(text, other, score) for (text, _), other, score in zip(rows, others, scores, strict=True)],
         )
+        write_jsonl(found.asked / f"{split}.jsonl", [asked(text, topic, answerable=i % 4 > 0) for i, (text, topic) in enumerate(rows)])
         chats = [[{"role": "user", "content": f"where are {text}?"}, {"role": "assistant", "content": f"in the {topic}"}] for text, topic in rows]
         write_jsonl(found.chats / f"{split}.jsonl", [{"messages": chat if i % 2 else [*chat, *chats[i - 1]]} for i, chat in enumerate(chats)])
     return found
@@ -94,6 +96,15 @@ def tags(words: list[str]) -> list[str]:
     """Words of a topic, one after the other, are spans of it."""
     topics = [next((topic for topic in TOPICS if word in TOPICS[topic]), None) for word in words]
     return ["O" if topic is None else f"{'I' if before == topic else 'B'}-{topic}" for before, topic in zip([None, *topics], topics, strict=False)]
+
+
+def asked(text: str, topic: str, answerable: bool) -> dict:
+    """A question whose answer is the last word of the topic in a text, or one about a topic of which there is no word."""
+    words = text.split()
+    place = max(i for i, word in enumerate(words) if word in TOPICS[topic])
+    answers = [{"text": words[place], "answer_start": len(" ".join([*words[:place], ""]))}]
+    other = next(each for each in TOPICS if each != topic)
+    return {"question": f"where in the {topic if answerable else other}?", "context": text, "answers": answers if answerable else []}
 
 
 def corpus() -> list[str]:
@@ -216,6 +227,7 @@ TASKS = {
     "scored": {"kind": "text-classification", "problem": "regression"},
     "tagged": "token-classification",
     "rewritten": "seq2seq",
+    "asked": "question-answering",
 }
 TRAIN = {"steps": 4, "batch_size": 8, "learning_rate": 1e-3, "eval_every": 2, "save_every": 2, "log_every": 1, "precision": "fp32"}
 

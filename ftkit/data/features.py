@@ -34,7 +34,7 @@ CALL_STATE = {
     "tokenizer.json": ("truncation", "padding"),
     "tokenizer_config.json": ("max_length", "stride", "truncation_strategy", "is_local", "local_files_only"),
 }
-NOT_TEXT = frozenset({"label", "score", "tags", "answers"})
+NOT_TEXT = frozenset({"label", "score", "tags", "answers", "answer_start"})
 PROGRESS_ROWS = 64  # between two reports of progress
 Numbers: TypeAlias = "np.ndarray | Stored"
 
@@ -54,6 +54,7 @@ class FeatureSet:
     row: Numbers  # int64 [n], ascending: index of the row that a feature came from
     token_type_ids: Numbers | None = None  # int8 [T]
     target_offsets: Numbers | None = None  # int64 [n + 1]: as offsets, of sequences of their own
+    spans: Numbers | None = None  # int32 [T * 2]: from and to which character of the row each token is
 
     @classmethod
     def of(cls, rows: Iterable[list[Features]]) -> FeatureSet:
@@ -100,7 +101,7 @@ class FeatureSet:
         return self.target_offsets is not None
 
     def get(self, index: int) -> dict[str, Any]:
-        """Views of one feature's input_ids, targets, weights and token_type_ids."""
+        """Views of one feature's input_ids, targets, weights, token_type_ids and spans."""
         tokens = slice(*self.offsets[index : index + 2].tolist())
         if self.target_offsets is not None:
             supervised = slice(*self.target_offsets[index : index + 2].tolist())
@@ -112,6 +113,7 @@ class FeatureSet:
             "targets": self.targets[numbers],
             "weights": self.weights[supervised],
             "token_type_ids": None if self.token_type_ids is None else self.token_type_ids[tokens],
+            "spans": None if self.spans is None else self.spans[2 * tokens.start : 2 * tokens.stop],
         }
 
     def save(self, path: Path, metadata: dict[str, Any]) -> None:
@@ -158,7 +160,7 @@ class _Builder:
     def __init__(self, on_disk: bool = False) -> None:
         new: Callable[[str], Any] = Growing if on_disk else array
         self.input_ids, self.offsets, self.row = new("i"), new("q"), new("q")
-        self.targets, self.weights, self.token_type_ids = new("d"), new("f"), new("b")
+        self.targets, self.weights, self.token_type_ids, self.spans = new("d"), new("f"), new("b"), new("i")
         self.target_offsets = new("q")
         self.offsets.append(0)
         self.real_targets = self.apart = False
@@ -182,12 +184,14 @@ class _Builder:
             if self.apart:
                 self.target_offsets.append(len(self.targets))
             self.token_type_ids.extend(each.token_type_ids or ())
+            self.spans.extend(each.spans or ())
             self.real_targets = self.real_targets or any(isinstance(target, float) for target in each.targets)
 
     def build(self) -> FeatureSet:
         num_tokens, n = len(self.input_ids), len(self.row)
         assert self.apart or len(self.weights) in (num_tokens, n), "a target for each token, or one for each feature"
         assert len(self.token_type_ids) in (0, num_tokens), "token types for all features, or for none"
+        assert len(self.spans) in (0, 2 * num_tokens), "spans for all features, or for none"
 
         def done(grown: Any, dtype: Any) -> Any:
             return grown.stored(dtype) if self.on_disk else np.array(grown, dtype)
@@ -200,6 +204,7 @@ class _Builder:
             row=done(self.row, np.int64),
             token_type_ids=done(self.token_type_ids, np.int8) if len(self.token_type_ids) else None,
             target_offsets=done(self.target_offsets, np.int64) if self.apart else None,
+            spans=done(self.spans, np.int32) if len(self.spans) else None,
         )
 
 

@@ -341,10 +341,33 @@ def _read_json(file: BinaryIO, table: Table, note: Note, poll: Poll) -> None:
             keys = ", ".join(list(document)[:10]) or "none"
             raise DataError(f'{table.source}: expected a list of rows, or {{"data": [rows]}}; this is an object with the keys {keys}')
         document = document["data"]
+    if isinstance(document, list) and document and isinstance(document[0], dict) and "paragraphs" in document[0]:
+        document = _questions(document, table)
     if not isinstance(document, list):
         raise DataError(f'{table.source}: expected a list of rows, or {{"data": [rows]}}; this is {json_type(document)}')
     for number, record in enumerate(document, 1):
         table.add(number, record)
+
+
+def _questions(articles: list[Any], table: Table) -> list[Any]:
+    """SQuAD's nested form as rows: each question with its context, in order; one that `is_impossible` without answers."""
+    found = []
+    for place, article in enumerate(articles, 1):
+        for paragraph in _list_of(article, "paragraphs", table, f"article {place}"):
+            for question in _list_of(paragraph, "qas", table, f"a paragraph of article {place}"):
+                if isinstance(question, dict):
+                    question = {"context": paragraph.get("context")} | question
+                    if question.get("is_impossible"):
+                        question["answers"] = []
+                found.append(question)
+    return found
+
+
+def _list_of(holder: Any, name: str, table: Table, where: str) -> list[Any]:
+    """What is expected to be there, or DataError."""
+    if not isinstance(holder, dict) or not isinstance(holder.get(name), list):
+        raise DataError(f'{table.source}: {where} has no list of {name}; SQuAD\'s form is {{"data": [{{"paragraphs": [{{"context", "qas": [...]}}]}}]}}')
+    return holder[name]
 
 
 # --- delimited ----------------------------------------------------------------------------------

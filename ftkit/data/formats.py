@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 TEXTS = frozenset({"text", "text_pair", "question", "context", "source", "target", "prompt", "completion"})
 LISTS = frozenset({"tokens", "tags"})
-OUTPUTS = frozenset({"label", "score", "tags", "answers", "target", "completion"})  # the rest is what a model is given
+OUTPUTS = frozenset({"label", "score", "tags", "answers", "answer_start", "target", "completion"})  # the rest is what a model is given
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 SHAREGPT_ROLES = {

@@ -28,7 +28,8 @@ class Row:
         return f"{self.file}:{self.number}"
 
 
-Targets: TypeAlias = Literal["classes", "labels", "numbers"]  # what an item has: one of C classes, any of C labels, or a number
+# What an item has: one of C classes, any of C labels, a number, or one of the positions of its own row.
+Targets: TypeAlias = Literal["classes", "labels", "numbers", "positions"]
 RowList: TypeAlias = "list[Row] | Spool[Row]"  # in memory or on disk
 
 
@@ -74,6 +75,7 @@ class Features:
     untrained_answers: int = 0  # of a chat: answers that its template shows differently once the chat goes on
     silent_words: int = 0  # of a row of words: those that the tokenizer makes nothing of
     apart: bool = False  # alike in all features of a set
+    spans: list[int] | None = None  # two numbers a token: from and to which character of the row it is; equal where it is of none
 
     @property
     def tokens(self) -> list[int]:
@@ -164,8 +166,8 @@ class Scores:
     n is the number of items (positions or rows), C the number of classes (or the vocabulary).
     """
 
-    logits: torch.Tensor  # float [n, C]; of numbers [n, 1]
-    targets: torch.Tensor  # as `kind` says: int64 [n], float32 [n, C] of 0 and 1, or float32 [n]
+    logits: torch.Tensor  # float [n, C]; of numbers [n, 1]; of positions [n, L], -inf behind the end of a row
+    targets: torch.Tensor  # as `kind` says: int64 [n], float32 [n, C] of 0 and 1, float32 [n], or int64 [n]
     weights: torch.Tensor  # float32 [n]
     rows: torch.Tensor  # int64 [n]: the feature (index into the feature set) that an item belongs to
     counted: torch.Tensor | None = None  # bool [n]: what metrics beside the loss count; all if None

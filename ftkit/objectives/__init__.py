@@ -19,7 +19,8 @@ def losses(scores: Scores, label_smoothing: float = 0.0) -> torch.Tensor:
         return F.binary_cross_entropy_with_logits(logits, scores.targets, reduction="none").mean(-1)
     if scores.kind == "numbers":
         return (logits.squeeze(-1) - scores.targets).square()
-    return F.cross_entropy(logits, scores.targets, reduction="none", label_smoothing=label_smoothing)
+    smoothing = label_smoothing if scores.kind == "classes" else 0.0
+    return F.cross_entropy(logits, scores.targets, reduction="none", label_smoothing=smoothing)
 
 
 class Objective(Protocol):

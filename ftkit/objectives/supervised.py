@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Supervised(Spec):
-    """The data's own targets: cross-entropy of classes, binary cross-entropy of labels (their mean), squared error of numbers."""
+    """The data's own targets: cross-entropy of classes and positions, binary cross-entropy of labels (their mean), squared error of numbers."""
 
     kind: Literal["supervised"] = "supervised"
     in_chunks: bool = option(

@@ -55,6 +55,10 @@ class Task(Protocol):
     None), `judge(answers, rows, names)`, which computes them, `reference(row)`, the right answer or None, and
     `asked(row)`, what it is an answer to.  They are among `metric_names`, and computed at the end only, if eval.metrics
     names them: generating takes long.
+
+    A task that measures whole rows, whose features may be in several batches, or needs more of them than features hold,
+    has `row_metrics(rows, features)`, which gives the metrics of a split, in place of `metrics` and `records`: these
+    have `records()`, one object a row of all that was measured, `feature` being the index of its first feature.
     """
 
     kind: str

@@ -21,6 +21,7 @@ from ftkit.model import Source
 from ftkit.objectives.supervised import Supervised
 from ftkit.recipe.spec import Model
 from ftkit.tasks.causal_lm import CausalLM
+from ftkit.tasks.question_answering import QuestionAnswering
 from ftkit.tasks.seq2seq import Seq2Seq
 from ftkit.tasks.text_classification import TextClassification
 from ftkit.tasks.token_classification import TokenClassification
@@ -28,6 +29,7 @@ from ftkit.tasks.token_classification import TokenClassification
 TASKS = {
     "text-classification": TextClassification(labels=["garden", "harbour", "kitchen"]),
     "token-classification": TokenClassification(labels=["B-X", "I-X", "O"], subwords="all"),
+    "question-answering": QuestionAnswering(),
     "causal-lm": CausalLM(),
     "seq2seq": Seq2Seq(),
 }
@@ -36,7 +38,7 @@ METHODS = {  # without dropout, so that two ways to compute can be compared
     kind: method.model_copy(update={"dropout": 0.0} if "dropout" in type(method).model_fields else {}) for kind, method in architectures.methods().items()
 }
 # Named otherwise in each architecture, and trained apart from its base.
-HEADS = ("classifier", "pre_classifier", "score", "lm_head", "embed_out", "head", "cls", "pooler")
+HEADS = ("classifier", "pre_classifier", "score", "lm_head", "embed_out", "head", "cls", "pooler", "qa_outputs", "qa_classifier")
 TEXTS = ["roses and tulips in the old garden", "boats near the quiet tide", "bread, butter and soup", "ropes under the small lamps of the harbour"]
 
 # One process loads everything that was written, without ftkit where another library loads it.
@@ -136,6 +138,10 @@ def batch_of(task, tokenizer):
         rows = [{"source": row["text"], "target": row["label"]} for row in rows]
     if task.kind == "token-classification":
         rows = [{"tokens": row["text"].split(), "tags": [["B-X", "O", "I-X"][place % 3] for place in range(len(row["text"].split()))]} for row in rows]
+    if task.kind == "question-answering":
+        answers = [row["text"].split()[-1] for row in rows]
+        answers = [[{"text": answer, "answer_start": row["text"].rindex(answer)}] for answer, row in zip(answers, rows, strict=True)]
+        rows = [{"question": f"in the {row['label']}?", "context": row["text"], "answers": given} for given, row in zip(answers, rows, strict=True)]
     if task.kind == "causal-lm":
         rows = [{"text": row["text"]} for row in rows]
     encoded = [task.encode(Row(row, "rows", number), tokenizer, Limits(64, "right")) for number, row in enumerate(rows)]

@@ -14,6 +14,7 @@ from ftkit.methods.full import Full
 from ftkit.recipe.spec import Model
 from ftkit.tasks.causal_lm import CausalLM
 from ftkit.tasks.problems import ClassMetrics
+from ftkit.tasks.question_answering import QuestionAnswering
 from ftkit.tasks.seq2seq import Seq2Seq
 from ftkit.tasks.text_classification import TextClassification
 from ftkit.tasks.token_classification import TokenClassification
@@ -28,6 +29,7 @@ SHAPES = {  # data set -> task, how its file calls the columns, architectures wi
     "prompts": (CausalLM(), {"prompt": "prompt", "completion": "completion"}, ("llama", "gpt2")),
     "chats": (CausalLM(), {"messages": "messages"}, ("llama",)),
     "tagged": (TokenClassification(), {"tokens": "tokens", "ner_tags": "tags"}, ("bert", "distilbert", "gpt2", "llama")),
+    "asked": (QuestionAnswering(), {"question": "question", "context": "context", "answers": "answers"}, ("bert", "distilbert", "gpt2")),
     "rewritten": (Seq2Seq(), {"source": "source", "target": "target"}, ("t5", "mt5", "bart")),
 }
 

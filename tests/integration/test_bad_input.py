@@ -395,6 +395,55 @@ def tags_that_do_not_match(scene):
     scene.recipe["data"] = {"train": scene.file("t.jsonl", "".join(json.dumps({"tokens": words, "tags": tags}) + "\n" for words, tags in rows))}
 
 
+def ask(scene, *answers, question="where is bread?"):
+    """Rows that ask where bread is, with answers as given."""
+    rows = [{"question": question, "context": "old bread and soup", "answers": each} for each in answers]
+    scene.recipe["task"] = "question-answering"
+    scene.recipe["data"] = {"train": scene.file("t.jsonl", "".join(json.dumps(row) + "\n" for row in rows))}
+
+
+RIGHT = {"text": "bread", "answer_start": 4}
+
+
+@mistake(
+    3,
+    r"2 rows cannot be used:\n.*t\.jsonl:2: the answer 'bread' does not begin at answer_start 5, where 'read ' stands: it begins at 4\n"
+    r".*t\.jsonl:3: the answer 'boats' does not begin at answer_start 4, where 'bread' stands: it is nowhere in the context\n",
+)
+def answers_that_are_not_where_they_should_be(scene):
+    ask(scene, [RIGHT], [{"text": "bread", "answer_start": 5}], [{"text": "boats", "answer_start": 4}])
+
+
+@mistake(3, r"1 row cannot be used:\n.*t\.json:2: the answer 'bread' does not begin at answer_start 0")
+def a_nested_answer_that_is_not_where_it_should_be(scene):
+    wrong = RIGHT | {"answer_start": 0}
+    questions = [{"id": str(i), "question": "where is bread?", "answers": [answer]} for i, answer in enumerate([RIGHT, wrong])]
+    ask(scene)
+    scene.train("t.json", json.dumps({"data": [{"paragraphs": [{"context": "old bread and soup", "qas": questions}]}]}))
+
+
+@mistake(3, r"t\.jsonl:1: the question has \d+ tokens, which leaves no room for the context in data\.max_length: 16")
+def a_question_without_room_for_the_context(scene):
+    ask(scene, [RIGHT], question="where is bread? " * 9)
+    scene.recipe["data"]["max_length"] = 16
+
+
+@mistake(3, r"the training rows have no answer that can be used")
+def questions_without_any_answer(scene):
+    ask(scene, [], None)
+
+
+@mistake(3, r"t\.jsonl:1: question is empty")
+def an_empty_question(scene):
+    ask(scene, [RIGHT], question=" ")
+
+
+@mistake(2, r"objective\.label_smoothing: 0\.1 is for classes, and the rows have positions; leave it out")
+def smoothed_positions(scene):
+    ask(scene, [RIGHT])
+    scene.recipe["objective"] = {"kind": "supervised", "label_smoothing": 0.1}
+
+
 @mistake(2, r"objective\.label_smoothing: 0\.1 is for classes, and the rows have numbers; leave it out")
 def smoothed_numbers(scene):
     scene.recipe |= {"task": {"kind": "text-classification", "problem": "regression"}, "objective": {"kind": "supervised", "label_smoothing": 0.1}}

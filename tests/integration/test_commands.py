@@ -39,6 +39,7 @@ def make_run(tmp_path_factory, checkpoint, data):
             "method": "full",
         },
         "tagged": {"model": checkpoint("bert"), "task": "token-classification", "data": files(data.tagged, "jsonl"), "method": "full"},
+        "asked": {"model": checkpoint("bert"), "task": "question-answering", "data": files(data.asked, "jsonl"), "method": "full"},
         "written": {"model": checkpoint("t5"), "task": "seq2seq", "data": files(data.rewritten, "jsonl"), "eval": {"metrics": ["rouge_l", "bleu", "chrf"]}},
         "answered": {
             "model": checkpoint("llama"),
@@ -79,7 +80,7 @@ def verify_in_this_process(patch: pytest.MonkeyPatch) -> None:
 # --- eval ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["single", "pairs", "labelled", "scored", "tagged", "chats", "prompts", "rewritten"])
+@pytest.mark.parametrize("name", ["single", "pairs", "labelled", "scored", "tagged", "asked", "chats", "prompts", "rewritten"])
 def test_eval_gives_the_numbers_of_the_run(make_run, ftkit, name):
     run = make_run(name)
     metrics = json.loads((run / "metrics.json").read_text())

@@ -89,15 +89,21 @@ def test_the_loss_of_two_processes_is_weighted_by_tokens(ftkit, of_processes, ve
     assert_alike(one, two)
 
 
-def test_two_processes_write_what_one_writes(ftkit, of_processes, verify_here):
-    evaluation = {"metrics": ["rouge_l"], "generation": {"max_new_tokens": 6}}
-    alone, one = of_processes(1, "t5", "rewritten", "one", eval=evaluation)
-    assert ftkit("train", alone, "train.steps=8").code == 0
-    path, two = of_processes(2, "t5", "rewritten", "two", eval=evaluation)
-    outcome = ftkit("train", path, "train.steps=8")
+@pytest.mark.parametrize(
+    ("model", "rows", "metric", "evaluation", "settings"),
+    [
+        ("t5", "rewritten", "rouge_l", {"metrics": ["rouge_l"], "generation": {"max_new_tokens": 6}}, []),
+        ("bert", "asked", "f1", {"batch_size": 3}, ["data.max_length=20", "task.stride=6"]),  # windows of a question at both processes
+    ],
+)
+def test_two_processes_write_what_one_writes(model, rows, metric, evaluation, settings, ftkit, of_processes, verify_here):
+    alone, one = of_processes(1, model, rows, "one", eval=evaluation)
+    assert ftkit("train", alone, "train.steps=8", *settings).code == 0
+    path, two = of_processes(2, model, rows, "two", eval=evaluation)
+    outcome = ftkit("train", path, "train.steps=8", *settings)
     assert outcome.code == 0, outcome.err
     assert_alike(one, two)
-    assert "rouge_l" in json.loads((two / "metrics.json").read_text())["validation"]
+    assert metric in json.loads((two / "metrics.json").read_text())["validation"]
     for split in ("validation", "test"):
         texts = [[json.loads(line)["text"] for line in (run / "predictions" / f"{split}.jsonl").open()] for run in (one, two)]
         assert texts[0] == texts[1]

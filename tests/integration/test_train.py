@@ -56,6 +56,9 @@ RUNS = {  # model, rows, method
     "bert-tagged-full": ("bert", "tagged", {"kind": "full"}),
     "gpt2-tagged-lora": ("gpt2", "tagged", {"kind": "lora", "r": 4}),
     "distilbert-tagged-head": ("distilbert", "tagged", {"kind": "head"}),
+    "bert-asked-full": ("bert", "asked", {"kind": "full"}),
+    "gpt2-asked-lora": ("gpt2", "asked", {"kind": "lora", "r": 4}),
+    "distilbert-asked-head": ("distilbert", "asked", {"kind": "head"}),
     "t5-rewritten-full": ("t5", "rewritten", {"kind": "full"}),
     "bart-rewritten-lora": ("bart", "rewritten", {"kind": "lora", "r": 4}),
     "t5-rewritten-adapter": ("t5", "rewritten", {"kind": "adapter", "placement": "houlsby"}),
@@ -172,6 +175,8 @@ def recomputed(predictions: list[dict]) -> dict[str, float]:
         return {"accuracy": sum(each["prediction"] == each["label"] for each in predictions) / len(predictions)}
     if "predictions" in predictions[0] and "labels" in predictions[0]:
         return {"accuracy": sum(each["predictions"] == each["labels"] for each in predictions) / len(predictions)}
+    if "answers" in predictions[0]:
+        return {"exact_match": sum(each["text"].lower() in (each["answers"] or [""]) for each in predictions) / len(predictions)}
     if "score" in predictions[0]:
         return {"mse": sum((each["prediction"] - each["score"]) ** 2 for each in predictions) / len(predictions)}
     if "tags" in predictions[0]:

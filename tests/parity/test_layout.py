@@ -18,6 +18,7 @@ BERT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 LLAMA = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 RUNS = {
     "bert": ("bert", BERT, "single", {"kind": "full"}, {}),
+    "bert-answers": ("bert", BERT, "asked", {"kind": "full"}, {}),
     "bert-pairs-checkpointed": ("bert", BERT, "pairs", {"kind": "full"}, {"gradient_checkpointing": True}),
     "distilbert-partial": ("distilbert", {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0}, "single", {"kind": "partial", "last": 1}, {}),
     "llama-classification": ("llama", {}, "single", {"kind": "full"}, {}),

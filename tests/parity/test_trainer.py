@@ -20,6 +20,7 @@ from ftkit.methods.lora import LoRA
 from ftkit.objectives.supervised import Supervised
 from ftkit.recipe.spec import Model, Train
 from ftkit.tasks.causal_lm import CausalLM
+from ftkit.tasks.question_answering import QuestionAnswering
 from ftkit.tasks.seq2seq import Seq2Seq
 from ftkit.tasks.text_classification import TextClassification
 from ftkit.tasks.token_classification import TokenClassification
@@ -40,6 +41,7 @@ def sentences(count: int) -> list[str]:
 CASES = {
     "bert-classification": ("bert", Full(), TextClassification(), {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}),
     "bert-tags": ("bert", Full(), TokenClassification(subwords="all"), {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}),
+    "bert-answers": ("bert", Full(), QuestionAnswering(), {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}),
     "llama-lora": ("llama", LoRA(r=4, dropout=0.0), CausalLM(), {}),
     "t5-seq2seq": ("t5", Full(), Seq2Seq(), {"dropout_rate": 0.0}),
     "bart-lora-seq2seq": ("bart", LoRA(r=4, dropout=0.0), Seq2Seq(), {"dropout": 0.0}),
@@ -53,6 +55,13 @@ def rows(task) -> list[Row]:
     if isinstance(task, TokenClassification):
         tagged = [(text.split(), ["B-X" if word in ("boats", "nets") else "O" for word in text.split()]) for text in texts]
         return [Row({"tokens": words, "tags": tags}, "rows", i) for i, (words, tags) in enumerate(tagged, 1)]
+    if isinstance(task, QuestionAnswering):
+        answers = [(text.split()[-1], text.rindex(" ") + 1) for text in texts]
+        asked = [
+            {"question": "near what?", "context": text, "answers": [{"text": word, "answer_start": start}]}
+            for text, (word, start) in zip(texts, answers, strict=True)
+        ]
+        return [Row(each, "rows", i) for i, each in enumerate(asked, 1)]
     if isinstance(task, Seq2Seq):
         return [Row({"source": text, "target": text[: len(text) // 2 : -1]}, "rows", i) for i, text in enumerate(texts, 1)]
     return [Row({"prompt": text, "completion": text[::-1]}, "rows", i) for i, text in enumerate(texts, 1)]
@@ -133,7 +142,8 @@ def mean_over_the_batch(outputs, labels, num_items_in_batch):
 def theirs(case, accumulate: int, tmp_path) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
     """The same of Trainer with its usual data collator, cross-entropy of the model, AdamW and schedule."""
     learner, base = case.learner()
-    classification, pairs, tags = (isinstance(case.task, kind) for kind in (TextClassification, Seq2Seq, TokenClassification))
+    kinds = (TextClassification, Seq2Seq, TokenClassification, QuestionAnswering)
+    classification, pairs, tags, answers = (isinstance(case.task, kind) for kind in kinds)
 
     def example(index: int) -> dict:
         row = case.features.get(index)
@@ -141,6 +151,9 @@ def theirs(case, accumulate: int, tmp_path) -> tuple[list[tuple[float, float]], 
             return {"input_ids": row["input_ids"].tolist(), "labels": row["targets"].tolist()}
         if classification:
             return {"input_ids": row["input_ids"].tolist(), "token_type_ids": row["token_type_ids"].tolist(), "labels": int(row["targets"][0])}
+        if answers:
+            labels = [*row["targets"].tolist(), len(row["input_ids"])]
+            return {"input_ids": row["input_ids"].tolist(), "token_type_ids": row["token_type_ids"].tolist(), "labels": labels}
         if tags:
             labels = [int(t) % len(case.task.labels) if w else IGNORED for t, w in zip(row["targets"], row["weights"], strict=True)]
             return {"input_ids": row["input_ids"].tolist(), "token_type_ids": row["token_type_ids"].tolist(), "labels": labels}
@@ -152,7 +165,7 @@ def theirs(case, accumulate: int, tmp_path) -> tuple[list[tuple[float, float]], 
     if pairs:
         collator = transformers.DataCollatorForSeq2Seq(case.tokenizer, base.model)
     else:
-        collator = (transformers.DataCollatorWithPadding if classification else transformers.DataCollatorForTokenClassification)(case.tokenizer)
+        collator = (transformers.DataCollatorWithPadding if classification or answers else transformers.DataCollatorForTokenClassification)(case.tokenizer)
     losses = Losses()
     trainer = InOrder(
         model=learner,
@@ -169,13 +182,14 @@ def theirs(case, accumulate: int, tmp_path) -> tuple[list[tuple[float, float]], 
             logging_steps=1,
             logging_first_step=True,
             save_strategy="no",
+            label_names=["labels"],
             report_to=[],
             use_cpu=True,
             disable_tqdm=True,
         ),
         train_dataset=[example(i) for i in range(ROWS)],
         data_collator=collator,
-        compute_loss_func=mean_over_the_batch if classification else mean_over_the_tokens if pairs or tags else None,
+        compute_loss_func=LOSSES.get(type(case.task)),
         callbacks=[losses],
     )
     trainer.train()
@@ -185,6 +199,22 @@ def theirs(case, accumulate: int, tmp_path) -> tuple[list[tuple[float, float]], 
 def mean_over_the_tokens(outputs, labels, num_items_in_batch):
     """So do encoder-decoders, and models that tag tokens."""
     return F.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum") / num_items_in_batch
+
+
+def mean_over_both_ends(outputs, labels, num_items_in_batch):
+    """So do those that find answers, which also take padding for positions: start, end and length of each row are three labels."""
+    starts, ends, lengths = labels.unbind(1)
+    padding = torch.arange(outputs.start_logits.shape[1]) >= lengths[:, None]
+    of_ends = ((outputs.start_logits, starts), (outputs.end_logits, ends))
+    return sum(F.cross_entropy(logits.masked_fill(padding, -torch.inf), place, reduction="sum") for logits, place in of_ends) / (num_items_in_batch / 3 * 2)
+
+
+LOSSES = {
+    TextClassification: mean_over_the_batch,
+    Seq2Seq: mean_over_the_tokens,
+    TokenClassification: mean_over_the_tokens,
+    QuestionAnswering: mean_over_both_ends,
+}
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])

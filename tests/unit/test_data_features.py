@@ -80,6 +80,7 @@ def test_a_set_gives_views_of_its_features():
     assert data.row.tolist() == [0, 2, 2]
     assert not data.per_row
     feature = data.get(2)
+    assert feature.pop("spans") is None
     assert {name: array.tolist() for name, array in feature.items()} == {
         "input_ids": [2, 3], "targets": [3, 4], "weights": [1.0, 0.0], "token_type_ids": [0, 1]
     }  # fmt: skip
@@ -97,6 +98,18 @@ def test_targets_of_whole_rows():
     assert scores.targets.tolist() == [2.5, 3.0]
 
 
+def with_spans():
+    return [[Features([1, 2], [0, 1], [1.0], spans=[0, 0, 3, 8]), Features([3], [0, 0], [1.0], spans=[8, 9])]]
+
+
+def test_tokens_may_have_spans():
+    data = FeatureSet.of(with_spans())
+    assert (data.per_row, data.width) == (True, 2)
+    assert [data.get(i)["spans"].tolist() for i in range(2)] == [[0, 0, 3, 8], [8, 9]]
+    with pytest.raises(AssertionError, match="spans for all features, or for none"):
+        FeatureSet.of([*with_spans(), [Features([4], [0, 0], [1.0])]])
+
+
 def test_a_row_of_one_token_can_be_classified():
     assert FeatureSet.of([[Features([1], [2], [1.0])]]).per_row
 
@@ -106,7 +119,7 @@ def test_targets_that_fit_neither_tokens_nor_rows_are_a_defect():
         FeatureSet.of([[Features([1, 2, 3], [2, 3], [1.0, 1.0])]])
 
 
-@pytest.mark.parametrize("features", [per_token(), [[Features([1, 2], [0.1], [1.0])]], []])
+@pytest.mark.parametrize("features", [per_token(), with_spans(), [[Features([1, 2], [0.1], [1.0])]], []])
 def test_saving_and_loading_keeps_every_bit(tmp_path, features):
     data = FeatureSet.of(features)
     data.save(tmp_path / "set", {"rows": 3, "text": "é"})

@@ -105,6 +105,51 @@ def test_text_is_read_in_parts_of_whole_lines(tmp_path, monkeypatch, name):
         list(files.read_text(tmp_path / "bad.txt"))
 
 
+SQUAD = {
+    "version": "v2.0",
+    "data": [
+        {
+            "title": "Bern",
+            "paragraphs": [
+                {
+                    "context": "Anna lives in Bern.",
+                    "qas": [
+                        {"id": "a", "question": "Who?", "answers": [{"text": "Anna", "answer_start": 0}], "is_impossible": False},
+                        {"id": "b", "question": "When?", "answers": [], "plausible_answers": [{"text": "Bern", "answer_start": 14}], "is_impossible": True},
+                    ],
+                }
+            ],
+        },
+        {"title": "Oslo", "paragraphs": [{"context": "It rained.", "qas": [{"id": "c", "question": "What?", "answers": []}, "not a question"]}]},
+    ],
+}
+
+
+def test_nested_questions_are_rows_with_their_context(read):
+    table = read("d.json", json.dumps(SQUAD))
+    assert [(row["question"], row["context"], row["answers"]) for row in rows(table)] == [
+        ("Who?", "Anna lives in Bern.", [{"text": "Anna", "answer_start": 0}]),
+        ("When?", "Anna lives in Bern.", []),
+        ("What?", "It rained.", []),
+    ]
+    assert numbers(table) == [1, 2, 3]
+    assert table.bad == [(4, "a row must be an object with named values, but is a string")]
+    assert table.columns[:4] == ["context", "id", "question", "answers"]
+
+
+@pytest.mark.parametrize(
+    ("article", "reason"),
+    [
+        ({"paragraphs": {}}, "article 1 has no list of paragraphs"),
+        ({"paragraphs": [{"context": "a"}]}, "a paragraph of article 1 has no list of qas"),
+        ({"paragraphs": ["a"]}, "a paragraph of article 1 has no list of qas"),
+    ],
+)
+def test_what_is_nested_otherwise_is_refused(read, article, reason):
+    with pytest.raises(DataError, match=rf"d\.json: {reason}; SQuAD's form is "):
+        read("d.json", json.dumps({"data": [article]}))
+
+
 CONLL = "-DOCSTART- -X- O O\n\nEU NNP I-NP B-ORG\nrejects VBZ I-VP O\n\n\n# NN I-NP O\n"
 
 

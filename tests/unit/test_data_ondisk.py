@@ -20,6 +20,7 @@ from ftkit.data.rows import load_rows
 from ftkit.errors import DataError, DiskError, RecipeError
 from ftkit.recipe.spec import Data
 from ftkit.tasks.causal_lm import CausalLM
+from ftkit.tasks.question_answering import QuestionAnswering
 from ftkit.tasks.seq2seq import Seq2Seq
 from ftkit.tasks.text_classification import TextClassification
 
@@ -187,7 +188,10 @@ def test_files_that_are_read_as_a_whole_are_refused(name, content, advice, tmp_p
         load_rows(Data(train=str(tmp_path / name), streaming=True), CausalLM(), 3, lambda text: None)
 
 
-@pytest.mark.parametrize(("name", "task", "tokenizer"), [("single", TextClassification(), "wordpiece"), ("rewritten", Seq2Seq(), "bpe")])
+@pytest.mark.parametrize(
+    ("name", "task", "tokenizer"),
+    [("single", TextClassification(), "wordpiece"), ("asked", QuestionAnswering(), "wordpiece"), ("rewritten", Seq2Seq(), "bpe")],
+)
 def test_the_features_that_are_kept_and_the_kept_ones_read_again_are_on_disk(name, task, tokenizer, data, tokenizers, place, monkeypatch):
     from ftkit.data import features
     from ftkit.data.features import encode

@@ -74,6 +74,7 @@ METHODS = {
 MODELS = {
     "text-classification": ("distilbert/distilbert-base-uncased", ["single", "pairs"]),
     "token-classification": ("google-bert/bert-base-cased", ["tagged"]),
+    "question-answering": ("google-bert/bert-base-cased", ["asked"]),
     "causal-lm": ("meta-llama/Llama-3.2-1B-Instruct", ["chats", "prompts", "text"]),
     "seq2seq": ("google-t5/t5-small", ["rewritten"]),
 }
