@@ -200,7 +200,7 @@ class ClassMetrics(Streaming):
         """Of what is counted, and AUROC of two classes."""
         yield from map(of_confusion, redrawn(self.sums["confusion"]))
         if len(self.names) == 2 and self.kept:
-            yield from map(self._ranked, self.redrawn("ranked"))
+            yield from map(self._ranked, self.redrawn(self.all("ranked")))
 
     def details(self) -> dict[str, Any]:
         """Beside the intervals, each class, and `confusion`, [label, prediction]."""
@@ -246,7 +246,7 @@ class LabelMetrics(Streaming):
 
     def draws(self) -> Iterable[dict[str, float]]:
         """Of what is counted."""
-        return map(self._counted, self.redrawn("labels"))
+        return map(self._counted, self.redrawn(self.all("labels")))
 
     def details(self) -> dict[str, Any]:
         """Beside the intervals, each label."""
@@ -268,7 +268,7 @@ class NumberMetrics(Streaming):
 
     def draws(self) -> Iterable[dict[str, float]]:
         """Of all."""
-        return map(of_numbers, self.redrawn("pairs"))
+        return map(of_numbers, self.redrawn(self.all("pairs")))
 
 
 def of_numbers(pairs: torch.Tensor) -> dict[str, float]:

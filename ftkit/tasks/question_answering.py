@@ -11,7 +11,7 @@ from ftkit.data.types import Features, Items, Limits, Row, RowError
 from ftkit.errors import DataError
 from ftkit.recipe.spec import Default, Generation, Spec, option
 from ftkit.tasks import Column, Shape
-from ftkit.tasks.squad import Judged, best_threshold, score
+from ftkit.tasks.squad import Judged, Score, best_threshold, score
 from ftkit.tasks.streaming import Streaming
 from ftkit.tasks.windows import check_tokenizer, windows_of
 
@@ -295,6 +295,28 @@ class AnswerMetrics(Streaming):
 
     def compute(self) -> dict[str, float]:
         """Fractions from 0 to 1; of questions with an answer, and without, where recipes have a null_threshold."""
+        scores, judged = self._judged()
+
+        def mean(name: str, *answerable: bool) -> float:
+            values = [getattr(each, name) for each, question in zip(scores, judged, strict=True) if question.answerable in answerable]
+            return sum(values) / len(values)
+
+        values = {"f1": mean("f1", True, False), "exact_match": mean("exact_match", True, False)} | self.loss()
+        if self.task.null_threshold is None:
+            return values
+        has = {"f1_has_answer": mean("f1", True), "exact_match_has_answer": mean("exact_match", True)} if any(each.answerable for each in judged) else {}
+        no = {} if all(each.answerable for each in judged) else {"exact_match_no_answer": mean("exact_match", False)}
+        return values | has | no | dict(zip(("best_f1", "best_f1_threshold"), best_threshold(judged), strict=True))
+
+    def draws(self) -> Iterator[dict[str, float]]:
+        """Of whole questions."""
+        import torch
+
+        scores = torch.tensor([(each.f1, each.exact_match) for each in self._judged()[0]], dtype=torch.float64)
+        return (dict(zip(("f1", "exact_match"), drawn.mean(0).tolist(), strict=True)) for drawn in self.redrawn(scores))
+
+    def _judged(self) -> tuple[list[Score], list[Judged]]:
+        """How right what is said of each question is; and its best answer, beside the threshold from which on none is said."""
         version = 1 if self.task.null_threshold is None else 2
         scores, judged = [], []
         for index, best, null in self._questions():
@@ -302,17 +324,7 @@ class AnswerMetrics(Streaming):
             right, context = [answer.text for answer in _answers(row)], row.values["context"]
             scores.append(score(_in_words(context, self.task.chosen(best, null))["text"], right, version))
             judged.append(Judged(null - best.score, score(_in_words(context, best)["text"], right, version).f1, bool(right)))
-
-        def mean(name: str, *answerable: bool) -> float:
-            values = [getattr(each, name) for each, question in zip(scores, judged, strict=True) if question.answerable in answerable]
-            return sum(values) / len(values)
-
-        values = {"f1": mean("f1", True, False), "exact_match": mean("exact_match", True, False)} | self.loss()
-        if version == 1:
-            return values
-        has = {"f1_has_answer": mean("f1", True), "exact_match_has_answer": mean("exact_match", True)} if any(each.answerable for each in judged) else {}
-        no = {} if all(each.answerable for each in judged) else {"exact_match_no_answer": mean("exact_match", False)}
-        return values | has | no | dict(zip(("best_f1", "best_f1_threshold"), best_threshold(judged), strict=True))
+        return scores, judged
 
     def records(self) -> list[dict[str, Any]]:
         """Of each question the right answers, what the model says, and the score of the best answer; and that of no answer where this can be said."""

@@ -51,11 +51,12 @@ class Streaming:
         """Metrics of sets of as many items, drawn from these with replacement; of none, as it is."""
         return ()
 
-    def redrawn(self, name: str) -> Iterator[torch.Tensor]:
-        """As many of the items that were kept, drawn with replacement, again and again."""
+    @staticmethod
+    def redrawn(items: torch.Tensor) -> Iterator[torch.Tensor]:
+        """As many of the items, drawn with replacement, again and again."""
         import torch
 
-        items, generator = self.all(name), torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(0)
         for _ in range(RESAMPLES):
             yield items[torch.randint(len(items), (len(items),), generator=generator)]
 

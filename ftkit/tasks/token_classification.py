@@ -307,7 +307,7 @@ class TagMetrics(Streaming):
 
     def draws(self) -> Iterator[dict[str, float]]:
         """Of whole rows: their words go together."""
-        return map(self._of_rows, self.redrawn("rows"))
+        return map(self._of_rows, self.redrawn(self.all("rows")))
 
     def details(self) -> dict[str, Any]:
         """Beside the intervals, each type of span, or tag, and `confusion` of words, [tag, prediction]."""
