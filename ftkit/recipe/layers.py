@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftkit.errors import RecipeError
+from ftkit.recipe.benchmarks import BENCHMARKS
 from ftkit.recipe.document import MAX_BYTES, MAX_DEPTH, Node, Place, Problem, parse, shown
 
 if TYPE_CHECKING:
@@ -74,7 +75,9 @@ def from_defaults(defaults: Mapping[str, Default]) -> Node:
     """The tree of dotted keys with a default and its source each."""
     tree = Node({}, Place("default"))
     for key, default in defaults.items():
-        tree = merged(tree, _nested(key.split("."), Node(default.value, Place(f"default: {default.source}"))))
+        place = Place(f"default: {default.source}")
+        value = [Node(item, place) for item in default.value] if isinstance(default.value, list) else default.value
+        tree = merged(tree, _nested(key.split("."), Node(value, place)))
     return tree
 
 
@@ -195,7 +198,7 @@ def _local(name: str, base: Path) -> bool:
 
 
 def _data(name: str, base: Path) -> str:
-    hub = _HUB_DATA.fullmatch(name) and not _DATA_FILE.search(name) and not _local(name, base)
+    hub = (name in BENCHMARKS or _HUB_DATA.fullmatch(name)) and not _DATA_FILE.search(name) and not _local(name, base)
     return name if hub else _path(name, base)
 
 

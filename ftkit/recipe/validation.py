@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError, create_model
 
 from ftkit import plugins
 from ftkit.errors import RecipeError
+from ftkit.recipe.benchmarks import BENCHMARKS
 from ftkit.recipe.document import MAX_PROBLEMS, Node, Place, Problem, refuse, shown
 from ftkit.recipe.layers import COMMAND_LINE, at, from_defaults, over
 from ftkit.recipe.spec import DEFAULT_KINDS, FROM_SCRATCH, Recipe
@@ -48,6 +49,9 @@ def build(tree: Node, texts: Mapping[tuple[str, ...], str], problems: list[Probl
 
     `texts` holds the command line's values as they were typed.  Raises RecipeError with `problems` and all others.
     """
+    if (train := at(tree, "data", "train")) and isinstance(train.value, str) and (benchmark := BENCHMARKS.get(train.value)):
+        tree = over(from_defaults(benchmark.defaults), tree)
+        tree = over(tree, Node({"data": Node({"train": Node(benchmark.train, train.place)}, train.place)}, train.place))
     tree = over(from_defaults({f"{axis}.kind": default for axis, default in DEFAULT_KINDS.items()}), tree)
     kinds = [_kind(axis, tree, problems) for axis in plugins.BUILTIN]
     layers = [from_defaults(kind.defaults) for kind in kinds if kind is not Any and hasattr(kind, "defaults")]

@@ -95,6 +95,13 @@ def test_validation_splits_by_other_names(on_hub):
     assert {name: len(split) for name, split in load().validation.items()} == {"validation_matched": 1, "validation_mismatched": 2}
 
 
+def test_a_split_by_another_name_of_validation_is_that(on_hub):
+    on_hub(train=rows(3), dev=rows(1))
+    assert {name: len(split) for name, split in load().validation.items()} == {"validation": 1}
+    on_hub(train=rows(3), dev=rows(1), validation=rows(2))
+    assert {name: len(split) for name, split in load().validation.items()} == {"validation": 2}
+
+
 def test_a_test_split_can_be_asked_for(on_hub):
     on_hub(train=rows(4), test=rows(2))
     loaded = load(validation=0.25, test="org/name")
