@@ -34,7 +34,7 @@ def write_weights(model: nn.Module, directory: Path) -> None:
 
 def write_settings(method: Any, artifact: Mapping[str, Any], model: Any, directory: Path) -> None:
     """How what `write_weights` wrote of this model is loaded; a base in few bits differs between devices, and has no sha256."""
-    learned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    learned = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
     sha256 = None if "quantization_config" in artifact["load_kwargs"] else verify.base_sha256(reload.digests(model), learned)
     rundir.write_json(directory / SETTINGS, {**artifact, "method": method.model_dump(), "base_sha256": sha256})
 
@@ -67,7 +67,10 @@ def load(directory: Path, device: str) -> Any:
     artifact = settings(directory)
     model = reload.load_base(directory, artifact, device)
     tensors = weights(directory)
-    if (known := artifact["base_sha256"]) and known != verify.base_sha256(reload.digests(model), tensors):
+    # some parameters have several names, such as the bias of a head that fills masks
+    learned = {id(parameter) for name, parameter in model.named_parameters() if name in tensors}
+    names = {name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in learned}
+    if (known := artifact["base_sha256"]) and known != verify.base_sha256(reload.digests(model), names):
         name = reload.base_name(directory, artifact)
         raise RecipeError(f"{name} has changed, or is another model: it is not the base that {directory} was trained on")
     return put_on(model, directory, tensors).eval()

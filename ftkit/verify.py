@@ -96,7 +96,7 @@ def capture(model: Any, tokenizer: Any, rows: Sequence[reload.Row], directory: P
     The model is put into eval mode and the stored dtype, as a load finds it: it cannot train on.
     `converted`: the adapter was written in another form than it learned in, so only its outputs can be compared.
     """
-    learned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    learned = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
     as_loaded(model, getattr(torch, artifact["load_kwargs"]["dtype"]))
     answers = reload.answers(model.eval(), rows)
     texts = [PROBE, *(tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in rows)]
