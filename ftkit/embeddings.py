@@ -85,7 +85,7 @@ def choose(model: PreTrainedModel, features: FeatureSet, more: Iterable[int | No
     uses = sum(parameter is weight for _, parameter in model.named_parameters(remove_duplicate=False))
     if type(embedding) is not nn.Embedding or not embedding.weight.requires_grad or uses > 1 or embedding.max_norm or embedding.scale_grad_by_freq:
         return None
-    if features.apart:  # a decoder may look up what it writes, too
+    if features.apart or features.corruption:  # a decoder may look up what it writes, too; and other tokens may be put into rows
         return None
     size, width = embedding.weight.shape
     seen = np.zeros(size, bool)

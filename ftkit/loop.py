@@ -122,6 +122,11 @@ class Place(NamedTuple):
     batch: int
     epochs_done: float
 
+    @property
+    def own_epoch(self) -> int:
+        """That of the batch itself, after which the next epoch may begin."""
+        return self.epoch - (self.batch == 0)
+
 
 class Outcome(NamedTuple):
     """What one optimizer step came to, over the whole batch on all processes; on the device, where reading would wait for it."""
@@ -218,7 +223,7 @@ def fit(session: Session, position: Position) -> Iterator[Step]:
 
     def make(chosen: tuple[np.ndarray, Place]) -> tuple[np.ndarray, Place, list[Batch]]:
         parts = split(chosen[0], features.lengths, session.accumulate, accelerator.num_processes, accelerator.process_index)
-        made = [collate(features, part, session.pad_token_id) for part in parts]
+        made = [collate(features, part, session.pad_token_id, chosen[1].own_epoch) for part in parts]
         return *chosen, [batch.pin_memory() for batch in made] if accelerator.device.type == "cuda" else made
 
     def settle() -> None:

@@ -81,7 +81,8 @@ def prepare(resolved: Resolved, report: Reporter, poll: Callable[[], None] = lam
     audits: dict[str, dict[str, Any]] = {}
 
     def encode(name: str, split: RowList) -> FeatureSet:
-        done = tokenise(name, split, task, tokenizer, limits, recipe.data.on_bad_rows, report, poll)
+        seed = recipe.train.seed if name == "train" else 0  # what is measured is the same in all runs
+        done = tokenise(name, split, task, tokenizer, limits, recipe.data.on_bad_rows, report, poll, seed)
         audits[name] = done.audit.to_dict()
         return done.features
 
@@ -97,9 +98,17 @@ def prepare(resolved: Resolved, report: Reporter, poll: Callable[[], None] = lam
 
 
 def tokenise(
-    name: str, rows: RowList, task: Task, tokenizer: Any, limits: Limits, on_bad_rows: str, report: Reporter, poll: Callable[[], None] = lambda: None
+    name: str,
+    rows: RowList,
+    task: Task,
+    tokenizer: Any,
+    limits: Limits,
+    on_bad_rows: str,
+    report: Reporter,
+    poll: Callable[[], None] = lambda: None,
+    seed: int = 0,
 ) -> Encoded:
-    """The rows of a split as features, with progress and an account of what was cut and left out."""
+    """The rows of a split as features, with progress and an account of what was cut and left out; `seed` is that of their corruption, if there is any."""
     from ftkit.data import features
 
     with report.stage(f"tokenising {name}", len(rows)) as stage:
@@ -111,7 +120,11 @@ def tokenise(
         raise DataError(f"{name}: nothing is supervised in its {len(rows):,} rows, so there is nothing to measure{cut}")
     for line in features.describe(name, done.audit, done.features.apart):
         report.warn(line.removeprefix("WARNING ")) if line.startswith("WARNING ") else report.note(line)
-    return done
+    if not hasattr(task, "corruption"):
+        return done
+    corruption = task.corruption(tokenizer, seed)
+    report.note(f"{name}: {corruption.told}")
+    return done._replace(features=replace(done.features, corruption=corruption))
 
 
 def check_metrics(recipe: Recipe, rows: Rows) -> None:

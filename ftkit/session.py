@@ -83,9 +83,11 @@ class Session:
     def compute_frozen(self, directory: Path, report: Reporter, poll: Callable[[], None]) -> None:
         """Compute what the lowest, frozen layers give for all rows of the run, where that saves anything: rows are seen more than once.
 
-        `poll` may raise to stop.  On one process only: others would see other rows in each epoch.
+        `poll` may raise to stop.  On one process only: others would see other rows in each epoch.  Rows must be the same each time.
         """
         if not self.recipe.method.reuse or self.accelerator.num_processes > 1 or self.num_steps <= self.sampler.steps(1):
+            return
+        if (corruption := self.prepared.train.corruption) and corruption.anew:
             return
         trainee: Any = self.wrapped  # on one process accelerate wraps it in nothing
         sets = [self.prepared.train, *(features for _, features in self.splits.values())]

@@ -138,11 +138,11 @@ def ahead(make: Callable[[T], S], items: Iterable[T]) -> Iterator[S]:
             yield waiting.result()
 
 
-def collate(features: FeatureSet, indices: np.ndarray, pad_token_id: int) -> Batch:
-    """The features as one right-padded batch; no index at all gives one row of weight 0."""
+def collate(features: FeatureSet, indices: np.ndarray, pad_token_id: int, epoch: int = 0) -> Batch:
+    """The features, as they are in an epoch, as one right-padded batch; no index at all gives one row of weight 0."""
     silent = len(indices) == 0
     indices = np.zeros(1, np.int64) if silent else indices
-    rows = [features.get(int(i)) for i in indices]
+    rows = [features.get(int(i), epoch) for i in indices]
     lengths = [len(row["input_ids"]) for row in rows]
     shape = (len(rows), max(lengths))
     input_ids = np.full(shape, pad_token_id, np.int64)

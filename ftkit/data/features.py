@@ -37,6 +37,24 @@ CALL_STATE = {
 NOT_TEXT = frozenset({"label", "score", "tags", "answers", "answer_start"})
 PROGRESS_ROWS = 64  # between two reports of progress
 Numbers: TypeAlias = "np.ndarray | Stored"
+Example: TypeAlias = dict[str, Any]  # of a feature: its input_ids, targets, weights, token_type_ids and spans
+
+
+@dataclass(frozen=True)
+class Corruption:
+    """What is done to a feature each time it is used, by random numbers of its own.
+
+    They come from the seed, the epoch and the feature's place in its set, and from nothing else: what a feature becomes
+    does not depend on batches, processes, layouts or resumptions.
+    """
+
+    change: Callable[[Example, np.random.Generator], Example]  # what it gives is as long
+    seed: int
+    anew: bool  # in each epoch; else alike in all
+    told: str  # what becomes of the supervised items, for the log
+
+    def of(self, example: Example, epoch: int, index: int) -> Example:
+        return self.change(example, np.random.default_rng((self.seed, epoch if self.anew else 0, index)))
 
 
 @dataclass(frozen=True)
@@ -55,6 +73,7 @@ class FeatureSet:
     token_type_ids: Numbers | None = None  # int8 [T]
     target_offsets: Numbers | None = None  # int64 [n + 1]: as offsets, of sequences of their own
     spans: Numbers | None = None  # int32 [T * 2]: from and to which character of the row each token is
+    corruption: Corruption | None = None  # of what `get` gives; never stored
 
     @classmethod
     def of(cls, rows: Iterable[list[Features]]) -> FeatureSet:
@@ -100,21 +119,22 @@ class FeatureSet:
         """Whether targets are sequences of their own, which a decoder writes."""
         return self.target_offsets is not None
 
-    def get(self, index: int) -> dict[str, Any]:
-        """Views of one feature's input_ids, targets, weights, token_type_ids and spans."""
+    def get(self, index: int, epoch: int = 0) -> Example:
+        """Views of one feature's input_ids, targets, weights, token_type_ids and spans, or what these become in an epoch."""
         tokens = slice(*self.offsets[index : index + 2].tolist())
         if self.target_offsets is not None:
             supervised = slice(*self.target_offsets[index : index + 2].tolist())
         else:
             supervised = slice(index, index + 1) if self.per_row else tokens
         numbers = slice(supervised.start * self.width, supervised.stop * self.width)
-        return {
+        example = {
             "input_ids": self.input_ids[tokens],
             "targets": self.targets[numbers],
             "weights": self.weights[supervised],
             "token_type_ids": None if self.token_type_ids is None else self.token_type_ids[tokens],
             "spans": None if self.spans is None else self.spans[2 * tokens.start : 2 * tokens.stop],
         }
+        return self.corruption.of(example, epoch, index) if self.corruption else example
 
     def save(self, path: Path, metadata: dict[str, Any]) -> None:
         """One safetensors file with a JSON header.  Raises DiskError if it cannot be written."""
@@ -137,7 +157,7 @@ class FeatureSet:
 
         if on_disk:
             arrays, metadata = ondisk.load(path)
-            return cls(**arrays), json.loads(metadata["ftkit"])
+            return cls(**dict[str, Any](arrays)), json.loads(metadata["ftkit"])
         with safe_open(path, framework="pt") as file:  # the numpy framework would copy the file into memory
             return cls(**{name: file.get_tensor(name).numpy() for name in file.keys()}), json.loads(file.metadata()["ftkit"])  # noqa: SIM118 - not a dict
 
@@ -315,25 +335,32 @@ def _tokenise(
 ) -> Encoded:
     builder, audit = _Builder(isinstance(rows, Spool)), Audit(rows=len(rows))
     counts = _Counts(tokenizer)
-    for index, (row, features) in enumerate(zip(rows, outcomes(rows, task, tokenizer, limits, poll), strict=True)):
-        if index % PROGRESS_ROWS == 0:
-            progress(index, len(rows))
-        if isinstance(features, str):
-            audit.bad.append((index, features))
-            continue
-        lost = sum(each.truncated for each in features)
-        audit.dropped_rows += not features
-        audit.truncated_rows += lost > 0
-        audit.truncated_tokens += lost
-        if features and not any(weight for each in features for weight in each.weights):
-            audit.unsupervised_rows.append(index)
-            if training:  # measuring such a row does no harm; training on it is a mistake to be told
-                cut = f" ({lost} tokens of it are cut off: data.max_length is {limits.max_length})" if lost else ""
-                audit.bad.append((index, f"nothing in this row is learned{cut}"))
+
+    def usable() -> Iterator[tuple[int, list[Features]]]:
+        """The features of each row that can be used, by its index."""
+        for index, (row, features) in enumerate(zip(rows, outcomes(rows, task, tokenizer, limits, poll), strict=True)):
+            if index % PROGRESS_ROWS == 0:
+                progress(index, len(rows))
+            if isinstance(features, str):
+                audit.bad.append((index, features))
                 continue
-        audit.untrained_answers += sum(each.untrained_answers for each in features)
-        audit.silent_words += sum(each.silent_words for each in features)
-        counts.add(row, features, whole=not lost)
+            lost = sum(each.truncated for each in features)
+            audit.dropped_rows += not features
+            audit.truncated_rows += lost > 0
+            audit.truncated_tokens += lost
+            if features and not any(weight for each in features for weight in each.weights):
+                audit.unsupervised_rows.append(index)
+                if training:  # measuring such a row does no harm; training on it is a mistake to be told
+                    cut = f" ({lost} tokens of it are cut off: data.max_length is {limits.max_length})" if lost else ""
+                    audit.bad.append((index, f"nothing in this row is learned{cut}"))
+                    continue
+            audit.untrained_answers += sum(each.untrained_answers for each in features)
+            audit.silent_words += sum(each.silent_words for each in features)
+            counts.add_row(row, features, whole=not lost)
+            yield index, features
+
+    for index, features in task.packed(usable(), tokenizer, limits) if hasattr(task, "packed") else usable():
+        counts.add_features(features)
         builder.add(index, features)
     counts.tell(audit)
     return Encoded(builder.build(), audit)
@@ -351,12 +378,15 @@ class _Counts:
         self.supervised = self.text = self.unknowns = 0
         self.whole = self.words = self.characters = 0  # of rows that lost no token: text tokens, words, characters
 
-    def add(self, row: Row, features: list[Features], whole: bool) -> None:
+    def add_features(self, features: list[Features]) -> None:
+        for each in features:
+            self.lengths[len(each.tokens)] += 1
+            self.supervised += len(each.weights) - each.weights.count(0)
+
+    def add_row(self, row: Row, features: list[Features], whole: bool) -> None:
         text = 0
         for each in features:
             tokens = each.tokens
-            self.lengths[len(tokens)] += 1
-            self.supervised += len(each.weights) - each.weights.count(0)
             self.unknowns += tokens.count(self.unknown)
             text += sum(token not in self.special for token in tokens)
         self.text += text

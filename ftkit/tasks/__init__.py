@@ -59,16 +59,24 @@ class Task(Protocol):
     A task that measures whole rows, whose features may be in several batches, or needs more of them than features hold,
     has `row_metrics(rows, features)`, which gives the metrics of a split, in place of `metrics` and `records`: these
     have `records()`, one object a row of all that was measured, `feature` being the index of its first feature.
+
+    A task whose features change each time they are used has `corruption(tokenizer, seed)`, which says how (a
+    `ftkit.data.features.Corruption`).  One whose inputs cross the borders of rows has `packed(features, tokenizer, limits)`,
+    which makes them, each with the index of the row that it begins in, of what `encode` gave for each index.
     """
 
     kind: str
     shapes: ClassVar[tuple[Shape, ...]]  # combinations of columns, most specific first
-    txt_row: ClassVar[str]  # what one row of a txt file is: "line" or "file"
     auto_class: ClassVar[str]  # transformers' Auto class that has the head
     peft_type: ClassVar[str]  # PEFT's task_type
     targets: Targets  # what items have
     new_head: ClassVar[bool]  # the head starts from random weights and always learns
     defaults: ClassVar[Mapping[str, Default]]  # dotted recipe key -> value and source
+
+    @property
+    def txt_row(self) -> str:
+        """What one row of a txt file is: "line" or "file"."""
+        ...
 
     @property
     def main_metric(self) -> str:
