@@ -20,6 +20,7 @@ TRAITS = {
     "AutoModelForSequenceClassification": "no classification head",
     "AutoModelForTokenClassification": "no head that tags tokens",
     "AutoModelForQuestionAnswering": "no head that finds answers",
+    "AutoModelForMaskedLM": "no head that fills masks",
     "AutoModelForCausalLM": "no head that continues text",
     "AutoModelForSeq2SeqLM": "no head that rewrites text",
     "layers": "no list of layers",
@@ -34,32 +35,34 @@ TRAITS = {
     "attention interface": "attention that is its own, or wants what others have not",
 }
 CLASSIFIER, TAGGER, FINDER = "AutoModelForSequenceClassification", "AutoModelForTokenClassification", "AutoModelForQuestionAnswering"
+MASKED = "AutoModelForMaskedLM"
 CAUSAL, REWRITER = "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"
 NEW_HEADS = {CLASSIFIER, TAGGER, FINDER}
 USUAL = {*NEW_HEADS, "layers", "linear", "untransposed", "keys, values", "feed-forward", "attention output", "attention interface", "few bits"}
 BIASED = {*USUAL, "biases"}
+ENCODER = {*BIASED, MASKED}
 DECODER, BIASED_DECODER = {*USUAL, CAUSAL}, {*BIASED, CAUSAL}
 # The heads that some of them have for other tasks are not looked at.
 TWO_STACKS, BIASED_TWO_STACKS = {*USUAL, REWRITER} - NEW_HEADS, {*BIASED, REWRITER} - NEW_HEADS
 OWN = {"attention interface"}  # which attention that is an architecture's own does not go through
 
 TABLE: dict[str, set[str]] = {
-    "albert": BIASED,
-    "bert": BIASED,
-    "big_bird": BIASED - OWN,
-    "camembert": BIASED,
-    "deberta": BIASED - OWN,
-    "deberta-v2": BIASED - OWN,
-    "distilbert": BIASED,
-    "electra": BIASED,
-    "ernie": BIASED,
-    "megatron-bert": BIASED - OWN,
-    "modernbert": USUAL,
-    "mpnet": BIASED - OWN,
-    "roberta": BIASED,
-    "roberta-prelayernorm": BIASED,
-    "squeezebert": {*NEW_HEADS, "layers", "biases", "few bits"},  # convolutions in place of linear modules
-    "xlm-roberta": BIASED,
+    "albert": ENCODER,
+    "bert": ENCODER,
+    "big_bird": ENCODER - OWN,
+    "camembert": ENCODER,
+    "deberta": ENCODER - OWN,
+    "deberta-v2": ENCODER - OWN,
+    "distilbert": ENCODER,
+    "electra": ENCODER,
+    "ernie": ENCODER,
+    "megatron-bert": ENCODER - OWN,
+    "modernbert": {*USUAL, MASKED},
+    "mpnet": ENCODER - OWN,
+    "roberta": ENCODER,
+    "roberta-prelayernorm": ENCODER,
+    "squeezebert": {*NEW_HEADS, MASKED, "layers", "biases", "few bits"},  # convolutions in place of linear modules
+    "xlm-roberta": ENCODER,
     "bloom": BIASED_DECODER - OWN,
     "cohere": DECODER - NEW_HEADS,
     "falcon": BIASED_DECODER - OWN,

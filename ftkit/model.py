@@ -270,6 +270,10 @@ def skeleton(config: transformers.PreTrainedConfig, task: Task, attention: str |
         raise (MissingDependency if isinstance(error, ImportError) else RecipeError)(f"model.attention: {attention}: {_first_line(error)}") from error
     if task.auto_class == "AutoModelForCausalLM" and not getattr(model.config, "is_decoder", True) and not _says_causal(model):
         raise _sees_answers(model, task)
+    if task.auto_class == "AutoModelForMaskedLM" and config.is_encoder_decoder:
+        raise RecipeError(
+            f"task {task.kind}: {type(model).__name__} writes text with a decoder and fills no masks in place; name an encoder, or use task: seq2seq"
+        )
     if task.auto_class == "AutoModelForSeq2SeqLM" and not _can_begin(model):
         raise RecipeError(
             f"task {task.kind}: the config of {type(model).__name__} does not say which token its decoder begins with; "
@@ -447,7 +451,21 @@ def load(
     _let_padding_learn(loaded, tokenizer)
     if loaded.can_generate():
         _mend(loaded.generation_config)
-    return Base(loaded, tokenizer, source, task, head, missing | resized, extra)
+    base = Base(loaded, tokenizer, source, task, head, missing | resized, extra)
+    if method.frozen_base:
+        _check_new_head(base, method)
+    return base
+
+
+def _check_new_head(base: Base, method: Method) -> None:
+    """Refuse to learn a head that the stored weights lack beside frozen embeddings that it shares, as heads that fill masks do."""
+    frozen = {id(parameter) for parameter in base.below_head()}
+    for name in base.new_modules:
+        if name.partition(".")[0] in base.head and any(id(parameter) in frozen for parameter in base.model.get_submodule(name).parameters()):
+            raise RecipeError(
+                f"task {base.task.kind}: {base.source and base.source.name} has no head for it; the new one shares its weights with the embeddings, "
+                f"which method {method.kind} freezes; use method: full, or name weights that have the head"
+            )
 
 
 def _adapter(source: Source) -> Any:

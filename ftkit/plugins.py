@@ -20,6 +20,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "text-classification": "ftkit.tasks.text_classification:TextClassification",
         "token-classification": "ftkit.tasks.token_classification:TokenClassification",
         "question-answering": "ftkit.tasks.question_answering:QuestionAnswering",
+        "masked-lm": "ftkit.tasks.masked_lm:MaskedLM",
         "causal-lm": "ftkit.tasks.causal_lm:CausalLM",
         "seq2seq": "ftkit.tasks.seq2seq:Seq2Seq",
     },

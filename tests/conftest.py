@@ -44,6 +44,7 @@ class DataSets(NamedTuple):
     single: Path  # directories with train.csv or .jsonl, validation and test
     pairs: Path
     text: Path
+    masked: Path
     prompts: Path
     chats: Path
     rewritten: Path
@@ -72,6 +73,7 @@ def data(tmp_path_factory) -> DataSets:
         pairs = [(text, other if i % 2 else text, ("same", "other")[i % 2]) for i, ((text, _), other) in enumerate(zip(rows, others, strict=True))]
         write_csv(found.pairs / f"{split}.csv", ["sentence1", "sentence2", "label"], pairs)
         write_jsonl(found.text / f"{split}.jsonl", [{"text": text} for text, _ in rows])
+        write_jsonl(found.masked / f"{split}.jsonl", [{"text": f"{text}\n{other}"} for (text, _), other in zip(rows, others, strict=True)])
         write_jsonl(found.prompts / f"{split}.jsonl", [{"prompt": f"where are {text}? ", "completion": f"in the {topic}"} for text, topic in rows])
         write_jsonl(found.rewritten / f"{split}.jsonl", [{"source": text, "target": f"{topic} {text.split()[0]}"} for text, topic in rows])
         write_jsonl(found.tagged / f"{split}.jsonl", [{"tokens": text.split(), "ner_tags": tags(text.split())} for text, _ in rows])
@@ -147,7 +149,7 @@ def architecture(name: str):
 def checkpoint(tokenizers, tmp_path_factory):
     """checkpoint(name): a directory with random weights of an architecture and its tokenizer, as `from_pretrained` reads it.
 
-    The encoders are stored without a head, the decoders with that of a language model.
+    The encoders are stored without a head, or with that of a masked language model ("bert-masked"), the decoders with that of a language model.
     """
     import torch
     import transformers
@@ -156,14 +158,15 @@ def checkpoint(tokenizers, tmp_path_factory):
 
     @cache
     def make(name: str) -> str:
-        config, kind = architecture(name)
+        config, kind = architecture(name.removesuffix("-masked"))
         tokenizer = tokenizers[kind]
         config.vocab_size = len(tokenizer)
         config.initializer_range = 0.1  # with the usual 0.02 a random model of 32 channels tells no two texts apart
         adopt_tokens(config, tokenizer)
         torch.manual_seed(0)
         written = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
-        auto = transformers.AutoModel if kind == "wordpiece" else written
+        encoder = transformers.AutoModelForMaskedLM if name.endswith("-masked") else transformers.AutoModel
+        auto = encoder if kind == "wordpiece" else written
         directory = tmp_path_factory.mktemp(name)
         auto.from_config(config).save_pretrained(directory)
         tokenizer.save_pretrained(directory)
@@ -226,6 +229,7 @@ TASKS = {
     "labelled": {"kind": "text-classification", "problem": "multi-label"},
     "scored": {"kind": "text-classification", "problem": "regression"},
     "tagged": "token-classification",
+    "masked": "masked-lm",
     "rewritten": "seq2seq",
     "asked": "question-answering",
 }

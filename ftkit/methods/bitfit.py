@@ -38,7 +38,8 @@ class BitFit(Quantisable):
         model = base.freeze()
         new = tuple(f"{name}." for name in base.new_modules)
         biases = [parameter for name, parameter in model.named_parameters() if name.endswith("bias") and not name.startswith(new)]
-        if not biases:
+        below = {id(parameter) for parameter in base.below_head()}
+        if not any(id(parameter) in below for parameter in biases):  # a head may have one
             raise RecipeError(f"method bitfit: {type(model).__name__} has no biases; use method: ia3, which learns about as little")
         for parameter in biases:
             parameter.requires_grad_(True)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from ftkit.model import Source
 from ftkit.objectives.supervised import Supervised
 from ftkit.recipe.spec import Model
 from ftkit.tasks.causal_lm import CausalLM
+from ftkit.tasks.masked_lm import MaskedLM
 from ftkit.tasks.question_answering import QuestionAnswering
 from ftkit.tasks.seq2seq import Seq2Seq
 from ftkit.tasks.text_classification import TextClassification
@@ -30,6 +32,7 @@ TASKS = {
     "text-classification": TextClassification(labels=["garden", "harbour", "kitchen"]),
     "token-classification": TokenClassification(labels=["B-X", "I-X", "O"], subwords="all"),
     "question-answering": QuestionAnswering(),
+    "masked-lm": MaskedLM(),
     "causal-lm": CausalLM(),
     "seq2seq": Seq2Seq(),
 }
@@ -142,10 +145,13 @@ def batch_of(task, tokenizer):
         answers = [row["text"].split()[-1] for row in rows]
         answers = [[{"text": answer, "answer_start": row["text"].rindex(answer)}] for answer, row in zip(answers, rows, strict=True)]
         rows = [{"question": f"in the {row['label']}?", "context": row["text"], "answers": given} for given, row in zip(answers, rows, strict=True)]
-    if task.kind == "causal-lm":
+    if task.kind in ("causal-lm", "masked-lm"):
         rows = [{"text": row["text"]} for row in rows]
     encoded = [task.encode(Row(row, "rows", number), tokenizer, Limits(64, "right")) for number, row in enumerate(rows)]
-    return collate(FeatureSet.of(encoded), np.arange(len(rows)), tokenizer.pad_token_id)
+    features = FeatureSet.of(encoded)
+    if task.kind == "masked-lm":
+        features = replace(features, corruption=task.corruption(tokenizer, 0))
+    return collate(features, np.arange(len(rows)), tokenizer.pad_token_id)
 
 
 def learns(learner, base, batch, kind: str) -> None:

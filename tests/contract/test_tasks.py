@@ -13,6 +13,7 @@ from ftkit.data.types import Features, Row, RowError
 from ftkit.methods.full import Full
 from ftkit.recipe.spec import Model
 from ftkit.tasks.causal_lm import CausalLM
+from ftkit.tasks.masked_lm import MaskedLM
 from ftkit.tasks.problems import ClassMetrics
 from ftkit.tasks.question_answering import QuestionAnswering
 from ftkit.tasks.seq2seq import Seq2Seq
@@ -25,6 +26,7 @@ SHAPES = {  # data set -> task, how its file calls the columns, architectures wi
     "pairs": (TextClassification(), {"sentence1": "text", "sentence2": "text_pair", "label": "label"}, ("bert", "llama")),
     "labelled": (TextClassification(problem="multi-label"), {"text": "text", "label": "label"}, ("bert", "llama")),
     "scored": (TextClassification(problem="regression"), {"sentence1": "text", "sentence2": "text_pair", "score": "score"}, ("bert", "gpt2")),
+    "masked": (MaskedLM(), {"text": "text"}, ("bert-masked", "distilbert-masked")),
     "text": (CausalLM(), {"text": "text"}, ("llama", "gpt2")),
     "prompts": (CausalLM(), {"prompt": "prompt", "completion": "completion"}, ("llama", "gpt2")),
     "chats": (CausalLM(), {"messages": "messages"}, ("llama",)),
@@ -61,7 +63,9 @@ def test_every_built_in_task_is_here():
 @pytest.mark.parametrize(("shape", "architecture"), [(shape, name) for shape, (_, _, names) in SHAPES.items() for name in names])
 def test_a_task_keeps_the_contract(shape, architecture, data, checkpoint):
     task, columns, _ = SHAPES[shape]
-    check_task(task, rows(getattr(data, shape), columns), *loaded(checkpoint(architecture)))
+    examples = rows(getattr(data, shape), columns)
+    questions = [replace(row, values={"text": f"{row.values['text']} [MASK]"}) for row in examples] if shape == "masked" else None
+    check_task(task, examples, *loaded(checkpoint(architecture)), questions)
 
 
 class Unmasked(TextClassification):

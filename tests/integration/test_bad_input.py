@@ -40,6 +40,10 @@ class Scene:
     def rewrite(self, model: str = "t5", **sections: Any) -> None:
         self.recipe |= {"task": "seq2seq", "model": self.checkpoint(model), "data": {"train": str(self.data.rewritten / "train.jsonl")}} | sections
 
+    def fill(self, **task: Any) -> None:
+        train = {"train": str(self.data.masked / "train.jsonl")}
+        self.recipe |= {"task": {"kind": "masked-lm"} | task, "model": self.checkpoint("bert-masked"), "data": train}
+
     def model_without(self, *names: str, architecture: str = "bert") -> str:
         directory = self.path / "model"
         shutil.copytree(self.checkpoint(architecture), directory)
@@ -466,6 +470,49 @@ def a_sentence_with_a_broken_line(scene):
 def rows_with_nothing_to_write(scene):
     scene.rewrite()
     scene.train("t.jsonl", '{"source": "a", "target": " "}\n{"source": 3, "target": "b"}\n{"source": "a", "target": "b"}\n')
+
+
+@mistake(2, r"task\.probability.* must be below 1")
+def more_masks_than_tokens(scene):
+    scene.fill(probability=1.5)
+
+
+@mistake(2, r"recipe\.yaml:\d+:\d+: replace\.mask and replace\.random are shares of the hidden tokens, and 0\.8 \+ 0\.3 is more than 1")
+def more_than_all_masks_replaced(scene):
+    scene.fill(replace={"mask": 0.8, "random": 0.3})
+
+
+@mistake(2, r"no mask token \(mask_token\), so nothing can be hidden; name one that has .* or train one: \{train: data, kind: wordpiece\}")
+def masks_without_a_mask_token(scene):
+    scene.fill()
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    scene.recipe["model"] = {"init": "random", "config": {"model_type": "roberta", **sizes}, "tokenizer": {"train": "data", "vocab_size": 300}}
+
+
+@mistake(2, r"task masked-lm: BartForConditionalGeneration writes text with a decoder and fills no masks in place")
+def masks_for_an_encoder_decoder(scene):
+    scene.fill()
+    sizes = {f"{stack}_{size}": value for stack in ("encoder", "decoder") for size, value in {"layers": 1, "attention_heads": 2, "ffn_dim": 64}.items()}
+    tokenizer = {"train": "data", "kind": "wordpiece", "vocab_size": 120}
+    scene.recipe["model"] = {"init": "random", "config": {"model_type": "bart", "d_model": 32, **sizes}, "tokenizer": tokenizer}
+
+
+@mistake(2, r"task masked-lm: .* has no head for it; the new one shares its weights with the embeddings, which method lora freezes; use method: full")
+def a_new_head_on_frozen_embeddings(scene):
+    scene.fill()
+    scene.recipe |= {"model": scene.checkpoint("bert"), "method": "lora"}
+
+
+@mistake(3, r"t\.jsonl:2: text is empty")
+def nothing_to_mask(scene):
+    scene.fill()
+    scene.train("t.jsonl", '{"text": "roses and bees"}\n{"text": " \\n "}\n')
+
+
+@mistake(3, r"t\.jsonl:2: the tokenizer makes no token of the text")
+def a_text_that_is_cleaned_away(scene):
+    scene.fill()
+    scene.train("t.jsonl", '{"text": "roses and bees"}\n{"text": "\\ufe0f"}\n')
 
 
 @mistake(2, r"has no adapter_model.safetensors; pickled weights \(.bin\) are not read")

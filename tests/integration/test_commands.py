@@ -40,6 +40,7 @@ def make_run(tmp_path_factory, checkpoint, data):
         },
         "tagged": {"model": checkpoint("bert"), "task": "token-classification", "data": files(data.tagged, "jsonl"), "method": "full"},
         "asked": {"model": checkpoint("bert"), "task": "question-answering", "data": files(data.asked, "jsonl"), "method": "full"},
+        "masked": {"model": checkpoint("bert-masked"), "task": "masked-lm", "data": files(data.masked, "jsonl"), "method": "full"},
         "written": {"model": checkpoint("t5"), "task": "seq2seq", "data": files(data.rewritten, "jsonl"), "eval": {"metrics": ["rouge_l", "bleu", "chrf"]}},
         "answered": {
             "model": checkpoint("llama"),
@@ -80,7 +81,7 @@ def verify_in_this_process(patch: pytest.MonkeyPatch) -> None:
 # --- eval ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["single", "pairs", "labelled", "scored", "tagged", "asked", "chats", "prompts", "rewritten"])
+@pytest.mark.parametrize("name", ["single", "pairs", "labelled", "scored", "tagged", "asked", "masked", "chats", "prompts", "rewritten"])
 def test_eval_gives_the_numbers_of_the_run(make_run, ftkit, name):
     run = make_run(name)
     metrics = json.loads((run / "metrics.json").read_text())
@@ -381,6 +382,17 @@ def test_predict_rewrites_texts(make_run, ftkit, tmp_path):
     found = answers(ftkit("predict", make_run("rewritten"), "--file", tmp_path / "rows.csv"))
     again = answers(ftkit("predict", make_run("rewritten"), "roses and bees", "soup"))
     assert [{"text": answer["text"], "finished": answer["finished"]} for answer in found] == again
+
+
+def test_predict_fills_masks(make_run, ftkit, tmp_path):
+    (tmp_path / "rows.csv").write_text("content\n[MASK] and bees\nsoup in the [MASK] [MASK]\n")
+    found = answers(ftkit("predict", make_run("masked"), "--file", tmp_path / "rows.csv"))
+    assert [(answer["row"], len(answer["masks"])) for answer in found] == [(1, 1), (2, 2)]
+    (again,) = answers(ftkit("predict", make_run("masked"), "soup in the [MASK] [MASK]"))
+    assert again["text"] == found[1]["text"] == "soup in the " + " ".join(mask[0]["token"] for mask in again["masks"]).replace(" ##", "")
+    done = ftkit("predict", make_run("masked"), "soup")
+    assert (done.code, done.out) == (3, "")
+    assert "text:1: the text has no [MASK]" in done.err
 
 
 def test_predict_continues_prompts(make_run, ftkit, tmp_path):

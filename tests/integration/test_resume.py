@@ -17,6 +17,7 @@ CONFIGURATIONS = {
     "lora": ("llama", "prompts", {"kind": "lora", "r": 4, "dropout": 0.2, "trainable_token_indices": ["Ġin"]}, {"layout": "flat", "schedule": "cosine"}),
     "flat-frozen": ("bert", "pairs", {"kind": "partial", "last": 1}, {"layout": "flat"}),
     "biases-in-4-bits": ("gpt2", "prompts", {"kind": "bitfit", "bits": 4}, {"precision": "bf16"}),
+    "masks": ("bert-masked", "masked", {"kind": "full"}, {"accumulate": 2}),
     "rewritten": ("t5", "rewritten", {"kind": "partial", "last": 3}, {"accumulate": 2}),
     "bucketed": ("distilbert", "single", {"kind": "partial", "last": 1}, {"layout": "bucketed", "optimizer": "sgd"}),
 }
@@ -72,7 +73,7 @@ def _train_until_killed(path: str, place: str, call: int, flags: tuple[str, ...]
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_signals_in_every_stage_checkpoint_and_the_run_goes_on(name, ftkit, recipe, whole, tmp_path, monkeypatch, assert_same_run):
     path, run = write(recipe, name, tmp_path / "cut"), tmp_path / "cut"
-    encode = {"prompts": "ftkit.tasks.causal_lm._plain_ids", "rewritten": "ftkit.tasks.seq2seq._ended"}.get(
+    encode = {"prompts": "ftkit.tasks.causal_lm._plain_ids", "rewritten": "ftkit.tasks.seq2seq._ended", "masked": "ftkit.tasks.masked_lm.cut"}.get(
         CONFIGURATIONS[name][1], "ftkit.tasks.problems.name_of"
     )
     stops = [

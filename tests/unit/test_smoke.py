@@ -75,6 +75,7 @@ MODELS = {
     "text-classification": ("distilbert/distilbert-base-uncased", ["single", "pairs"]),
     "token-classification": ("google-bert/bert-base-cased", ["tagged"]),
     "question-answering": ("google-bert/bert-base-cased", ["asked"]),
+    "masked-lm": ("google-bert/bert-base-uncased", ["masked"]),
     "causal-lm": ("meta-llama/Llama-3.2-1B-Instruct", ["chats", "prompts", "text"]),
     "seq2seq": ("google-t5/t5-small", ["rewritten"]),
 }
