@@ -49,7 +49,7 @@ OWN = {"attention interface"}  # which attention that is an architecture's own d
 TABLE: dict[str, set[str]] = {
     "albert": ENCODER,
     "bert": ENCODER,
-    "big_bird": ENCODER - OWN,
+    "big_bird": ENCODER - OWN - {FINDER},  # it has one, that takes all before a separator for the question: virtual tokens, too
     "camembert": ENCODER,
     "deberta": ENCODER - OWN,
     "deberta-v2": ENCODER - OWN,

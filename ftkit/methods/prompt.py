@@ -52,13 +52,13 @@ class SoftPrompt(Quantisable):
         return PromptTuning(num_virtual_tokens=self.num_virtual_tokens)
 
     def save(self, model: nn.Module, base: Base, directory: Path) -> Artifact:
-        """PEFT's format, where PEFT can give a model embeddings in place of tokens; ftkit's elsewhere."""
+        """PEFT's format, where PEFT can give a model embeddings in place of tokens, for this task; ftkit's elsewhere."""
         from ftkit import prompts
 
         virtual = prompts.of(model)
         assert virtual is not None
         virtual.prompt.fold()
-        if base.model.config.is_encoder_decoder and base.task.peft_type != "SEQ_2_SEQ_LM":
+        if base.task.peft_type is None or (base.model.config.is_encoder_decoder and base.task.peft_type != "SEQ_2_SEQ_LM"):
             return self.save_own(model, base, directory)
         prompts.write(base.model, virtual, base.new_modules, adapter_settings(base), directory)
         return Artifact("peft", {"dtype": str(base.model.dtype).removeprefix("torch."), **base.load_kwargs})

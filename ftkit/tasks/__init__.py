@@ -68,7 +68,7 @@ class Task(Protocol):
     kind: str
     shapes: ClassVar[tuple[Shape, ...]]  # combinations of columns, most specific first
     auto_class: ClassVar[str]  # transformers' Auto class that has the head
-    peft_type: ClassVar[str]  # PEFT's task_type
+    peft_type: ClassVar[str | None]  # PEFT's task_type; None if it has none that hands on what the model is given
     targets: Targets  # what items have
     new_head: ClassVar[bool]  # the head starts from random weights and always learns
     defaults: ClassVar[Mapping[str, Default]]  # dotted recipe key -> value and source

@@ -77,7 +77,7 @@ class QuestionAnswering(Spec):
     shapes: ClassVar[tuple[Shape, ...]] = (Shape(QUESTION, CONTEXT, optional=(ANSWERS, ANSWER_START)),)
     txt_row: ClassVar[str] = "line"
     auto_class: ClassVar[str] = "AutoModelForQuestionAnswering"
-    peft_type: ClassVar[str] = "QUESTION_ANS"
+    peft_type: ClassVar[None] = None  # that of its own, QUESTION_ANS, loses token_type_ids on the way to the model (0.21.2)
     targets: ClassVar[Targets] = "positions"
     new_head: ClassVar[bool] = True
     main_metric: ClassVar[str] = "f1"

@@ -2,17 +2,20 @@
 
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import transformers
 
+from ftkit import model as models
 from ftkit.data.batches import collate
 from ftkit.data.features import FeatureSet
 from ftkit.data.types import Limits, Row, RowError, Scores
 from ftkit.errors import DataError, RecipeError
-from ftkit.recipe.spec import Generation
+from ftkit.methods.lora import LoRA
+from ftkit.recipe.spec import Generation, Model
 from ftkit.tasks.question_answering import QuestionAnswering, Span
 from ftkit.tasks.squad import score
 
@@ -344,6 +347,19 @@ def test_the_loss_is_that_of_transformers_for_each_row(name, tokenizers, checkpo
     whole = collate(alike, np.arange(3), pad)
     assert whole.segments is None
     torch.testing.assert_close(ours(whole), theirs(whole), rtol=1e-6, atol=1e-6)
+
+
+def test_a_model_behind_an_adapter_is_told_what_is_the_question(tokenizers, checkpoint):
+    """PEFT's class for question answering takes token_type_ids from a call and does not hand them on (0.21.2)."""
+    spec = Model(name=checkpoint("bert"))
+    source = models.locate(spec)
+    base = models.load(spec, source, models.load_config(spec, source), tokenizers["wordpiece"], TASK, LoRA(r=2), torch.float32, 0, torch.device("cpu"))
+    model = LoRA(r=2).apply(base).eval()
+    batch = collate(encoded(tokenizers["wordpiece"], row("old soup")), np.array([0]), 0)
+    other = replace(batch, token_type_ids=torch.zeros_like(batch.input_ids))
+    with torch.no_grad():
+        one, another = (TASK.items(model, each).states for each in (batch, other))
+    assert (one - another).abs().max() > 0.01
 
 
 # --- predict ------------------------------------------------------------------------------------
