@@ -146,7 +146,7 @@ def features(tokenizers):
 
 
 def masks(features, epoch, pad=0):
-    return [{name: value.tolist() for name, value in features.get(i, epoch).items() if name != "token_type_ids"} for i in range(len(features))]
+    return [{name: value.tolist() for name, value in features.get(i, epoch).items() if value is not None} for i in range(len(features))]
 
 
 class TestCorruption:
