@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from enum import StrEnum
 from io import TextIOWrapper
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -260,6 +261,30 @@ def _show_matrix(as_json: bool) -> None:
         _print_json(document)
     else:
         print("method/4: beside a base in 4 bits")
+
+
+@app.command()
+def vocab(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Whose tokenizer is asked: a hub id, a directory, or a run.")],
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Text files.")],
+    size: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 1000,
+    least: Annotated[int, typer.Option(min=1, help="How often a word occurs at least.")] = 10,
+    output: Annotated[str | None, typer.Option("-o", "--output", metavar="F", help="Where they are written, one a line, for model.add_tokens.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Propose new tokens for a text: the words that take most tokens now."""
+    with redirect_stdout(sys.stderr):
+        from ftkit import rundir
+        from ftkit.vocabulary import propose
+
+        found = propose(model, files, size, least)
+        if output:
+            rundir.write_text(Path(output), "".join(f"{token}\n" for token in found.tokens))
+    if as_json:
+        _print_json({"tokens": found.tokens, "words": found.words, "tokens_per_word": {"before": found.before, "after": found.after}})
+        return
+    print(f"{found.words:,} words: {found.before:.3f} tokens a word, {found.after:.3f} with {len(found.tokens):,} new tokens")
+    print(f"written to {output}" if output else "\n".join(found.tokens))
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import logging
@@ -15,7 +16,7 @@ import torch
 import transformers
 from torch import nn
 
-from ftkit import rundir
+from ftkit import rundir, vocabulary
 from ftkit.errors import FtkitError, HubError, MissingDependency, RecipeError
 from ftkit.exits import DISK_ERRORS
 from ftkit.methods.modules import added, base_prefix, linear_modules
@@ -63,11 +64,12 @@ class Base:
     new: set[str] = field(default_factory=set)  # names of parameters that no checkpoint gave a value
     load_kwargs: dict[str, Any] = field(default_factory=dict)  # JSON-able: what the method added to from_pretrained
     initial: dict[str, torch.Tensor] = field(default_factory=dict)  # what a method's save needs of the state that its apply made
+    added: list[int] = field(default_factory=list)  # tokens that the stored weights do not know
 
     @property
     def stored(self) -> bool:
-        """Whether these weights lie somewhere as they are: not random ones, and not those with an adapter merged."""
-        return self.source is not None and self.source.adapter is None
+        """Whether these weights lie somewhere as they are: not random ones, not those with an adapter merged, and not those with tokens added."""
+        return self.source is not None and self.source.adapter is None and not self.added
 
     @property
     def new_modules(self) -> list[str]:
@@ -227,6 +229,8 @@ def load_tokenizer(model: Model, source: Source | None, train: TrainedTokenizer 
         raise RecipeError(f"{source.name} has no tokenizer files; name a tokenizer in model.tokenizer")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if model.add_tokens:
+        vocabulary.add(tokenizer, model.add_tokens)
     return tokenizer
 
 
@@ -334,10 +338,12 @@ def plan(model: Model, source: Source | None, config: Any, tokenizer: Any, task:
     for key, value in task.config_kwargs().items():
         setattr(config, key, value)
     _pad_alike(config.get_text_config(), tokenizer)
-    plain = skeleton(config, task, model.attention, model.trust_remote_code)
+    # growing a model changes its config, of which the stored weights must know nothing
+    plain = skeleton(copy.deepcopy(config) if model.add_tokens else config, task, model.attention, model.trust_remote_code)
     head = head_of(plain)
     if not base_prefix(plain) and not head:
         raise RecipeError(f"{type(plain).__name__} does not tell its head from its base; it cannot be fine-tuned here")
+    added = vocabulary.grow(plain, tokenizer, model.add_tokens) if model.add_tokens else []
     embeddings: Any = plain.get_input_embeddings()
     if len(tokenizer) > embeddings.num_embeddings:
         raise RecipeError(
@@ -349,7 +355,7 @@ def plan(model: Model, source: Source | None, config: Any, tokenizer: Any, task:
             "name another one in model.tokenizer"
         )
     extra = method.load_kwargs(head, precision)
-    base = Base(plain, tokenizer, None if model.init == "random" else source, task, head, load_kwargs=extra)
+    base = Base(plain, tokenizer, None if model.init == "random" else source, task, head, load_kwargs=extra, added=added)
     _check_bits(model, base, method)
     return base
 
@@ -369,6 +375,8 @@ def _check_bits(model: Model, base: Base, method: Method) -> None:
         return
     if base.source is None:
         raise RecipeError(f"{asked}; with init: random there are none (train them first, then name that run)")
+    if base.added:
+        raise RecipeError(f"{asked}, where no tokens can be added; train these first (model.add_tokens), then name that run")
     if base.source.adapter:
         raise RecipeError(f"{asked}, and {model.name} holds an adapter: merge it first: ftkit merge-adapter {model.name} -o DIR")
     if base.model.config.model_type in TURNS_STATES_INTO_BYTES:
@@ -451,7 +459,12 @@ def load(
     _let_padding_learn(loaded, tokenizer)
     if loaded.can_generate():
         _mend(loaded.generation_config)
-    base = Base(loaded, tokenizer, source, task, head, missing | resized, extra)
+    if model.add_tokens:
+        before = load_tokenizer(model.model_copy(update={"add_tokens": None}), source, None, ())
+        vocabulary.grow(loaded, tokenizer, model.add_tokens)
+        vocabulary.initialise(loaded, tokenizer, before, model.add_tokens, seed)
+        loaded.name_or_path = loaded.config._name_or_path = ""
+    base = Base(loaded, tokenizer, source, task, head, missing | resized, extra, added=planned.added)
     if method.frozen_base:
         _check_new_head(base, method)
     return base
@@ -466,6 +479,16 @@ def _check_new_head(base: Base, method: Method) -> None:
                 f"task {base.task.kind}: {base.source and base.source.name} has no head for it; the new one shares its weights with the embeddings, "
                 f"which method {method.kind} freezes; use method: full, or name weights that have the head"
             )
+
+
+def check_added(base: Base, method: Method) -> None:
+    """Refuse added tokens of which nothing would be learned; after `Method.apply`."""
+    embedding: Any = base.model.get_input_embeddings()
+    if base.added and not any(parameter.requires_grad for parameter in embedding.parameters()):
+        raise RecipeError(
+            f"model.add_tokens: method {method.kind} freezes the embeddings, so nothing would be learned of the new tokens; "
+            "use method: full, lora, or partial with embeddings: true"
+        )
 
 
 def _adapter(source: Source) -> Any:

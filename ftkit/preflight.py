@@ -71,6 +71,7 @@ def check(resolved: Resolved, report: Reporter) -> list[FtkitError]:
     config = model.load_config(recipe.model, found.source, tokenizer)
     planned = attempt(model.plan, recipe.model, found.source, config, tokenizer, task, recipe.method, recipe.train.precision)
     if planned is not None and attempt(recipe.method.apply, planned) is not None:
+        attempt(model.check_added, planned, recipe.method)
         if recipe.train.gradient_checkpointing:
             attempt(session.check_checkpointing, planned, recipe.train)
         num_processes = attempt(launch.processes, recipe.train) or 1
@@ -101,7 +102,7 @@ def forecast(resolved: Resolved) -> Forecast:
 
     Reads the model's config, and the rows where the task's head depends on them.
     """
-    from ftkit import layout, model, optim
+    from ftkit import layout, model, optim, vocabulary
     from ftkit.data.rows import load_rows
 
     recipe = resolved.recipe
@@ -115,14 +116,15 @@ def forecast(resolved: Resolved) -> Forecast:
     if isinstance(spec.tokenizer, TrainedTokenizer):
         size = max(spec.tokenizer.vocab_size, spec.config.get("vocab_size", 0))
         spec = spec.model_copy(update={"config": spec.config | {"vocab_size": size}})
-    elif spec.init == "random":
+    elif spec.init == "random" or spec.add_tokens:
         tokenizer = model.load_tokenizer(spec, source, None, ())
     config = model.load_config(spec, source, tokenizer)
     task = recipe.task.resolve(rows())
     for key, value in task.config_kwargs().items():
         setattr(config, key, value)
     plain = model.skeleton(config, task)
-    base = model.Base(plain, tokenizer, source if spec.init == "pretrained" else None, task, model.head_of(plain))
+    added = vocabulary.grow(plain, tokenizer, spec.add_tokens) if spec.add_tokens else []
+    base = model.Base(plain, tokenizer, source if spec.init == "pretrained" else None, task, model.head_of(plain), added=added)
     parameters = model.parameters_by_group(recipe.method.apply(base), base.head)
     return Forecast(parameters, *layout.foreseen(recipe, plain), optim.learning_rate(resolved, config))
 

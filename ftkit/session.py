@@ -137,6 +137,7 @@ def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any]
             report.note(f"{model.share_in_few_bits(base.model):.0%} of the base's weights are in few bits, those of its linear modules")
         torch.manual_seed(train.seed)
         learner = method.apply(base)
+    model.check_added(base, method)
     for parameter in learner.parameters():
         if parameter.requires_grad:  # fp32 master weights: bf16 cannot hold updates much smaller than the weight
             parameter.data = parameter.data.float()

@@ -222,7 +222,7 @@ def _model(recipe: Recipe, task: Task, rows: Rows, report: Reporter) -> tuple[Mo
         small_tokenizer, tokenizer = _small_tokenizer(spec.tokenizer.kind, texts)
     else:
         try:
-            tokenizer = model.load_tokenizer(spec, source, None, ())
+            tokenizer = model.load_tokenizer(spec.model_copy(update={"add_tokens": None}), source, None, ())  # which the run adds
         except HubError:
             encoder = type(config) in transformers.AutoModelForMaskedLM._model_mapping and (task.new_head or task.auto_class == "AutoModelForMaskedLM")
             trained, tokenizer = _small_tokenizer("wordpiece" if encoder else "bpe", texts)

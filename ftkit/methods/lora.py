@@ -101,7 +101,7 @@ class LoRA(MethodSpec):
             use_dora=self.dora,
             use_rslora=self.rslora,
             init_lora_weights=True if self.init == "default" or not decomposed else self.init,
-            trainable_token_indices=trainable_token_indices(base, self.trainable_token_indices),
+            trainable_token_indices=trainable_token_indices(base, self.trainable_token_indices, base.added),
             **settings,
         )
         model = get_peft_model(base.model, config)

@@ -14,20 +14,27 @@ if TYPE_CHECKING:
 FIELD = "method.trainable_token_indices"
 
 
-def trainable_token_indices(base: Base, tokens: Sequence[int | str]) -> list[int] | dict[str, list[int]] | None:
-    """PEFT's setting of that name: ids where the head is the embedding, if there is one, else those of both by the name of their module."""
+def trainable_token_indices(base: Base, tokens: Sequence[int | str], added: Sequence[int] = ()) -> list[int] | dict[str, list[int]] | None:
+    """PEFT's setting of that name: ids where the head is the embedding, if there is one, else those of both by the name of their module.
+
+    `added` are the ids of tokens that the stored model does not know, which learn in any case.
+    """
     from torch import nn
 
-    if not tokens:
+    if not tokens and not added:
         return None
+    field = FIELD if tokens else "model.add_tokens"
     model: Any = base.model
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     scaled = hasattr(embedding, "embed_scale")  # by a number, which PEFT knows
     if not isinstance(embedding, nn.Embedding) or (type(embedding).forward is not nn.Embedding.forward and not scaled):
-        raise RecipeError(f"{FIELD}: {type(model).__name__} does more than look its tokens up in an embedding; leave it out")
+        raise RecipeError(f"{field}: {type(model).__name__} does more than look its tokens up in an embedding; leave it out, or use method: full")
     if head is not None and getattr(head, "bias", None) is not None:
-        raise RecipeError(f"{FIELD}: the head of {type(model).__name__} has a bias, which PEFT leaves out where tokens of a head learn; leave it out")
-    ids = list(range(len(tokens))) if base.tokenizer is None else _ids(tokens, base.tokenizer, embedding.padding_idx)  # without one, they are only counted
+        raise RecipeError(
+            f"{field}: the head of {type(model).__name__} has a bias, which PEFT leaves out where tokens of a head learn; leave it out, or use method: full"
+        )
+    named = range(len(tokens)) if base.tokenizer is None else _ids(tokens, base.tokenizer, embedding.padding_idx)  # without one, they are only counted
+    ids = sorted({*named, *added})
     if head is None or head.weight is embedding.weight:
         return ids
     return {name: ids for name, module in model.named_modules() if module in (embedding, head) and name not in base.new_modules}

@@ -214,6 +214,7 @@ _LOCATE: dict[tuple[str, ...], Callable[[str, Path], str]] = {
     ("model", "name"): _model,
     ("model", "tokenizer"): _model,
     ("model", "tokenizer", "train"): _tokenizer_data,
+    ("model", "add_tokens", "file"): _path,
     ("data", "train"): _data,
     ("data", "validation"): _data,
     ("data", "validation", "*"): _data,

@@ -77,6 +77,24 @@ class TrainedTokenizer(Spec):
     vocab_size: int = option(8192, "tokens, special ones included", ge=64)
 
 
+class AddedTokens(Spec):
+    """Tokens that a stored model does not know yet."""
+
+    tokens: Names | None = option(None, "the tokens")
+    file: Name | None = option(None, "a text file with one a line, such as `ftkit vocab` writes")
+    init: Literal["subwords", "mean", "noise"] = option(
+        "subwords",
+        "what their embeddings begin as: the mean of those of the tokens that stood for them before, the mean of all, or that with noise as wide as all are",
+        "IndoBERTweet (arXiv 2109.04607): the best of those it tried",
+    )
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> AddedTokens:
+        if (self.tokens is None) == (self.file is None):
+            raise ValueError("say which tokens are added: exactly one of tokens and file")
+        return self
+
+
 class Model(Spec):
     """Which weights the run starts from."""
 
@@ -89,12 +107,15 @@ class Model(Spec):
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = option(None, "attention implementation; the model's own choice if empty")
     init: Literal["pretrained", "random"] = option("pretrained", "start from stored weights, or from random ones of the same shape")
     config: dict[str, Any] = option({}, "overrides of the model's config; with init: random it may be the whole config")
+    add_tokens: AddedTokens | None = option(None, "new tokens, which begin as something known, and learn: {tokens, file, init}")
     trust_remote_code: bool = option(False, "run Python code from the model's repository; needs a pinned revision (40 hex digits)")
 
     @model_validator(mode="after")
     def _complete(self) -> Model:
         if self.name is None and not (self.init == "random" and "model_type" in self.config):
             raise ValueError("give model.name, or init: random with config: {model_type: ...}")
+        if self.add_tokens and (self.init == "random" or isinstance(self.tokenizer, TrainedTokenizer)):
+            raise ValueError("add_tokens is for a stored model; with init: random the tokenizer can be trained with all tokens that are wanted")
         if self.trust_remote_code and not (self.revision and len(self.revision) == 40 and set(self.revision) <= set("0123456789abcdef")):
             raise ValueError("trust_remote_code needs revision: a full commit of 40 hex digits, so that the code cannot change later")
         return self
