@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+
+from ftkit.errors import DataError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,6 +29,14 @@ class Row:
     @property
     def where(self) -> str:
         return f"{self.file}:{self.number}"
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Say where the row stands that cannot be used: RowError becomes DataError."""
+        try:
+            yield
+        except RowError as error:
+            raise DataError(f"{self.where}: {error}") from error
 
 
 # What an item has: one of C classes, any of C labels, a number, or one of the positions of its own row.

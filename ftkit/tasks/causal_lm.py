@@ -246,15 +246,13 @@ class CausalLM(Spec):
 
     def _prompt(self, row: Row, tokenizer: Any) -> list[int]:
         """The tokens of the whole prompt."""
-        try:
+        with row.named():
             if "messages" in row.values:
                 return chat.prompt_ids(row.values["messages"], tokenizer)
             ids = self._opening_ids(row.values.get("prompt") or row.values["text"], tokenizer)
             if not ids:
                 raise RowError("the prompt is empty")
-            return ids
-        except RowError as error:
-            raise DataError(f"{row.where}: {error}") from error
+        return ids
 
     def _fitted(self, row: Row, prompt: list[int], tokenizer: Any, longest: int) -> list[int]:
         """What is left of a prompt in `longest` tokens: a chat loses its oldest exchanges, then the start is cut off, but for a beginning-of-text token."""

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ftkit.data.types import RowError
+from ftkit.errors import DataError, RecipeError
 from ftkit.tasks.streaming import RESAMPLES
 
 if TYPE_CHECKING:
@@ -35,6 +36,21 @@ def in_order(names: Collection[str]) -> list[str]:
     """Numbers in numeric order, words in alphabetic order."""
     numeric = all(WHOLE_NUMBER.fullmatch(name) for name in names)
     return sorted(names, key=lambda name: (int(name), name)) if numeric else sorted(names)
+
+
+def ordered(found: Collection[str], given: Sequence[str] | None, word: str = "label", at_least: int = 2) -> list[str]:
+    """The names in the order of the model's outputs: those `given` as task.labels, or those of the training rows.
+
+    Raises DataError where the rows have other names, or fewer than wanted, RecipeError where names are given twice.
+    """
+    names = in_order(found) if given is None else list(given)
+    if missing := sorted(set(found) - set(names)):
+        raise DataError(f"task.labels lacks {word}s of the training rows: {some(missing)}")
+    if len(found) < at_least:
+        raise DataError(f"the training rows have one {word} only ({some(sorted(found))}): there is nothing to tell apart")
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise RecipeError(f"task.labels repeats a {word}: {some(repeated)}")
+    return names
 
 
 def some(names: list[str], limit: int = 10) -> str:

@@ -202,10 +202,8 @@ class QuestionAnswering(Spec):
         from ftkit.data.features import FeatureSet
 
         def encode(row: Row) -> list[Features]:
-            try:
+            with row.named():
                 return self.encode(row, tokenizer, limits)
-            except RowError as error:
-                raise DataError(f"{row.where}: {error}") from error
 
         features = FeatureSet.of(map(encode, rows))
         found: list[set[Span]] = [set() for _ in rows]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from weakref import WeakKeyDictionary
 
 from ftkit.data.types import Features, Limits, Row, RowError
-from ftkit.errors import DataError, RecipeError
+from ftkit.errors import RecipeError
 from ftkit.recipe.spec import Default, Generation, Spec, option
 from ftkit.tasks import Column, Shape, language_model, text_metrics
 from ftkit.tasks.language_model import LanguageModelMetrics, Stacks
@@ -169,11 +169,9 @@ class Seq2Seq(Spec):
         allowed = min(generation.max_new_tokens, max_positions(model.config) or generation.max_new_tokens)
         sources, answers = [], list[dict[str, Any]]()
         for row in rows:
-            try:
+            with row.named():
                 whole = self._source(row, tokenizer)
                 sources.append(self._fitted(row, whole, tokenizer, limits))
-            except RowError as error:
-                raise DataError(f"{row.where}: {error}") from error
             lost = len(whole) - len(sources[-1])
             answers.append(({"truncated": lost} if lost else {}) | ({"max_new_tokens": allowed} if allowed < generation.max_new_tokens else {}))
         order = sorted(range(len(rows)), key=lambda i: len(sources[i]))

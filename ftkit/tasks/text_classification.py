@@ -13,7 +13,7 @@ from ftkit.data.types import Features, Items, Limits, Row, RowError
 from ftkit.errors import DataError, RecipeError
 from ftkit.recipe.spec import Default, Generation, Spec, option
 from ftkit.tasks import Column, Shape
-from ftkit.tasks.classes import in_order, name_of, some
+from ftkit.tasks.classes import name_of, ordered, some
 from ftkit.tasks.problems import AnyLabels, Number, OneClass, Problem, balanced
 
 if TYPE_CHECKING:
@@ -122,13 +122,7 @@ class TextClassification(Spec):
                 flaw = flaw or f"{row.where}: {error}"
         if not found:
             raise DataError(f"the training rows have no label that can be used{f': {flaw}' if flaw else ''}")
-        labels = in_order(found) if self.labels is None else self.labels
-        if missing := sorted(set(found) - set(labels)):
-            raise DataError(f"task.labels lacks labels of the training rows: {some(missing)}")
-        if len(found) < 2 and self.problem == "single-label":
-            raise DataError(f"the training rows have one label only ({some(sorted(found))}): there is nothing to tell apart")
-        if len(set(labels)) < len(labels):
-            raise RecipeError(f"task.labels repeats a label: {some(sorted({x for x in labels if labels.count(x) > 1}))}")
+        labels = ordered(found, self.labels, at_least=2 if self.problem == "single-label" else 1)
         weights = balanced(found) if self.class_weights == "balanced" else self.class_weights
         if weights is not None and (unknown := sorted(set(weights) - set(labels))):
             raise RecipeError(f"task.class_weights: {some(unknown)} is no label (known: {some(labels)})")
@@ -242,10 +236,8 @@ class TextClassification(Spec):
         from ftkit.data.features import FeatureSet
 
         def encode(row: Row) -> list[Features]:
-            try:
+            with row.named():
                 return self.encode(row, tokenizer, limits)
-            except RowError as error:
-                raise DataError(f"{row.where}: {error}") from error
 
         features = FeatureSet.of(map(encode, rows))
         batch = collate(features, np.arange(len(features)), tokenizer.pad_token_id).to(model.device)

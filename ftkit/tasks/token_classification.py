@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from ftkit.data.types import Features, Items, Limits, Row, RowError
-from ftkit.errors import DataError, RecipeError
+from ftkit.errors import DataError
 from ftkit.recipe.spec import Default, Generation, Spec, option
 from ftkit.tasks import Column, Shape
-from ftkit.tasks.classes import by_class, counts_of, in_order, name_of, of_confusion, some
+from ftkit.tasks.classes import by_class, counts_of, name_of, of_confusion, ordered, some
 from ftkit.tasks.spans import OUTSIDE, spans, tagged, types_of
 from ftkit.tasks.streaming import Streaming
 from ftkit.tasks.windows import check_tokenizer, windows_of
@@ -99,14 +99,7 @@ class TokenClassification(Spec):
                 flaw = flaw or f"{row.where}: {error}"
         if flaw and not found:
             raise DataError(f"the training rows have no tag that can be used: {flaw}")
-        labels = in_order(found) if self.labels is None else self.labels
-        if missing := sorted(found - set(labels)):
-            raise DataError(f"task.labels lacks tags of the training rows: {some(missing)}")
-        if len(found) < 2:
-            raise DataError(f"the training rows have one tag only ({some(sorted(found))}): there is nothing to tell apart")
-        if len(set(labels)) < len(labels):
-            raise RecipeError(f"task.labels repeats a tag: {some(sorted({x for x in labels if labels.count(x) > 1}))}")
-        return self.model_copy(update={"labels": labels})
+        return self.model_copy(update={"labels": ordered(found, self.labels, "tag")})
 
     def check(self, tokenizer: Any) -> None:
         """Refuse a tokenizer that does not say which characters its tokens are of."""
@@ -220,10 +213,8 @@ class TokenClassification(Spec):
         from ftkit.data.features import FeatureSet
 
         def words_of(row: Row) -> list[str]:
-            try:
+            with row.named():
                 return _words(row)
-            except RowError as error:
-                raise DataError(f"{row.where}: {error}") from error
 
         answers, texts = [], [words_of(row) for row in rows]
         windows = [self._windows(words, tokenizer, limits) for words in texts]
