@@ -162,6 +162,18 @@ def test_a_batch_without_supervised_tokens_is_judged(llama):
     assert seen == [0]
 
 
+def test_rows_with_several_labels_keep_their_targets(checkpoint):
+    """Of which a row has a list, as of tokens."""
+    task = TextClassification(problem="multi-label", labels=["a", "b"])
+    base = base_of(checkpoint("bert"), task)
+    learner = PromptTuning(num_virtual_tokens=N).apply(base)
+    features = FeatureSet.of([[Features(row, [1.0, 0.0], [1.0])] for row in ROWS])
+    seen = []
+    Trainee(learner, base.inner(), task, Supervised())(collate(features, np.arange(len(ROWS)), 0), seen.extend)
+    assert seen[0].targets.tolist() == [[1.0, 0.0]] * len(ROWS)
+    assert seen[0].weights.tolist() == [1.0] * len(ROWS)
+
+
 def embedded(base: Base, ids: list[int]) -> torch.Tensor:
     return prompts.embedding_of(base.model).weight[ids]
 
