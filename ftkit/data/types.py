@@ -39,9 +39,10 @@ class Row:
             raise DataError(f"{self.where}: {error}") from error
 
 
-# What an item has: one of C classes, any of C labels, a number, or one of the positions of its own row.
-Targets: TypeAlias = Literal["classes", "labels", "numbers", "positions"]
+# What an item has: one of C classes, any of C labels, a number, one of the positions of its own row, or a text of its own.
+Targets: TypeAlias = Literal["classes", "labels", "numbers", "positions", "matches"]
 RowList: TypeAlias = "list[Row] | Spool[Row]"  # in memory or on disk
+Losses: TypeAlias = "Callable[[torch.Tensor, torch.Tensor], torch.Tensor]"  # float32 logits and targets of n items -> float32 [n]
 
 
 @dataclass(slots=True)
@@ -87,6 +88,7 @@ class Features:
     silent_words: int = 0  # of a row of words: those that the tokenizer makes nothing of
     apart: bool = False  # alike in all features of a set
     spans: list[int] | None = None  # two numbers a token: from and to which character of the row it is; equal where it is of none
+    texts: list[int] | None = None  # of a row of several texts that are read apart: how many of the tokens are each's; as many in all features of a set
 
     @property
     def tokens(self) -> list[int]:
@@ -146,7 +148,10 @@ class Segments:
 
 @dataclass(slots=True)
 class Batch:
-    """Rows side by side for one forward pass, padded on the right.  B rows of L positions."""
+    """Rows side by side for one forward pass, padded on the right.  B rows of L positions.
+
+    Of rows of P texts each, these are beside each other: there are B * P where inputs have B.
+    """
 
     input_ids: torch.Tensor  # int64 [B, L]
     attention_mask: torch.Tensor  # int64 [B, L]: 1 on real tokens
@@ -177,12 +182,13 @@ class Scores:
     n is the number of items (positions or rows), C the number of classes (or the vocabulary).
     """
 
-    logits: torch.Tensor  # float [n, C]; of numbers [n, 1]; of positions [n, L], -inf behind the end of a row
-    targets: torch.Tensor  # as `kind` says: int64 [n], float32 [n, C] of 0 and 1, float32 [n], or int64 [n]
+    logits: torch.Tensor  # float [n, C]; of numbers [n, 1]; of positions [n, L], -inf behind the end of a row; of texts [n, P, H], their embeddings
+    targets: torch.Tensor  # as `kind` says: int64 [n], float32 [n, C] of 0 and 1, float32 [n], or int64 [n]; matches have none that means anything
     weights: torch.Tensor  # float32 [n]
     rows: torch.Tensor  # int64 [n]: the feature (index into the feature set) that an item belongs to
     counted: torch.Tensor | None = None  # bool [n]: what metrics beside the loss count; all if None
     kind: Targets = "classes"
+    losses: Losses | None = None  # other ones than those of the kind
 
 
 @dataclass(slots=True)
@@ -198,6 +204,7 @@ class Items:
     counted: torch.Tensor | None = None  # as those of the scores
     kind: Targets = "classes"
     layer: nn.Linear | None = None  # within the head: [C, H], where a logit takes what it gives for its own row, nothing else of it
+    losses: Losses | None = None  # as those of the scores
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -206,7 +213,8 @@ class Items:
         """Those of a part of the items; `states` in place of their own."""
         states = self.states[part] if states is None else states
         counted = None if self.counted is None else self.counted[part]
-        return Scores(self.head(states) if self.head else states, self.targets[part], self.weights[part], self.rows[part], counted, self.kind)
+        logits = self.head(states) if self.head else states
+        return Scores(logits, self.targets[part], self.weights[part], self.rows[part], counted, self.kind, self.losses)
 
     def parts(self, size: int) -> Iterator[slice]:
         """Slices of `size` items; one, if there are no items."""

@@ -11,10 +11,14 @@ if TYPE_CHECKING:
 
 
 def losses(scores: Scores, label_smoothing: float = 0.0) -> torch.Tensor:
-    """float32 [n]: how far each item is from its target; only the loss of classes is smoothed."""
+    """float32 [n]: how far each item is from its target, as the task or the kind of target says; only the loss of classes is smoothed."""
+    import torch
     from torch.nn import functional as F
 
     logits = scores.logits.float()
+    if scores.losses is not None:
+        with torch.autocast(logits.device.type, enabled=False):  # products of embeddings need float32, too
+            return scores.losses(logits, scores.targets)
     if scores.kind == "labels":
         return F.binary_cross_entropy_with_logits(logits, scores.targets, reduction="none").mean(-1)
     if scores.kind == "numbers":

@@ -13,7 +13,7 @@ from ftkit.tasks.streaming import Streaming
 if TYPE_CHECKING:
     import torch
 
-    from ftkit.data.types import Scores, Targets
+    from ftkit.data.types import Losses, Scores, Targets
     from ftkit.tasks import Metrics
 
 BINS = 15  # of probabilities, for the calibration error (arXiv 1706.04599)
@@ -28,6 +28,11 @@ class Problem(Protocol):
     problem_type: ClassVar[str]  # transformers' name of it
     metric_names: tuple[str, ...]
     main_metric: ClassVar[str]
+
+    @property
+    def losses(self) -> Losses | None:
+        """Other ones than those of the targets."""
+        ...
 
     def target(self, value: Any) -> list[int] | list[float]:
         """What a row's column says, as the numbers that make up a target.  Raises RowError."""
@@ -56,6 +61,7 @@ class OneClass:
     column: ClassVar[str] = "label"
     problem_type: ClassVar[str] = "single_label_classification"
     main_metric: ClassVar[str] = "accuracy"
+    losses: Losses | None = None
 
     def __init__(self, names: Sequence[str] | None) -> None:
         self.names = names or ()
@@ -94,6 +100,7 @@ class AnyLabels:
     problem_type: ClassVar[str] = "multi_label_classification"
     main_metric: ClassVar[str] = "f1"
     metric_names: tuple[str, ...] = ("f1", "f1_micro", "accuracy", "auroc", "loss")
+    losses: Losses | None = None
 
     def __init__(self, names: Sequence[str] | None, threshold: float) -> None:
         self.names, self.threshold = names or (), threshold
@@ -134,15 +141,10 @@ class Number:
     problem_type: ClassVar[str] = "regression"
     main_metric: ClassVar[str] = "spearman"
     metric_names: tuple[str, ...] = ("pearson", "spearman", "mse", "loss")
+    losses: Losses | None = None
 
     def target(self, value: Any) -> list[float]:
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            raise RowError(f"score {value!r} is not a number") from None
-        if isinstance(value, bool) or not math.isfinite(number):
-            raise RowError(f"score {value!r} is not a finite number")
-        return [number]
+        return [number_of(value)]
 
     @property
     def nothing(self) -> list[float]:
@@ -157,6 +159,26 @@ class Number:
 
     def answers(self, logits: torch.Tensor) -> list[dict[str, Any]]:
         return [{"score": said} for said in logits.float().squeeze(-1).tolist()]
+
+
+def number_of(score: Any) -> float:
+    """What a row's score says.  Raises RowError."""
+    try:
+        number = float(score)
+    except (TypeError, ValueError):
+        raise RowError(f"score {score!r} is not a number") from None
+    if isinstance(score, bool) or not math.isfinite(number):
+        raise RowError(f"score {score!r} is not a finite number")
+    return number
+
+
+def share_of(score: Any, bounds: Sequence[float]) -> float:
+    """Where a score lies between the lowest and the highest one, 0 to 1.  Raises RowError."""
+    lowest, highest = bounds
+    number = number_of(score)
+    if not lowest <= number <= highest:
+        raise RowError(f"score {score!r} is outside of task.score_range: {lowest:g} to {highest:g}")
+    return (number - lowest) / (highest - lowest)
 
 
 # --- metrics --------------------------------------------------------------------------------------------------------

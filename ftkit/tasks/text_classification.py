@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from ftkit.data.types import Features, Items, Limits, Row, RowError
+from ftkit.data.types import Row, RowError
 from ftkit.errors import DataError, RecipeError
-from ftkit.recipe.spec import Default, Generation, Spec, option
+from ftkit.recipe.spec import option
 from ftkit.tasks import Column, Shape
 from ftkit.tasks.classes import name_of, ordered, some
 from ftkit.tasks.problems import AnyLabels, Number, OneClass, Problem, balanced
-
-if TYPE_CHECKING:
-    from ftkit.data.types import Batch, Scores, Targets
-    from ftkit.tasks import Metrics
+from ftkit.tasks.text_task import TextTask
 
 TEXT = Column("text", "the text to classify", "sentence", "sentence1", "premise", "question1", "content", "review", "document")
 PAIR = Column("text_pair", "a second text", "sentence2", "hypothesis", "question2")
@@ -41,7 +38,7 @@ EXAMPLES = (  # a sentence, a second one, and whether it follows from the first
 )
 
 
-class TextClassification(Spec):
+class TextClassification(TextTask):
     """What a text, or a pair of texts, is told: a class, labels, or a number."""
 
     kind: Literal["text-classification"] = "text-classification"
@@ -53,14 +50,6 @@ class TextClassification(Spec):
         None, "how much a row of each class counts in the loss; balanced: so much that all classes count alike; the same for all if empty"
     )
     threshold: float = option(0.5, "probability from which on a label is said, of multi-label", gt=0, lt=1)
-
-    txt_row: ClassVar[str] = "line"
-    auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
-    peft_type: ClassVar[str] = "SEQ_CLS"
-    new_head: ClassVar[bool] = True
-    defaults: ClassVar[Mapping[str, Default]] = {
-        "data.max_length": Default(512, "the positions of BERT (arXiv 1810.04805)"),
-    }
 
     @model_validator(mode="after")
     def _no_option_without_effect(self) -> TextClassification:
@@ -85,19 +74,6 @@ class TextClassification(Spec):
         if self.problem == "regression":
             return Number()
         return AnyLabels(self.labels, self.threshold) if self.problem == "multi-label" else OneClass(self.labels)
-
-    @property
-    def targets(self) -> Targets:
-        return self._problem.targets
-
-    @property
-    def metric_names(self) -> tuple[str, ...]:
-        """`f1_binary` is that of the second label of two."""
-        return self._problem.metric_names
-
-    @property
-    def main_metric(self) -> str:
-        return self._problem.main_metric
 
     def examples(self) -> list[dict[str, Any]]:
         """Pairs of sentences under the labels of the recipe, if it has any, or with numbers."""
@@ -128,9 +104,6 @@ class TextClassification(Spec):
             raise RecipeError(f"task.class_weights: {some(unknown)} is no label (known: {some(labels)})")
         return self.model_copy(update={"labels": labels, "class_weights": weights})
 
-    def check(self, tokenizer: Any) -> None:
-        """Every tokenizer will do."""
-
     def config_kwargs(self) -> dict[str, Any]:
         names = ["LABEL_0"] if self.problem == "regression" else self._names  # transformers' name where there is none
         return {
@@ -149,49 +122,6 @@ class TextClassification(Spec):
         if not isinstance(self.class_weights, dict) or "label" not in row.values:
             return 1.0
         return self.class_weights.get(name_of(row.values["label"]), 1.0)
-
-    def encode(self, row: Row, tokenizer: Any, limits: Limits) -> list[Features]:
-        problem = self._problem
-        targets = problem.target(row.values[problem.column]) if problem.column in row.values else problem.nothing
-        texts = [row.values["text"], *([row.values["text_pair"]] if "text_pair" in row.values else [])]
-        encoded = tokenizer(*texts, truncation=False, verbose=False)
-        excess = len(encoded["input_ids"]) - limits.max_length
-        if excess > 0:
-            if limits.truncation == "drop":
-                return []
-            if limits.truncation == "error":
-                raise RowError(f"{len(encoded['input_ids'])} tokens, more than data.max_length: {limits.max_length}")
-            side, tokenizer.truncation_side = tokenizer.truncation_side, limits.truncation
-            encoded = tokenizer(*texts, truncation="longest_first", max_length=limits.max_length)
-            tokenizer.truncation_side = side
-        if not encoded["input_ids"]:
-            raise RowError("no tokens")
-        return [
-            Features(
-                input_ids=encoded["input_ids"],
-                token_type_ids=encoded.get("token_type_ids"),
-                targets=targets,
-                weights=[self._weight(row)],
-                truncated=max(excess, 0),
-            )
-        ]
-
-    def items(self, model: Any, batch: Batch) -> Items:
-        """Every row, with its logits [C]."""
-        types = {} if batch.token_type_ids is None else {"token_type_ids": batch.token_type_ids}
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **types).logits
-        targets = batch.targets.view_as(logits) if self.targets == "labels" else batch.targets
-        return Items(logits, None, logits.shape[1], targets, batch.weights, batch.row_ids, kind=self.targets)
-
-    def complete(self, model: Any, tokenizer: Any) -> None:
-        """The labels are in the config already."""
-
-    def metrics(self) -> Metrics:
-        return self._problem.metrics()
-
-    def records(self, parts: Iterable[Scores]) -> list[dict[str, Any]]:
-        problem = self._problem
-        return [{"feature": row} | record for scores in parts for row, record in zip(scores.rows.tolist(), problem.records(scores), strict=True)]
 
     def baselines(self, train: Iterable[Row], rows: Iterable[Row]) -> dict[str, float]:
         """Accuracy on rows without any model, where each has one class: the commonest training label, and words counted by naive Bayes.
@@ -226,23 +156,6 @@ class TextClassification(Spec):
             "majority": gold.count(max(prior, key=prior.__getitem__)) / len(gold),
             "bag_of_words": sum(map(str.__eq__, said, gold)) / len(gold),
         }
-
-    def predict(self, model: Any, tokenizer: Any, rows: list[Row], limits: Limits, generation: Generation) -> list[dict[str, Any]]:
-        """The likeliest label of each row with its probability, all labels that are likely enough, or a number; and the probabilities of all labels."""
-        import numpy as np
-        import torch
-
-        from ftkit.data.batches import collate
-        from ftkit.data.features import FeatureSet
-
-        def encode(row: Row) -> list[Features]:
-            with row.named():
-                return self.encode(row, tokenizer, limits)
-
-        features = FeatureSet.of(map(encode, rows))
-        batch = collate(features, np.arange(len(features)), tokenizer.pad_token_id).to(model.device)
-        with torch.inference_mode():
-            return self._problem.answers(self.items(model, batch).states)
 
 
 def _words(row: Row) -> list[str]:
