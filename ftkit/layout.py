@@ -174,12 +174,15 @@ def two_rows(features: FeatureSet) -> FeatureSet:
     chosen, limit = [], TRIED_TOKENS[0]
     for index in (longest, max(others, key=features.lengths.__getitem__, default=longest)):
         row = features.get(index)
-        tokens = slice(min(limit, len(row["input_ids"])))
+        cut = row["texts"].clip(max=limit).tolist()
+        starts = np.cumsum([0, *row["texts"][:-1]])
+        tokens = np.concatenate([start + np.arange(length) for start, length in zip(starts, cut, strict=True)])
         width = features.width
-        targets = row["targets"] if features.per_row else row["targets"][: tokens.stop * width]
+        targets = row["targets"] if features.per_row else row["targets"][: len(tokens) * width]
         types = None if row["token_type_ids"] is None else row["token_type_ids"][tokens].tolist()
-        chosen.append(Features(row["input_ids"][tokens].tolist(), targets.tolist(), [1.0] * (len(targets) // width), types, apart=features.apart))
-        limit = min(TRIED_TOKENS[1], max(1, tokens.stop - 1))
+        texts = None if features.texts is None else cut
+        chosen.append(Features(row["input_ids"][tokens].tolist(), targets.tolist(), [1.0] * (len(targets) // width), types, apart=features.apart, texts=texts))
+        limit = min(TRIED_TOKENS[1], max(1, max(cut) - 1))
     return FeatureSet.of([[row] for row in chosen])
 
 

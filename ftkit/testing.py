@@ -222,9 +222,10 @@ def _check_declaration(task: Task) -> None:
 def _check_features(row: Row, encoded: list[Features], limits: Limits, vocabulary: int) -> None:
     _require(len(encoded) > 0, f"encode drops {row.where}, which is not too long: raise RowError with the reason, or keep it")
     for features in encoded:
-        length = len(features.input_ids)
+        length, longest = len(features.input_ids), _longest(features)
         where = f"encode({row.where})"
-        _require(0 < length <= limits.max_length, f"{where} gives {length} tokens, where 1 to {limits.max_length} are allowed")
+        _require(0 < longest <= limits.max_length, f"{where} gives {longest} tokens, where 1 to {limits.max_length} are allowed")
+        _require(features.texts is None or sum(features.texts) == length, f"{where}: the tokens of its texts are not those of the row")
         _require(all(0 <= token < vocabulary for token in features.input_ids), f"{where} gives token ids outside of the tokenizer's {vocabulary}")
         weights = len(features.weights)
         _require(
@@ -242,15 +243,20 @@ def _check_features(row: Row, encoded: list[Features], limits: Limits, vocabular
     _require(any(any(features.weights) for features in encoded), f"encode({row.where}) supervises nothing")
 
 
+def _longest(features: Features) -> int:
+    """Tokens that are read together."""
+    return max(features.texts or [len(features.input_ids)])
+
+
 def _check_truncation(task: Task, rows: Sequence[Row], encoded: list[list[Features]], tokenizer: Any, limits: Limits) -> None:
     """Every mode keeps to max_length, counts what it cuts, and leaves the tokenizer as it was."""
-    lengths = [max(len(features.input_ids) for features in each) for each in encoded]
+    lengths = [max(map(_longest, each)) for each in encoded]
     longest = int(np.argmax(lengths))
     short = (min(lengths) + lengths[longest]) // 2
     row = rows[longest]
     for mode in ("right", "left"):
         cut = task.encode(row, tokenizer, Limits(short, mode))
-        over = [len(features.input_ids) for features in cut if len(features.input_ids) > short]
+        over = [length for length in map(_longest, cut) if length > short]
         _require(not over, f"encode with truncation {mode}: {over} tokens, more than max_length {short}")
         told = sum(features.truncated for features in cut)
         _require(

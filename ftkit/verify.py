@@ -59,7 +59,7 @@ class Expected:
 
 
 def choose(features: FeatureSet, count: int = 8) -> list[reload.Row]:
-    """The inputs of `count` rows, short to long, with different targets as far as there are."""
+    """The inputs of `count` rows, short to long, with different targets as far as there are; of several texts in a row, the first one."""
     order = np.argsort(features.lengths, kind="stable")
     seen: set[str] = set()
     chosen: list[reload.Row] = []
@@ -69,7 +69,7 @@ def choose(features: FeatureSet, count: int = 8) -> list[reload.Row]:
         seen.add(candidates[index])
         row = features.get(int(index))
         inputs = {name: row[name] for name in ("input_ids", "token_type_ids")}
-        chosen.append({name: torch.from_numpy(values.astype(np.int64)) for name, values in inputs.items() if values is not None})
+        chosen.append({name: torch.from_numpy(values[: row["texts"][0]].astype(np.int64)) for name, values in inputs.items() if values is not None})
     return chosen
 
 

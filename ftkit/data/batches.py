@@ -143,20 +143,19 @@ def collate(features: FeatureSet, indices: np.ndarray, pad_token_id: int, epoch:
     silent = len(indices) == 0
     indices = np.zeros(1, np.int64) if silent else indices
     rows = [features.get(int(i), epoch) for i in indices]
-    lengths = [len(row["input_ids"]) for row in rows]
-    shape = (len(rows), max(lengths))
-    input_ids = np.full(shape, pad_token_id, np.int64)
-    attention_mask = np.zeros(shape, np.int64)
-    type_ids = None if rows[0]["token_type_ids"] is None else np.zeros(shape, np.int64)
+    lengths = np.concatenate([row["texts"] for row in rows])
+    real = np.arange(lengths.max()) < lengths[:, None]
+
+    def laid_out(name: str, padding: int) -> np.ndarray:
+        values = np.full(real.shape, padding, np.int64)
+        values[real] = np.concatenate([row[name] for row in rows])
+        return values
+
     shape_of_weights = (len(rows),) if features.per_row else (len(rows), max(len(row["weights"]) for row in rows))
     of_each = (features.width,) if features.width > 1 else ()
     targets = np.full(shape_of_weights + of_each, pad_token_id if features.apart else 0, rows[0]["targets"].dtype)
     weights = np.zeros(shape_of_weights, np.float32)
-    for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-        input_ids[number, :length] = row["input_ids"]
-        attention_mask[number, :length] = 1
-        if type_ids is not None:
-            type_ids[number, :length] = row["token_type_ids"]
+    for number, row in enumerate(rows):
         place = number if features.per_row else (number, slice(len(row["weights"])))
         given = row["targets"].reshape(-1, *of_each)
         targets[place] = given[0] if features.per_row else given
@@ -165,15 +164,15 @@ def collate(features: FeatureSet, indices: np.ndarray, pad_token_id: int, epoch:
     if targets.dtype != np.float32:
         targets = targets.astype(np.int64)
     return Batch(
-        input_ids=torch.from_numpy(input_ids),
-        attention_mask=torch.from_numpy(attention_mask),
+        input_ids=torch.from_numpy(laid_out("input_ids", pad_token_id)),
+        attention_mask=torch.from_numpy(real.astype(np.int64)),
         targets=torch.from_numpy(targets),
         weights=torch.from_numpy(weights),
         supervised=torch.from_numpy(np.flatnonzero(weights)),
         row_ids=torch.from_numpy(np.asarray(indices, np.int64)),
         source=(features, np.asarray(indices)),
-        token_type_ids=None if type_ids is None else torch.from_numpy(type_ids),
-        segments=segments(attention_mask) if min(lengths) < max(lengths) else None,
+        token_type_ids=None if rows[0]["token_type_ids"] is None else torch.from_numpy(laid_out("token_type_ids", 0)),
+        segments=None if real.all() else segments(real),
     )
 
 

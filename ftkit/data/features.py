@@ -37,7 +37,7 @@ CALL_STATE = {
 NOT_TEXT = frozenset({"label", "score", "tags", "answers", "answer_start"})
 PROGRESS_ROWS = 64  # between two reports of progress
 Numbers: TypeAlias = "np.ndarray | Stored"
-Example: TypeAlias = dict[str, Any]  # of a feature: its input_ids, targets, weights, token_type_ids and spans
+Example: TypeAlias = dict[str, Any]  # the parts of a feature: input_ids, targets, weights, token_type_ids, spans and texts
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class FeatureSet:
     """The tokenised rows of a split, one after the other in flat arrays: n features of T tokens in all.
 
     Targets and weights have an entry a token, or an entry a feature (`per_row`), or are sequences of their own: U of them in all.
-    Of targets that are W numbers each, W stand for each weight.
+    Of targets that are W numbers each, W stand for each weight.  Rows of P texts have those of each one after the other.
     """
 
     input_ids: Numbers  # int32 [T]
@@ -73,6 +73,7 @@ class FeatureSet:
     token_type_ids: Numbers | None = None  # int8 [T]
     target_offsets: Numbers | None = None  # int64 [n + 1]: as offsets, of sequences of their own
     spans: Numbers | None = None  # int32 [T * 2]: from and to which character of the row each token is
+    texts: Numbers | None = None  # int32 [n * P]: tokens of each text, where a feature has several
     corruption: Corruption | None = None  # of what `get` gives; never stored
 
     @classmethod
@@ -89,8 +90,13 @@ class FeatureSet:
     @cached_property
     def lengths(self) -> np.ndarray:
         """int32 [n]: tokens of each feature, those that a decoder writes counted."""
-        own = _lengths(self.offsets)
+        own = self._text_lengths if self.texts is None else _lengths(self.offsets)
         return own if self.target_offsets is None else own + _lengths(self.target_offsets)
+
+    @cached_property
+    def _text_lengths(self) -> Any:
+        """int32 [n * P], in memory or on disk: tokens of each text."""
+        return _lengths(self.offsets) if self.texts is None else self.texts
 
     def rows(self) -> Iterator[int]:
         """The rows that have features, in order."""
@@ -120,8 +126,9 @@ class FeatureSet:
         return self.target_offsets is not None
 
     def get(self, index: int, epoch: int = 0) -> Example:
-        """Views of one feature's input_ids, targets, weights, token_type_ids and spans, or what these become in an epoch."""
+        """Views of one feature's parts, and how many tokens each of its texts has; or what these become in an epoch."""
         tokens = slice(*self.offsets[index : index + 2].tolist())
+        count = len(self._text_lengths) // len(self)
         if self.target_offsets is not None:
             supervised = slice(*self.target_offsets[index : index + 2].tolist())
         else:
@@ -133,6 +140,7 @@ class FeatureSet:
             "weights": self.weights[supervised],
             "token_type_ids": None if self.token_type_ids is None else self.token_type_ids[tokens],
             "spans": None if self.spans is None else self.spans[2 * tokens.start : 2 * tokens.stop],
+            "texts": self._text_lengths[index * count : (index + 1) * count],
         }
         return self.corruption.of(example, epoch, index) if self.corruption else example
 
@@ -181,7 +189,7 @@ class _Builder:
         new: Callable[[str], Any] = Growing if on_disk else array
         self.input_ids, self.offsets, self.row = new("i"), new("q"), new("q")
         self.targets, self.weights, self.token_type_ids, self.spans = new("d"), new("f"), new("b"), new("i")
-        self.target_offsets = new("q")
+        self.target_offsets, self.texts = new("q"), new("i")
         self.offsets.append(0)
         self.real_targets = self.apart = False
         self.on_disk = on_disk
@@ -192,6 +200,8 @@ class _Builder:
             assert width * len(each.weights) == len(each.targets), "targets and weights go in pairs"
             assert not len(self.weights) or width * len(self.weights) == len(self.targets), "targets are alike in all features"
             assert each.token_type_ids is None or len(each.token_type_ids) == len(each.input_ids)
+            assert each.texts is None or sum(each.texts) == len(each.input_ids), "each token is of one text"
+            assert not len(self.row) or len(each.texts or ()) * len(self.row) == len(self.texts), "as many texts in all features"
             if each.apart and not len(self.row):
                 self.apart = True
                 self.target_offsets.append(0)
@@ -205,6 +215,7 @@ class _Builder:
                 self.target_offsets.append(len(self.targets))
             self.token_type_ids.extend(each.token_type_ids or ())
             self.spans.extend(each.spans or ())
+            self.texts.extend(each.texts or ())
             self.real_targets = self.real_targets or any(isinstance(target, float) for target in each.targets)
 
     def build(self) -> FeatureSet:
@@ -225,6 +236,7 @@ class _Builder:
             token_type_ids=done(self.token_type_ids, np.int8) if len(self.token_type_ids) else None,
             target_offsets=done(self.target_offsets, np.int64) if self.apart else None,
             spans=done(self.spans, np.int32) if len(self.spans) else None,
+            texts=done(self.texts, np.int32) if len(self.texts) else None,
         )
 
 

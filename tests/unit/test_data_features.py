@@ -82,7 +82,7 @@ def test_a_set_gives_views_of_its_features():
     feature = data.get(2)
     assert feature.pop("spans") is None
     assert {name: array.tolist() for name, array in feature.items()} == {
-        "input_ids": [2, 3], "targets": [3, 4], "weights": [1.0, 0.0], "token_type_ids": [0, 1]
+        "input_ids": [2, 3], "targets": [3, 4], "weights": [1.0, 0.0], "token_type_ids": [0, 1], "texts": [2]
     }  # fmt: skip
     assert all(array.base is not None for array in feature.values())
     assert (data.input_ids.dtype, data.offsets.dtype, data.targets.dtype, data.weights.dtype) == (np.int32, np.int64, np.int32, np.float32)

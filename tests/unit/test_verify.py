@@ -238,7 +238,8 @@ class Lengths:
     lengths = np.arange(40, 0, -1)
 
     def get(self, index):
-        return {"input_ids": np.arange(self.lengths[index], dtype=np.int32), "token_type_ids": None, "targets": np.array([index // 20])}
+        ids = np.arange(self.lengths[index], dtype=np.int32)
+        return {"input_ids": ids, "token_type_ids": None, "targets": np.array([index // 20]), "texts": np.array([len(ids)])}
 
 
 def test_chosen_rows_are_short_to_long_with_all_targets():
