@@ -21,6 +21,7 @@ TRAITS = {
     "AutoModelForTokenClassification": "no head that tags tokens",
     "AutoModelForQuestionAnswering": "no head that finds answers",
     "AutoModelForMaskedLM": "no head that fills masks",
+    "AutoModel": "two stacks of layers",
     "AutoModelForCausalLM": "no head that continues text",
     "AutoModelForSeq2SeqLM": "no head that rewrites text",
     "layers": "no list of layers",
@@ -30,7 +31,7 @@ TRAITS = {
     "keys, values": "no keys and values that names tell",
     "feed-forward": "no feed-forward layers that shapes tell",
     "attention output": "no end of attention that names and shapes tell",
-    "own head": "the head is the input embedding",
+    "own head": "no head apart from the input embedding",
     "few bits": "feed-forward layers that compute in another type than weights of few bits are stored in",
     "attention interface": "attention that is its own, or wants what others have not",
 }
@@ -38,12 +39,13 @@ CLASSIFIER, TAGGER, FINDER = "AutoModelForSequenceClassification", "AutoModelFor
 MASKED = "AutoModelForMaskedLM"
 CAUSAL, REWRITER = "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"
 NEW_HEADS = {CLASSIFIER, TAGGER, FINDER}
-USUAL = {*NEW_HEADS, "layers", "linear", "untransposed", "keys, values", "feed-forward", "attention output", "attention interface", "few bits"}
+BARE = "AutoModel"  # without any head
+USUAL = {*NEW_HEADS, BARE, "layers", "linear", "untransposed", "keys, values", "feed-forward", "attention output", "attention interface", "few bits"}
 BIASED = {*USUAL, "biases"}
 ENCODER = {*BIASED, MASKED}
 DECODER, BIASED_DECODER = {*USUAL, CAUSAL}, {*BIASED, CAUSAL}
 # The heads that some of them have for other tasks are not looked at.
-TWO_STACKS, BIASED_TWO_STACKS = {*USUAL, REWRITER} - NEW_HEADS, {*BIASED, REWRITER} - NEW_HEADS
+TWO_STACKS, BIASED_TWO_STACKS = {*USUAL, REWRITER} - NEW_HEADS - {BARE}, {*BIASED, REWRITER} - NEW_HEADS - {BARE}
 OWN = {"attention interface"}  # which attention that is an architecture's own does not go through
 
 TABLE: dict[str, set[str]] = {
@@ -116,7 +118,7 @@ class Gap(NamedTuple):
 
 def lacking(architecture: str, method: Method, task: Task) -> list[str]:
     """What an architecture of the table lacks for a method on a task; empty where all is there."""
-    has = TABLE[architecture]
+    has = TABLE[architecture] - ({"own head"} if task.auto_class == BARE else set())
     return [reason for trait, reason in TRAITS.items() if trait in {task.auto_class, *method.needs(task.new_head)} and trait not in has]
 
 

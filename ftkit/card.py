@@ -18,6 +18,7 @@ Measured = Mapping[str, Mapping[str, float]]  # split -> metric -> value
 LISTED_CLASSES = 30  # up to here the card has a table of classes
 SHOWN_CHARACTERS = 200  # of an answer
 PIPELINE_TAGS = {  # transformers' Auto class -> the hub's name for what a model with that head does
+    "AutoModel": "sentence-similarity",
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForTokenClassification": "token-classification",
     "AutoModelForQuestionAnswering": "question-answering",
@@ -38,12 +39,14 @@ def model_card(recipe: Recipe[Any, Any, Any], manifest: Mapping[str, Any], metri
     tuned = {split: values for split, values in metrics.items() if split != "base"}
     front = yaml.safe_dump(_front_matter(recipe, manifest, tuned), sort_keys=False, allow_unicode=True)
     as_prompt = recipe.method.positions and manifest["artifact"]["loads_with"] == "peft"
+    as_embedding = _library(recipe, manifest) == "sentence-transformers"
     sections = [
         f"---\n{front}---",
         f"# {Path(recipe.output).name}",
         _story(recipe, manifest, base, tuned),
         f"## Load it\n\nFrom inside the run directory:\n\n```python\n{_loading_code(manifest)}\n```"
-        + ("\n\nSo it answers rows one by one; `ftkit.load('model')` takes rows side by side, too, padded on either side." if as_prompt else ""),
+        + ("\n\nSo it answers rows one by one; `ftkit.load('model')` takes rows side by side, too, padded on either side." if as_prompt else "")
+        + ("\n\nSo it gives the states of tokens; `SentenceTransformer('model')` of sentence-transformers gives embeddings." if as_embedding else ""),
         "\n\n".join(["## Results", _results(base, tuned, details), *_classes(details), *_samples(details)]),
         f"## Training\n\n{_hyperparameters(recipe, manifest)}",
     ]
@@ -72,7 +75,7 @@ def _front_matter(recipe: Recipe[Any, Any, Any], manifest: Mapping[str, Any], tu
     front: dict[str, Any] = {}
     if name and not Path(name).is_absolute() and recipe.model.init == "pretrained":
         front |= {"base_model": name, "base_model_relation": "adapter" if adapter else "finetune"}
-    front["library_name"] = artifact["loads_with"]
+    front["library_name"] = _library(recipe, manifest)
     if tag := PIPELINE_TAGS.get(artifact["auto_class"]):
         front["pipeline_tag"] = tag
     if hub := [re.sub("[:@].*", "", source) for source in _sources(recipe) if not Path(source).is_absolute()]:
@@ -89,6 +92,13 @@ def _front_matter(recipe: Recipe[Any, Any, Any], manifest: Mapping[str, Any], tu
     if results:
         front["model-index"] = [{"name": Path(recipe.output).name, "results": results}]
     return front
+
+
+def _library(recipe: Recipe[Any, Any, Any], manifest: Mapping[str, Any]) -> str:
+    """What loads the model, as the hub calls it."""
+    loads_with = manifest["artifact"]["loads_with"]
+    laid_out = hasattr(recipe.task, "lay_out") and loads_with in ("transformers", "peft") and not recipe.method.positions
+    return "sentence-transformers" if laid_out else loads_with
 
 
 def _sources(recipe: Recipe[Any, Any, Any]) -> list[str]:

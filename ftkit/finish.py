@@ -12,7 +12,7 @@ import torch
 from ftkit import adapters, checkpoint, compiled, device, plots, rundir, verify
 from ftkit.card import model_card
 from ftkit.evaluate import measure, predictions, samples, side_by_side
-from ftkit.model import Source
+from ftkit.model import Source, without_pooler
 from ftkit.quantities import duration
 from ftkit.report import peak_memory
 from ftkit.session import load_base
@@ -51,10 +51,14 @@ def finish(session: Session, output: Path, report: Reporter, stop: StopRequest, 
             artifact = write_model(session.recipe.method, session.learner, session.base, session.recipe.model.config, output / "model")
             if not session.base.stored and artifact["loads_with"] != "transformers":
                 _write_base(session, output / "model" / "base")
+            if lay_out := getattr(session.recipe.task, "lay_out", None):
+                lay_out(output / "model", session.base.model.config, session.limits.max_length)
             rows = verify.choose(_sample_split(session))
             if session.recipe.model.attention == "flash_attention_2":  # takes no float32, which learned weights are stored in
                 session.base.model.set_attn_implementation("sdpa")
             expected = verify.capture(session.learner, session.prepared.tokenizer, rows, output / "model", artifact, converted=session.recipe.method.converts)
+            if read_off := getattr(session.recipe.task, "read_off", None):
+                expected.answers |= read_off(session.learner, rows)
     _release(session)
     if not main:
         return {}
@@ -112,7 +116,7 @@ def write_model(method: Method, learner: nn.Module, base: Base, overrides: dict[
     artifact: dict[str, Any] = {
         "loads_with": method_artifact.loads_with,
         "auto_class": base.task.auto_class,
-        "load_kwargs": method_artifact.load_kwargs,
+        "load_kwargs": method_artifact.load_kwargs | without_pooler(base.model.config, base.task),
     }
     if method_artifact.loads_with != "transformers":
         source = base.source if base.source and base.stored else Source("base")  # beside the adapter

@@ -23,6 +23,7 @@ from ftkit import adapters, device, reload, rundir, verify
 from ftkit.errors import DiskError, RecipeError, VerificationFailed
 from ftkit.model import Source, forget_loading_steps, hub_errors, load_tokenizer, max_positions, quiet_libraries
 from ftkit.recipe.spec import Model
+from ftkit.tasks import pooling
 
 HEADS = {  # PEFT's task_type -> the Auto class that has the head
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -37,7 +38,8 @@ HEADS = {  # PEFT's task_type -> the Auto class that has the head
 # float16 and bfloat16 round each weight to 11 and 8 bits, and the roundings of a few dozen layers add up.
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 TOLERANCE_8BIT = 5e-2  # an 8-bit layer also rounds its inputs to 127 steps, which the merged one no longer does
-WEIGHT_KWARGS = ("dtype", "quantization_config", "ignore_mismatched_sizes", "trust_remote_code")  # of from_pretrained that are not the config's
+BUILT_WITH = ("trust_remote_code", "add_pooling_layer")
+WEIGHT_KWARGS = ("dtype", "quantization_config", "ignore_mismatched_sizes", *BUILT_WITH)  # of from_pretrained that are not the config's
 DRAFT = ".draft"  # inside the output, until the merged model is verified
 ROWS, LONGEST = 8, 48  # inputs that are compared, and tokens in the longest
 
@@ -151,13 +153,14 @@ def publish(
     merged: transformers.PreTrainedModel, adapter: Adapter, tokenizer: Any, rows: Sequence[reload.Row], written: str, what: str, output: Path
 ) -> dict[str, Any]:
     """Write a merged model and prove that a fresh process loads it; `what` it is, for its card.  Nothing is left where that fails."""
-    trusted = {"trust_remote_code": True} if adapter.source.trust_remote_code else {}
-    artifact = {"loads_with": "transformers", "auto_class": adapter.artifact["auto_class"], "load_kwargs": {"dtype": written, **trusted}}
+    kwargs = {"dtype": written, **_built_with(adapter.artifact)}
+    artifact = {"loads_with": "transformers", "auto_class": adapter.artifact["auto_class"], "load_kwargs": kwargs}
     draft = output / DRAFT
     try:
         shutil.rmtree(draft, ignore_errors=True)
         merged.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
+        pooling.copy_layout(adapter.directory, draft)
         rundir.write_text(draft / "README.md", _card(output.name, what, artifact))
         expected = verify.capture(merged, tokenizer, rows, draft, artifact)
         del merged
@@ -254,10 +257,14 @@ def _skeleton(artifact: Mapping[str, Any], config: transformers.PreTrainedConfig
     cls = getattr(transformers, artifact["auto_class"])
     with torch.device("meta"):
         try:
-            trust = artifact["load_kwargs"].get("trust_remote_code", False)
-            return cls.from_config(config, trust_remote_code=trust) if hasattr(cls, "from_config") else cls(config)
+            return cls.from_config(config, **{"trust_remote_code": False} | _built_with(artifact)) if hasattr(cls, "from_config") else cls(config)
         except ValueError as error:
             raise RecipeError(f"{config.model_type} has no head for {artifact['auto_class']}") from error
+
+
+def _built_with(artifact: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model of an artifact is built with, whatever its weights."""
+    return {name: value for name, value in artifact["load_kwargs"].items() if name in BUILT_WITH}
 
 
 def check_empty(output: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import inspect
 import json
 import logging
 from collections.abc import Container, Iterable, Iterator
@@ -249,6 +250,8 @@ def max_positions(config: transformers.PreTrainedConfig, tokenizer: Any = None) 
 def model_class(config: transformers.PreTrainedConfig, task: Task) -> Any:
     """The class with the task's head for this architecture; refused with the heads there are."""
     auto = getattr(transformers, task.auto_class)
+    if task.auto_class == "AutoModel" and config.is_encoder_decoder:
+        raise RecipeError(f"task {task.kind}: {config.model_type} has two stacks of layers; name an encoder or a decoder alone")
     if type(config) in auto._model_mapping or task.auto_class in (getattr(config, "auto_map", None) or {}):  # its own code has the head
         return auto
     others = [name for name in dir(transformers) if name.startswith("AutoModelFor") and hasattr(getattr(transformers, name), "_model_mapping")]
@@ -259,6 +262,12 @@ def model_class(config: transformers.PreTrainedConfig, task: Task) -> Any:
     )
 
 
+def without_pooler(config: transformers.PreTrainedConfig, task: Task) -> dict[str, Any]:
+    """What a model without a head is built with: nothing that is read goes through its pooler, which would never learn and may start random."""
+    cls: Any = transformers.AutoModel._model_mapping.get(type(config), None) if task.auto_class == "AutoModel" else None
+    return {"add_pooling_layer": False} if cls and "add_pooling_layer" in inspect.signature(cls.__init__).parameters else {}
+
+
 def skeleton(config: transformers.PreTrainedConfig, task: Task, attention: str | None = None, trust_remote_code: bool = False) -> transformers.PreTrainedModel:
     """The model without weights, on the meta device: names and shapes only.
 
@@ -267,7 +276,7 @@ def skeleton(config: transformers.PreTrainedConfig, task: Task, attention: str |
     options = {"attn_implementation": attention} if attention else {}
     try:
         with torch.device("meta"):
-            model = model_class(config, task).from_config(config, trust_remote_code=trust_remote_code, **options)
+            model = model_class(config, task).from_config(config, trust_remote_code=trust_remote_code, **options, **without_pooler(config, task))
     except (ValueError, ImportError) as error:
         if attention is None:
             raise
@@ -341,7 +350,7 @@ def plan(model: Model, source: Source | None, config: Any, tokenizer: Any, task:
     # growing a model changes its config, of which the stored weights must know nothing
     plain = skeleton(copy.deepcopy(config) if model.add_tokens else config, task, model.attention, model.trust_remote_code)
     head = head_of(plain)
-    if not base_prefix(plain) and not head:
+    if not base_prefix(plain) and not head and task.auto_class != "AutoModel":
         raise RecipeError(f"{type(plain).__name__} does not tell its head from its base; it cannot be fine-tuned here")
     added = vocabulary.grow(plain, tokenizer, model.add_tokens) if model.add_tokens else []
     embeddings: Any = plain.get_input_embeddings()
@@ -420,10 +429,10 @@ def load(
     stored_padding = config.get_text_config().pad_token_id
     planned = plan(model, source, config, tokenizer, task, method, precision)
     cls, head, extra = model_class(config, task), planned.head, planned.load_kwargs
-    attention = {"attn_implementation": model.attention} if model.attention else {}
+    options = without_pooler(config, task) | ({"attn_implementation": model.attention} if model.attention else {})
     torch.manual_seed(seed)
     if model.init == "random":
-        built = cls.from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code, **attention)
+        built = cls.from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code, **options)
         _let_padding_learn(built, tokenizer)
         return Base(built, tokenizer, None, task, head)
     assert source is not None
@@ -439,7 +448,7 @@ def load(
             ignore_mismatched_sizes=task.new_head,
             output_loading_info=True,
             **start,
-            **attention,
+            **options,
             **placement,
             **_objects(extra),
         )

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ftkit import device
-from ftkit.data import formats
 from ftkit.data.rows import load_split
 from ftkit.data.types import Row
 from ftkit.errors import RecipeError
@@ -87,7 +86,7 @@ def _inputs(run: Opened) -> list[str]:
     """The columns that the run is given, in the order of its task; a converted chat format leaves none in the recipe."""
     trained = set(run.recipe.data.columns) or {"messages"}
     shape: Shape = next(shape for shape in run.recipe.task.shapes if {column.name for column in shape.required} <= trained)
-    return [column.name for column in shape.required if column.name not in formats.OUTPUTS]
+    return [column.name for column in shape.asked]
 
 
 def _answers(run: Opened, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:

@@ -93,6 +93,21 @@ def answers(model: Any, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
     return found
 
 
+@torch.no_grad()
+def embeddings(model: Any, rows: Sequence[Row], directory: Path) -> dict[str, torch.Tensor]:
+    """That of each row by itself, as the files of sentence-transformers beside the model say, float32; none where there are no such files."""
+    if not (directory / "modules.json").is_file():
+        return {}
+    steps = {step["type"].rpartition(".")[2]: directory / step["path"] for step in json.loads((directory / "modules.json").read_text(encoding="utf-8"))}
+    pooling = json.loads((steps["Pooling"] / "config.json").read_text(encoding="utf-8"))
+    found = {}
+    for number, row in enumerate(rows):
+        states = model(**{name: values[None].to(model.device) for name, values in row.items()}).last_hidden_state[0].float()
+        pooled = states.mean(0) if pooling["pooling_mode_mean_tokens"] else states[0 if pooling["pooling_mode_cls_token"] else -1]
+        found[f"row {number}: embedding"] = (torch.nn.functional.normalize(pooled, dim=-1) if "Normalize" in steps else pooled).cpu()
+    return found
+
+
 def digests(model: Any) -> dict[str, str]:
     """sha256 of every tensor by name; not of the heads that PEFT replaced, which compute nothing.
 
@@ -131,7 +146,7 @@ def main(request: Path) -> None:
     model = load(Path(asked["directory"]), asked["artifact"], asked["device"])
     tokenizer = load_tokenizer(Path(asked["directory"]), asked["artifact"])
     found = facts(model, tokenizer, asked["texts"], asked["artifact"]) | {"digests": digests(model)}
-    save_file(answers(model, rows), request / "answers.safetensors")
+    save_file(answers(model, rows) | embeddings(model, rows, Path(asked["directory"])), request / "answers.safetensors")
     (request / "facts.json").write_text(json.dumps(found), encoding="utf-8")
 
 

@@ -224,7 +224,8 @@ def _model(recipe: Recipe, task: Task, rows: Rows, report: Reporter) -> tuple[Mo
         try:
             tokenizer = model.load_tokenizer(spec.model_copy(update={"add_tokens": None}), source, None, ())  # which the run adds
         except HubError:
-            encoder = type(config) in transformers.AutoModelForMaskedLM._model_mapping and (task.new_head or task.auto_class == "AutoModelForMaskedLM")
+            headless = task.auto_class in ("AutoModelForMaskedLM", "AutoModel")
+            encoder = type(config) in transformers.AutoModelForMaskedLM._model_mapping and (task.new_head or headless)
             trained, tokenizer = _small_tokenizer("wordpiece" if encoder else "bpe", texts)
             name = spec.tokenizer or spec.name
             report.note(f"substituted: the tokenizer of {name} is not in the hub's cache; a {trained.kind} one of {len(tokenizer)} tokens stands for it")

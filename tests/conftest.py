@@ -52,6 +52,8 @@ class DataSets(NamedTuple):
     labelled: Path
     scored: Path
     asked: Path
+    matched: Path
+    alike: Path
 
 
 def write_csv(path: Path, header: list[str], rows: list) -> None:
@@ -89,6 +91,15 @@ def data(tmp_path_factory) -> DataSets:
             [(text, other, score) for (text, _), other, score in zip(rows, others, scores, strict=True)],
         )
         write_jsonl(found.asked / f"{split}.jsonl", [asked(text, topic, answerable=i % 4 > 0) for i, (text, topic) in enumerate(rows)])
+        write_csv(
+            found.matched / f"{split}.csv",
+            ["anchor", "positive", "negative"],
+            [(text, f"{text.split()[0]} {other}", other) for (text, _), other in zip(rows, others, strict=True)],
+        )
+        write_jsonl(
+            found.alike / f"{split}.jsonl",
+            [{"sentence1": text, "sentence2": other, "score": min(score, 5.0)} for (text, _), other, score in zip(rows, others, scores, strict=True)],
+        )
         chats = [[{"role": "user", "content": f"where are {text}?"}, {"role": "assistant", "content": f"in the {topic}"}] for text, topic in rows]
         write_jsonl(found.chats / f"{split}.jsonl", [{"messages": chat if i % 2 else [*chat, *chats[i - 1]]} for i, chat in enumerate(chats)])
     return found
@@ -232,6 +243,8 @@ TASKS = {
     "masked": "masked-lm",
     "rewritten": "seq2seq",
     "asked": "question-answering",
+    "matched": "sentence-embedding",
+    "alike": {"kind": "sentence-embedding", "loss": "cosine", "score_range": [0, 5]},
 }
 TRAIN = {"steps": 4, "batch_size": 8, "learning_rate": 1e-3, "eval_every": 2, "save_every": 2, "log_every": 1, "precision": "fp32"}
 

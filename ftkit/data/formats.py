@@ -47,14 +47,23 @@ def checked(column: str, value: Any) -> Any:
     """The value in the one form that tasks see.  Raises RowError if it is not what the column holds."""
     if column == "messages":
         return messages(value)
+    if column == "negative":
+        return [_checked_text(f"text {number} of negative", text) for number, text in enumerate(value if isinstance(value, list) else [value], 1)]
     if column in TEXTS:
-        if not isinstance(value, str):
-            raise RowError(f"{column} must be text, but is {json_type(value)}")
-        _check_unicode(column, value)
+        return _checked_text(column, value)
     if column == "tokens" and isinstance(value, str):  # a text that is to be tagged
         _check_unicode(column, value)
     elif column in LISTS and not isinstance(value, list):
         raise RowError(f"{column} must be a list, but is {json_type(value)}")
+    return value
+
+
+def _checked_text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise RowError(f"{name} must be text, but is {json_type(value)}")
+    if not value.strip():
+        raise RowError(f"{name} is empty")
+    _check_unicode(name, value)
     return value
 
 

@@ -329,8 +329,8 @@ def _map_as_trained(tables: list[Table], trained: dict[str, str], task: Task, an
         return ColumnMap({"messages": ", ".join(conversion.required)}, frozenset({"messages"}), conversion)
     shape = next(shape for shape in task.shapes if {column.name for column in shape.required} <= names)
     given = {column.name for column in (*shape.required, *shape.optional) if column.name in names and (answers or column.name not in formats.OUTPUTS)}
-    required = [column for column in shape.required if column.name in given]
-    wanted = Shape(*required, optional=tuple(column for column in shape.optional if column.name in given))
+    required = shape.required if answers else shape.asked
+    wanted = Shape(*required, optional=tuple(column for column in (*shape.required, *shape.optional) if column.name in given and column not in required))
     found = _candidates(wanted, theirs, {name: trained[name] for name in given if trained.get(name) in theirs})
     if len(required) == len(theirs) == 1:  # nothing else can be meant
         found[required[0].name] = theirs

@@ -34,6 +34,8 @@ class Head(Quantisable):
         return super().needs(new_head) | (set() if new_head else {"own head"})
 
     def apply(self, base: Base) -> nn.Module:
+        if not base.head:
+            raise RecipeError(f"method head: {type(base.model).__name__} has no head for task {base.task.kind}; use method: partial, with last: 1")
         base.freeze()
         shared = {id(parameter) for parameter in base.below_head()}
         for name in base.head:

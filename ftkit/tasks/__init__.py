@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from ftkit.data.formats import OUTPUTS
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
@@ -23,12 +25,13 @@ class Column:
 
 
 class Shape:
-    """One combination of columns that a row may have."""
+    """One combination of columns that a row may have; `asked` are those that a question must have, by default all required ones that are no answers."""
 
-    __slots__ = ("optional", "required")
+    __slots__ = ("asked", "optional", "required")
 
-    def __init__(self, *required: Column, optional: tuple[Column, ...] = ()) -> None:
+    def __init__(self, *required: Column, optional: tuple[Column, ...] = (), asked: tuple[Column, ...] | None = None) -> None:
         self.required, self.optional = required, optional
+        self.asked = tuple(column for column in required if column.name not in OUTPUTS) if asked is None else asked
 
 
 class Metrics(Protocol):
@@ -63,6 +66,10 @@ class Task(Protocol):
     A task whose features change each time they are used has `corruption(tokenizer, seed)`, which says how (a
     `ftkit.data.features.Corruption`).  One whose inputs cross the borders of rows has `packed(features, tokenizer, limits)`,
     which makes them, each with the index of the row that it begins in, of what `encode` gave for each index.
+
+    One whose rows are compared with each other in training is `coupled`.  One whose models sentence-transformers loads has
+    `lay_out(directory, config, max_length)`, which writes the files that it takes beside the weights, and `read_off(model, rows)`,
+    what a fresh process must make of rows by these.
     """
 
     kind: str

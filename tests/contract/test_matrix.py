@@ -24,6 +24,7 @@ from ftkit.recipe.spec import Model
 from ftkit.tasks.causal_lm import CausalLM
 from ftkit.tasks.masked_lm import MaskedLM
 from ftkit.tasks.question_answering import QuestionAnswering
+from ftkit.tasks.sentence_embedding import SentenceEmbedding
 from ftkit.tasks.seq2seq import Seq2Seq
 from ftkit.tasks.text_classification import TextClassification
 from ftkit.tasks.token_classification import TokenClassification
@@ -33,6 +34,7 @@ TASKS = {
     "token-classification": TokenClassification(labels=["B-X", "I-X", "O"], subwords="all"),
     "question-answering": QuestionAnswering(),
     "masked-lm": MaskedLM(),
+    "sentence-embedding": SentenceEmbedding(loss="cosine"),
     "causal-lm": CausalLM(),
     "seq2seq": Seq2Seq(),
 }
@@ -137,6 +139,8 @@ def test_what_is_possible_learns_and_is_saved(task, name, tokenizers, tmp_path, 
 
 def batch_of(task, tokenizer):
     rows = [{"text": text, "label": ["garden", "harbour", "kitchen", "harbour"][number]} for number, text in enumerate(TEXTS)]
+    if task.kind == "sentence-embedding":
+        rows = [{"text": row["text"], "text_pair": f"{row['label']} lamps", "score": number / 4} for number, row in enumerate(rows)]
     if task.kind == "seq2seq":
         rows = [{"source": row["text"], "target": row["label"]} for row in rows]
     if task.kind == "token-classification":

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ftkit import model, plugins
+from ftkit.data.formats import checked
 from ftkit.data.types import Features, Row, RowError
 from ftkit.methods.full import Full
 from ftkit.recipe.spec import Model
@@ -16,6 +17,7 @@ from ftkit.tasks.causal_lm import CausalLM
 from ftkit.tasks.masked_lm import MaskedLM
 from ftkit.tasks.problems import ClassMetrics
 from ftkit.tasks.question_answering import QuestionAnswering
+from ftkit.tasks.sentence_embedding import SentenceEmbedding
 from ftkit.tasks.seq2seq import Seq2Seq
 from ftkit.tasks.text_classification import TextClassification
 from ftkit.tasks.token_classification import TokenClassification
@@ -32,6 +34,12 @@ SHAPES = {  # data set -> task, how its file calls the columns, architectures wi
     "chats": (CausalLM(), {"messages": "messages"}, ("llama",)),
     "tagged": (TokenClassification(), {"tokens": "tokens", "ner_tags": "tags"}, ("bert", "distilbert", "gpt2", "llama")),
     "asked": (QuestionAnswering(), {"question": "question", "context": "context", "answers": "answers"}, ("bert", "distilbert", "gpt2")),
+    "matched": (SentenceEmbedding(symmetric=True), {"anchor": "text", "positive": "text_pair", "negative": "negative"}, ("bert", "distilbert")),
+    "alike": (
+        SentenceEmbedding(loss="cosent", pooling="last", normalize=True),
+        {"sentence1": "text", "sentence2": "text_pair", "score": "score"},
+        ("gpt2", "llama"),
+    ),
     "rewritten": (Seq2Seq(), {"source": "source", "target": "target"}, ("t5", "mt5", "bart")),
 }
 
@@ -40,7 +48,7 @@ def rows(directory: Path, columns: dict[str, str], count: int = 8) -> list[Row]:
     path = next(directory.glob("train.*"))
     with path.open(encoding="utf-8") as file:
         values = list(csv.DictReader(file)) if path.suffix == ".csv" else [json.loads(line) for line in file]
-    return [Row({name: row[column] for column, name in columns.items()}, str(path), number) for number, row in enumerate(values[:count], 1)]
+    return [Row({name: checked(name, row[column]) for column, name in columns.items()}, str(path), number) for number, row in enumerate(values[:count], 1)]
 
 
 def loaded(checkpoint: str):

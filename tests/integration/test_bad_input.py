@@ -44,6 +44,11 @@ class Scene:
         train = {"train": str(self.data.masked / "train.jsonl")}
         self.recipe |= {"task": {"kind": "masked-lm"} | task, "model": self.checkpoint("bert-masked"), "data": train}
 
+    def embed(self, **settings: Any) -> None:
+        name = "matched.csv" if settings.get("loss", "in-batch") == "in-batch" else "alike.jsonl"
+        file = getattr(self.data, name.partition(".")[0]) / f"train.{name.partition('.')[2]}"
+        self.recipe |= {"task": {"kind": "sentence-embedding"} | settings, "data": {"train": str(file)}}
+
     def model_without(self, *names: str, architecture: str = "bert") -> str:
         directory = self.path / "model"
         shutil.copytree(self.checkpoint(architecture), directory)
@@ -513,6 +518,49 @@ def nothing_to_mask(scene):
 def a_text_that_is_cleaned_away(scene):
     scene.fill()
     scene.train("t.jsonl", '{"text": "roses and bees"}\n{"text": "\\ufe0f"}\n')
+
+
+@mistake(3, r"1 row cannot be used:\n.*t\.csv:2: positive is empty")
+def a_pair_of_one_text(scene):
+    scene.embed()
+    scene.train("t.csv", "anchor,positive\nroses,tulips\nboats, \nbread,butter\n")
+
+
+@mistake(3, r"t\.jsonl:2: 1 texts in negative, but 2 in the first training row: all rows must have as many")
+def rows_with_unlike_numbers_of_negatives(scene):
+    scene.embed()
+    rows = [{"anchor": "roses", "positive": "tulips", "negative": negative} for negative in (["soup", "boats"], "soup")]
+    scene.train("t.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+@mistake(3, r"2 rows cannot be used:\n.*t\.csv:1: score '4' is outside of task\.score_range: 0 to 1\n.*t\.csv:2: score 'high' is not a number")
+def scores_out_of_range(scene):
+    scene.embed(loss="cosine")
+    scene.train("t.csv", "sentence1,sentence2,score\nroses,tulips,4\nboats,nets,high\nbread,soup,0.5\n")
+
+
+@mistake(3, r"the training rows have one score only \(1\): there is nothing to put in order, which loss: cosent learns")
+def one_score_only(scene):
+    scene.embed(loss="cosent")
+    scene.train("t.csv", "sentence1,sentence2,score\nroses,tulips,1\nboats,nets,1.0\n")
+
+
+@mistake(2, r"train\.batch_size: 1, but with this loss a row learns from the other rows of its batch; give 2 or more")
+def a_row_without_others_to_learn_from(scene):
+    scene.embed()
+    scene.recipe["train"]["batch_size"] = 1
+
+
+@mistake(2, r"method head: BertModel has no head for task sentence-embedding; use method: partial, with last: 1")
+def a_head_where_there_is_none(scene):
+    scene.embed()
+    scene.recipe["method"] = "head"
+
+
+@mistake(2, r"task sentence-embedding: t5 has two stacks of layers")
+def an_embedding_of_two_stacks(scene):
+    scene.embed()
+    scene.recipe["model"] = scene.checkpoint("t5")
 
 
 @mistake(2, r"has no adapter_model.safetensors; pickled weights \(.bin\) are not read")

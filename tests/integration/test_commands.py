@@ -41,6 +41,13 @@ def make_run(tmp_path_factory, checkpoint, data):
         "tagged": {"model": checkpoint("bert"), "task": "token-classification", "data": files(data.tagged, "jsonl"), "method": "full"},
         "asked": {"model": checkpoint("bert"), "task": "question-answering", "data": files(data.asked, "jsonl"), "method": "full"},
         "masked": {"model": checkpoint("bert-masked"), "task": "masked-lm", "data": files(data.masked, "jsonl"), "method": "full"},
+        "matched": {"model": checkpoint("bert"), "task": "sentence-embedding", "data": files(data.matched, "csv"), "method": "lora"},
+        "alike": {
+            "model": checkpoint("gpt2"),
+            "task": {"kind": "sentence-embedding", "loss": "cosent", "pooling": "last"},
+            "data": files(data.alike, "jsonl"),
+            "method": "full",
+        },
         "written": {"model": checkpoint("t5"), "task": "seq2seq", "data": files(data.rewritten, "jsonl"), "eval": {"metrics": ["rouge_l", "bleu", "chrf"]}},
         "answered": {
             "model": checkpoint("llama"),
@@ -81,7 +88,7 @@ def verify_in_this_process(patch: pytest.MonkeyPatch) -> None:
 # --- eval ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["single", "pairs", "labelled", "scored", "tagged", "asked", "masked", "chats", "prompts", "rewritten"])
+@pytest.mark.parametrize("name", ["single", "pairs", "labelled", "scored", "tagged", "asked", "masked", "matched", "alike", "chats", "prompts", "rewritten"])
 def test_eval_gives_the_numbers_of_the_run(make_run, ftkit, name):
     run = make_run(name)
     metrics = json.loads((run / "metrics.json").read_text())

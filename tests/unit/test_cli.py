@@ -106,11 +106,13 @@ class TestMatrix:
         code, out, _ = run("list", "--matrix")
         assert code == 0
         assert "text-classification: 39 architectures, 20 methods, 720 of 780 together" in out
-        assert "  gpt2, head: the head is the input embedding" in out
+        assert "  gpt2, head: no head apart from the input embedding" in out
         table = json.loads(run("list", "--matrix", "--json")[1])
         cells = [answer for row in table["text-classification"].values() for answer in row.values()]
         assert (len(cells), cells.count("yes")) == (780, 720)
         assert table["causal-lm"]["llama"]["bitfit"] == "no biases"
+        assert table["sentence-embedding"]["llama"]["head"] == "no head apart from the input embedding"
+        assert ("t5" in table["sentence-embedding"], "squeezebert" in table["sentence-embedding"]) == (False, False)
         assert table["text-classification"]["squeezebert"]["head/4"] == "no linear modules"
         assert (table["seq2seq"]["t5"]["bitfit"], table["seq2seq"]["bart"]["bitfit"]) == ("no biases", "yes")
 

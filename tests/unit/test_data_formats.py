@@ -1,6 +1,9 @@
 """What chat formats mean by the turns that they hold."""
 
-from ftkit.data.formats import PROMPT_COMPLETION
+import pytest
+
+from ftkit.data.formats import PROMPT_COMPLETION, checked
+from ftkit.data.types import RowError
 
 ASKED, ANSWERED = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 
@@ -15,3 +18,11 @@ def test_answers_inside_a_prompt_are_given_and_not_learned():
 def test_a_prompt_may_say_itself_what_is_learned():
     weighted = {**ANSWERED, "weight": 1}
     assert PROMPT_COMPLETION.messages({"prompt": [ASKED, weighted, ASKED], "completion": [ANSWERED]})[1] == weighted
+
+
+def test_negatives_are_texts():
+    assert checked("negative", "soup") == ["soup"]
+    assert checked("negative", ["soup", "two boats"]) == ["soup", "two boats"]
+    for value, message in ((["soup", " "], "text 2 of negative is empty"), (7, "text 1 of negative must be text, but is a number")):
+        with pytest.raises(RowError, match=message):
+            checked("negative", value)
