@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ftkit import chunks, prompts
+from ftkit import chunks, prompts, together
 from ftkit.data.batches import Sampler, ahead, collate, rounded, split
-from ftkit.data.types import Batch, Scores
+from ftkit.data.types import Batch, Items, Scores
 from ftkit.errors import Diverged
 
 if TYPE_CHECKING:
@@ -46,8 +46,18 @@ class Trainee(nn.Module):
         self.virtual = prompts.of(model)
         self.still = {name or "the whole base": module for module in frozen_bottom(inner) for name, other in inner.named_modules() if other is module}
 
-    def forward(self, batch: Batch, judge: Callable[[Iterator[Scores]], None] | None = None) -> torch.Tensor | None:
-        """The summed loss of the batch, float32; with `judge`, nothing: that is given the scores of the supervised items, a chunk at a time."""
+    @property
+    def coupled(self) -> bool:
+        """Whether the loss of a row depends on the other rows."""
+        return getattr(self.task, "coupled", False)
+
+    def forward(
+        self, batch: Batch, judge: Callable[[Iterator[Scores]], None] | None = None, among: Callable[[Items], Items] | None = None
+    ) -> torch.Tensor | None:
+        """The summed loss of the batch, float32; with `judge`, nothing: that is given the scores of the supervised items, a chunk at a time.
+
+        `among` puts the items of the batch among others, whose loss is summed with theirs.
+        """
         if self.virtual:
             batch = self.virtual.extended(batch)
         if self.flat and self.flat.round_batches and made_for_each_shape(self.model):
@@ -61,6 +71,8 @@ class Trainee(nn.Module):
                 if self.frozen:
                     stack.enter_context(self.frozen.rows(batch, flat=self.flat is not None))
                 items = self.task.items(self.model, batch)
+            if among is not None:
+                items = among(items)
             if judge is None:
                 return chunks.loss(items, self.objective, list(self.model.parameters()))
             judge(chunks.scores(items))
@@ -180,12 +192,15 @@ def train_step(accelerator: Accelerator, trainee: nn.Module, optimizer: Any, mic
     device = accelerator.device
     items = accelerator.reduce(torch.stack([batch.weights.double().sum() for batch in micro_batches]).sum().to(device, non_blocking=True), "sum")
     total = torch.zeros((), dtype=torch.float64, device=device)
+    parts = len(micro_batches) * accelerator.num_processes
+    whole = parts > 1 and getattr(accelerator.unwrap_model(trainee), "coupled", False)
+    places = together.places(accelerator, trainee, micro_batches) if whole else []
     for number, batch in enumerate(micro_batches):
         last = number == len(micro_batches) - 1
         with nullcontext() if last else accelerator.no_sync(trainee):  # gradients are added up over processes once
-            loss = trainee(batch.to(device)) / items.float()
+            loss = trainee(batch.to(device), **({"among": places[number]} if whole else {})) / items.float()
             accelerator.backward(loss * accelerator.num_processes)  # DDP averages over processes; the sum is wanted
-        total += loss.detach().double()
+        total += loss.detach().double() / (parts if whole else 1)  # each part's is that of the whole
     total = accelerator.reduce(total, "sum")
     parameters = [p for p in trainee.parameters() if p.requires_grad]
     norm = accelerator.clip_grad_norm_(parameters, math.inf if max_grad_norm is None else max_grad_norm)

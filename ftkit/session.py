@@ -180,6 +180,8 @@ def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any]
     wrapped, prepared_optimizer = accelerator.prepare(trainee, optimizer)
     _assert_wrapped(wrapped, train, world.size)
     report.note(f"{here}, {threads} threads, {precision}, {laid_out} batches of {_amount(train)}" + _shares(train, accumulate, world.size))
+    if trainee.coupled and accumulate * world.size > 1:
+        report.note(f"rows learn from those of the whole batch: each of its {accumulate * world.size} parts is computed twice")
     if train.optimizer.startswith("paged") and here.type == "cpu":
         report.note(f"train.optimizer: {train.optimizer} works as {train.optimizer.removeprefix('paged_')} here, since a CPU has nothing to page to")
     if trainee.still:

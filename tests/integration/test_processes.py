@@ -89,6 +89,15 @@ def test_the_loss_of_two_processes_is_weighted_by_tokens(ftkit, of_processes, ve
     assert_alike(one, two)
 
 
+def test_rows_learn_from_those_of_the_other_process(ftkit, of_processes, verify_here):
+    alone, one = of_processes(1, "bert", "matched", "one")
+    assert ftkit("train", alone, "train.accumulate=1", "train.steps=12").code == 0
+    path, two = of_processes(2, "bert", "matched", "two")
+    outcome = ftkit("train", path, "train.accumulate=4", "train.steps=12")
+    assert outcome.code == 0, outcome.err
+    assert_alike(one, two)
+
+
 @pytest.mark.parametrize(
     ("model", "rows", "metric", "evaluation", "settings"),
     [
