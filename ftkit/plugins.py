@@ -22,6 +22,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "question-answering": "ftkit.tasks.question_answering:QuestionAnswering",
         "masked-lm": "ftkit.tasks.masked_lm:MaskedLM",
         "sentence-embedding": "ftkit.tasks.sentence_embedding:SentenceEmbedding",
+        "reranking": "ftkit.tasks.reranking:Reranking",
         "causal-lm": "ftkit.tasks.causal_lm:CausalLM",
         "seq2seq": "ftkit.tasks.seq2seq:Seq2Seq",
     },

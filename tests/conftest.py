@@ -54,6 +54,7 @@ class DataSets(NamedTuple):
     asked: Path
     matched: Path
     alike: Path
+    ranked: Path
 
 
 def write_csv(path: Path, header: list[str], rows: list) -> None:
@@ -99,6 +100,13 @@ def data(tmp_path_factory) -> DataSets:
         write_jsonl(
             found.alike / f"{split}.jsonl",
             [{"sentence1": text, "sentence2": other, "score": min(score, 5.0)} for (text, _), other, score in zip(rows, others, scores, strict=True)],
+        )
+        write_jsonl(
+            found.ranked / f"{split}.jsonl",  # of each query four texts, one of which is about the same
+            [
+                {"query": rows[i // 4 * 4][0], "document": text if i % 4 else f"{text} {rows[i][0].split()[0]}", "label": int(i % 4 == 0)}
+                for i, text in enumerate(others)
+            ],
         )
         chats = [[{"role": "user", "content": f"where are {text}?"}, {"role": "assistant", "content": f"in the {topic}"}] for text, topic in rows]
         write_jsonl(found.chats / f"{split}.jsonl", [{"messages": chat if i % 2 else [*chat, *chats[i - 1]]} for i, chat in enumerate(chats)])
@@ -245,6 +253,7 @@ TASKS = {
     "asked": "question-answering",
     "matched": "sentence-embedding",
     "alike": {"kind": "sentence-embedding", "loss": "cosine", "score_range": [0, 5]},
+    "ranked": "reranking",
 }
 TRAIN = {"steps": 4, "batch_size": 8, "learning_rate": 1e-3, "eval_every": 2, "save_every": 2, "log_every": 1, "precision": "fp32"}
 

@@ -24,6 +24,7 @@ from ftkit.recipe.spec import Model
 from ftkit.tasks.causal_lm import CausalLM
 from ftkit.tasks.masked_lm import MaskedLM
 from ftkit.tasks.question_answering import QuestionAnswering
+from ftkit.tasks.reranking import Reranking
 from ftkit.tasks.sentence_embedding import SentenceEmbedding
 from ftkit.tasks.seq2seq import Seq2Seq
 from ftkit.tasks.text_classification import TextClassification
@@ -35,6 +36,7 @@ TASKS = {
     "question-answering": QuestionAnswering(),
     "masked-lm": MaskedLM(),
     "sentence-embedding": SentenceEmbedding(loss="cosine"),
+    "reranking": Reranking(),
     "causal-lm": CausalLM(),
     "seq2seq": Seq2Seq(),
 }
@@ -139,7 +141,7 @@ def test_what_is_possible_learns_and_is_saved(task, name, tokenizers, tmp_path, 
 
 def batch_of(task, tokenizer):
     rows = [{"text": text, "label": ["garden", "harbour", "kitchen", "harbour"][number]} for number, text in enumerate(TEXTS)]
-    if task.kind == "sentence-embedding":
+    if task.kind in ("sentence-embedding", "reranking"):
         rows = [{"text": row["text"], "text_pair": f"{row['label']} lamps", "score": number / 4} for number, row in enumerate(rows)]
     if task.kind == "seq2seq":
         rows = [{"source": row["text"], "target": row["label"]} for row in rows]

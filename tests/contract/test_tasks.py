@@ -17,6 +17,7 @@ from ftkit.tasks.causal_lm import CausalLM
 from ftkit.tasks.masked_lm import MaskedLM
 from ftkit.tasks.problems import ClassMetrics
 from ftkit.tasks.question_answering import QuestionAnswering
+from ftkit.tasks.reranking import Reranking
 from ftkit.tasks.sentence_embedding import SentenceEmbedding
 from ftkit.tasks.seq2seq import Seq2Seq
 from ftkit.tasks.text_classification import TextClassification
@@ -40,6 +41,7 @@ SHAPES = {  # data set -> task, how its file calls the columns, architectures wi
         {"sentence1": "text", "sentence2": "text_pair", "score": "score"},
         ("gpt2", "llama"),
     ),
+    "ranked": (Reranking(), {"query": "text", "document": "text_pair", "label": "score"}, ("bert", "llama")),
     "rewritten": (Seq2Seq(), {"source": "source", "target": "target"}, ("t5", "mt5", "bart")),
 }
 

@@ -563,6 +563,12 @@ def an_embedding_of_two_stacks(scene):
     scene.recipe["model"] = scene.checkpoint("t5")
 
 
+@mistake(3, r"t\.csv:2: score '3' is outside of task\.score_range: 0 to 1")
+def relevance_out_of_range(scene):
+    scene.recipe |= {"task": "reranking", "data": {}}
+    scene.train("t.csv", "query,document,label\nroses,tulips,1\nboats,nets,3\n")
+
+
 @mistake(2, r"has no adapter_model.safetensors; pickled weights \(.bin\) are not read")
 def half_an_adapter_as_the_model(scene):
     adapter = scene.path / "adapter"

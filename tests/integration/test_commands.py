@@ -48,6 +48,7 @@ def make_run(tmp_path_factory, checkpoint, data):
             "data": files(data.alike, "jsonl"),
             "method": "full",
         },
+        "ranked": {"model": checkpoint("bert"), "task": "reranking", "data": files(data.ranked, "jsonl"), "method": "full"},
         "written": {"model": checkpoint("t5"), "task": "seq2seq", "data": files(data.rewritten, "jsonl"), "eval": {"metrics": ["rouge_l", "bleu", "chrf"]}},
         "answered": {
             "model": checkpoint("llama"),
@@ -88,7 +89,9 @@ def verify_in_this_process(patch: pytest.MonkeyPatch) -> None:
 # --- eval ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["single", "pairs", "labelled", "scored", "tagged", "asked", "masked", "matched", "alike", "chats", "prompts", "rewritten"])
+@pytest.mark.parametrize(
+    "name", ["single", "pairs", "labelled", "scored", "tagged", "asked", "masked", "matched", "alike", "ranked", "chats", "prompts", "rewritten"]
+)
 def test_eval_gives_the_numbers_of_the_run(make_run, ftkit, name):
     run = make_run(name)
     metrics = json.loads((run / "metrics.json").read_text())

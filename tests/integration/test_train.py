@@ -65,6 +65,7 @@ RUNS = {  # model, rows, method
     "bert-matched-full": ("bert", "matched", {"kind": "full"}),
     "gpt2-alike-lora": ("gpt2", "alike", {"kind": "lora", "r": 4}),
     "distilbert-matched-adapter": ("distilbert", "matched", {"kind": "adapter", "reduction": 4}),
+    "bert-ranked-partial": ("bert", "ranked", {"kind": "partial", "last": 1}),
     "t5-rewritten-full": ("t5", "rewritten", {"kind": "full"}),
     "bart-rewritten-lora": ("bart", "rewritten", {"kind": "lora", "r": 4}),
     "t5-rewritten-adapter": ("t5", "rewritten", {"kind": "adapter", "placement": "houlsby"}),
@@ -179,6 +180,9 @@ def recomputed(predictions: list[dict]) -> dict[str, float]:
     """The metrics that the predictions themselves tell."""
     if "similarity" in predictions[0]:
         return {}  # those of the whole set: tests/unit/test_sentence_embedding.py
+    if "relevance" in predictions[0]:
+        losses = [math.log(p if gold else 1 - p) for gold, p in ((each["relevance"], each["prediction"]) for each in predictions)]
+        return {"loss": -sum(losses) / len(losses)}
     if "label" in predictions[0]:
         return {"accuracy": sum(each["prediction"] == each["label"] for each in predictions) / len(predictions)}
     if "predictions" in predictions[0] and "labels" in predictions[0]:

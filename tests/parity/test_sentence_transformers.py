@@ -102,3 +102,13 @@ def test_a_run_loads_as_a_sentence_transformer(name, ftkit, recipe, tmp_path, ve
         found = torch.from_numpy(loaded.encode(TEXTS))
         assert (found - said).abs().max() <= 1e-5 * said.abs().max(), place
         assert loaded.max_seq_length == json.loads((place / "sentence_bert_config.json").read_text())["max_seq_length"]
+
+
+def test_a_reranker_loads_as_a_cross_encoder(ftkit, recipe, data, tmp_path, verify_here):
+    done = ftkit("train", recipe("bert", "ranked", {"steps": 2}))
+    assert done.code == 0, done.err
+    path = data.ranked / "test.jsonl"
+    said = [each["score"] for each in answers(ftkit("predict", tmp_path / "run", "--file", path))]
+    pairs = [(row["query"], row["document"]) for row in map(json.loads, path.read_text().splitlines())]
+    found = theirs.CrossEncoder(str(tmp_path / "run" / "model"), device="cpu").predict(pairs)
+    assert said == pytest.approx(found.tolist(), abs=1e-6)

@@ -77,6 +77,7 @@ MODELS = {
     "question-answering": ("google-bert/bert-base-cased", ["asked"]),
     "masked-lm": ("google-bert/bert-base-uncased", ["masked"]),
     "sentence-embedding": ("sentence-transformers/all-MiniLM-L6-v2", ["matched"]),
+    "reranking": ("cross-encoder/ms-marco-MiniLM-L6-v2", ["ranked"]),
     "causal-lm": ("meta-llama/Llama-3.2-1B-Instruct", ["chats", "prompts", "text"]),
     "seq2seq": ("google-t5/t5-small", ["rewritten"]),
 }
