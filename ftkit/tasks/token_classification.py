@@ -221,7 +221,7 @@ class TokenClassification(Spec):
         features = FeatureSet.of([Features(w.input_ids, [0] * len(w.words), [1.0] * len(w.words), w.token_type_ids) for w in each] for each in windows)
         batch = collate(features, np.arange(len(features)), tokenizer.pad_token_id).to(model.device)
         with torch.inference_mode():
-            logits = _logits(model, batch)
+            logits = _logits(model, batch)[:, -batch.input_ids.shape[1] :]  # those of virtual tokens come first
         best, index = (part.tolist() for part in logits.float().softmax(-1).max(-1))
         of_windows = iter(zip(best, index, strict=True))
         for row, words, each in zip(rows, texts, windows, strict=True):

@@ -40,6 +40,18 @@ def test_a_run_is_trained_measured_again_and_asked(kind, model, rows, ftkit, rec
     assert "merge" in merged.err
 
 
+@pytest.mark.parametrize(
+    ("rows", "model", "asked", "measured"), [("tagged", "bert", "tags", "predictions"), ("alike", "distilbert", "similarity", "similarity")]
+)
+def test_what_is_said_of_tokens_is_not_that_of_virtual_ones(rows, model, asked, measured, ftkit, recipe, data, tmp_path, verify_here):
+    assert ftkit("train", recipe(model, rows, {"steps": 2}, method=METHODS["prompt"])).code == 0
+    done = ftkit("predict", tmp_path / "run", "--file", getattr(data, rows) / "test.jsonl")
+    assert done.code == 0, done.err
+    said = [json.loads(line)[asked] for line in done.out.splitlines()]
+    kept = [json.loads(line)[measured] for line in (tmp_path / "run" / "predictions" / "test.jsonl").open()]
+    assert said == (pytest.approx(kept, abs=1e-5) if rows == "alike" else kept)
+
+
 @pytest.mark.parametrize("layout", ["flat", "bucketed", "padded"])
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
 def test_layouts_train_alike(kind, layout, ftkit, recipe, tmp_path, checkpoint, verify_here):
