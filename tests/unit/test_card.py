@@ -241,3 +241,11 @@ def test_the_code_loads_an_adapter_and_its_base(recipe, tiny, tmp_path):
     assert loaded["model"].config.id2label == {0: "bad", 1: "good"}
     # weights that are mapped from a file may lie at other addresses, for which some kernels add in another order
     torch.testing.assert_close(loaded["model"].eval()(**inputs).logits, adapter.eval()(**inputs).logits, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize(("loads_with", "library"), [("transformers", "sentence-transformers"), ("peft", "sentence-transformers"), ("ftkit", "ftkit")])
+def test_embeddings_are_made_by_the_library_that_pools(recipe, loads_with, library):
+    artifact = MANIFEST["artifact"] | {"loads_with": loads_with, "auto_class": "AutoModel", "load_kwargs": {"dtype": "float32", "add_pooling_layer": False}}
+    card = model_card(recipe(task="sentence-embedding"), MANIFEST | {"artifact": artifact}, METRICS)
+    assert (front_matter(card)["library_name"], front_matter(card)["pipeline_tag"]) == (library, "sentence-similarity")
+    assert ("SentenceTransformer('model')" in card) == (library == "sentence-transformers")

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from torch.nn import functional as F
 
 from ftkit.data.batches import collate
-from ftkit.data.features import FeatureSet
+from ftkit.data.features import FeatureSet, _Builder
 from ftkit.data.types import Limits, Row, RowError, Scores
 from ftkit.errors import DataError
 from ftkit.objectives.supervised import Supervised
@@ -60,11 +60,11 @@ def test_texts_of_a_row_are_tokenised_apart(tokenizers):
 
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_a_batch_has_the_texts_of_each_row_side_by_side(on_disk, tokenizers, tmp_path):
-    tokenizer = tokenizers["wordpiece"]
-    features = features_of(IN_BATCH, PAIRS, tokenizer)
-    if on_disk:
-        features.save(tmp_path / "features.safetensors", {})
-        features, _ = FeatureSet.load(tmp_path / "features.safetensors")
+    tokenizer, builder = tokenizers["wordpiece"], _Builder(on_disk)
+    for place, each in enumerate(PAIRS):
+        builder.add(place, IN_BATCH.encode(each, tokenizer, WIDE))
+    builder.build().save(tmp_path / "features.safetensors", {})
+    features, _ = FeatureSet.load(tmp_path / "features.safetensors", on_disk)
     batch = collate(features, np.array([2, 0]), tokenizer.pad_token_id)
     texts = ["bread", "butter and soup, many onions", "roses and tulips", "tulips"]
     padded = tokenizer(texts, padding=True, return_tensors="pt")
