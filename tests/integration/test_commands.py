@@ -387,6 +387,24 @@ def test_predict_answers_chats_in_every_form(make_run, ftkit, tmp_path, name, co
     )
 
 
+def test_predict_finds_answers(make_run, ftkit, data):
+    """Those of the run's own predictions, with the characters of the context."""
+    run = make_run("asked")
+    said = [json.loads(line) for line in (run / "predictions" / "test.jsonl").open()]
+    found = answers(ftkit("predict", run, "--file", data.asked / "test.jsonl"))
+    assert [[answer[key] for key in ("row", "text", "start", "end")] for answer in found] == [
+        [each[key] for key in ("row", "text", "start", "end")] for each in said
+    ]
+    assert [answer["score"] for answer in found] == pytest.approx([each["score"] if each["text"] else each["null_score"] for each in said], rel=1e-4)
+    context = "many old boats under the fog"
+    (alone,) = answers(ftkit("predict", run, "where in the harbour?", context))
+    assert {each["text"] for each in alone["n_best"]} == {context[each["start"] : each["end"]] if each["text"] else "" for each in alone["n_best"]}
+    assert sum(each["probability"] for each in alone["n_best"]) == pytest.approx(1)
+    done = ftkit("predict", run, "where in the harbour?")
+    assert done.code == 2
+    assert "question and context: give 2 texts" in done.err
+
+
 def test_predict_rewrites_texts(make_run, ftkit, tmp_path):
     (tmp_path / "rows.csv").write_text("document,summary\nroses and bees,\nsoup,\n")
     found = answers(ftkit("predict", make_run("rewritten"), "--file", tmp_path / "rows.csv"))
