@@ -41,7 +41,13 @@ def test_a_run_is_trained_measured_again_and_asked(kind, model, rows, ftkit, rec
 
 
 @pytest.mark.parametrize(
-    ("rows", "model", "asked", "measured"), [("tagged", "bert", "tags", "predictions"), ("alike", "distilbert", "similarity", "similarity")]
+    ("rows", "model", "asked", "measured"),
+    [
+        ("tagged", "bert", "tags", "predictions"),
+        ("labelled", "bert", "labels", "predictions"),
+        ("asked", "bert", "text", "text"),
+        ("alike", "distilbert", "similarity", "similarity"),
+    ],
 )
 def test_what_is_said_of_tokens_is_not_that_of_virtual_ones(rows, model, asked, measured, ftkit, recipe, data, tmp_path, verify_here):
     assert ftkit("train", recipe(model, rows, {"steps": 2}, method=METHODS["prompt"])).code == 0
