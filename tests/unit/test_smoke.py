@@ -150,6 +150,8 @@ def test_it_does_not_write_over_anything_else(smoke, data, checkpoint, tmp_path)
     [
         ({}, "text-classification", {"text", "label"}),
         ({"text": "premise", "text_pair": "hypothesis"}, "text-classification", {"text", "text_pair", "label"}),
+        ({}, {"kind": "text-classification", "problem": "multi-label"}, {"text", "label"}),
+        ({"question": "q", "context": "c"}, "question-answering", {"question", "context", "answers"}),
         ({}, "causal-lm", {"text"}),
         ({"messages": "talk"}, "causal-lm", {"messages"}),
         ({"prompt": "q", "completion": "a"}, "causal-lm", {"prompt", "completion"}),
