@@ -119,8 +119,14 @@ def add(tokenizer: Any, added: AddedTokens) -> None:
 
 
 def grow(model: PreTrainedModel, tokenizer: Any, added: AddedTokens) -> list[int]:
-    """Give the model embeddings for all tokens of the tokenizer, where it has fewer; the ids of the added ones."""
+    """Give the model embeddings for all tokens of the tokenizer, where it has fewer; the ids of the added ones.
+
+    Raises RecipeError where the layer that transformers takes for the output head has no row for each token.
+    """
     embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    if head is not None and len(head.weight) != embedding.num_embeddings:
+        raise RecipeError(f"model.add_tokens: the head of {type(model).__name__} does not grow with its vocabulary; leave it out")
     if len(tokenizer) > embedding.num_embeddings:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     known = tokenizer.get_vocab()  # a rehearsal's tokenizer may lack them

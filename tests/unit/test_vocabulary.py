@@ -100,6 +100,13 @@ def test_new_rows_begin_as_asked_and_old_ones_stay(name, task, init, checkpoint)
     torch.testing.assert_close(base.model.eval()(input_ids=ids).logits[..., :size], plain.eval()(input_ids=ids).logits)
 
 
+def test_a_head_that_does_not_grow_is_refused(tokenizers):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 160}
+    built = transformers.DebertaV2ForMaskedLM(transformers.DebertaV2Config(**sizes, legacy=False))
+    with pytest.raises(RecipeError, match="the head of DebertaV2ForMaskedLM does not grow with its vocabulary"):
+        vocabulary.grow(built, tokenizers["wordpiece"], AddedTokens(tokens=["zeppelin"]))
+
+
 RUNS = {
     "full": ("bert-masked", "masked", "full"),
     "lora": ("llama", "prompts", {"kind": "lora", "r": 4}),
