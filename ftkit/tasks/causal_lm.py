@@ -142,17 +142,8 @@ class CausalLM(Spec):
 
     def items(self, model: Any, batch: Batch) -> Items:
         """The n supervised positions before the output head: it never sees the others."""
-        outer = model.get_base_model() if hasattr(model, "get_base_model") else model
-        if outer not in self._trunks:
-            self._trunks[outer] = language_model.trunk(outer)
-        trunk = self._trunks[outer]
         mask = None if batch.segments is None else batch.attention_mask
-        output = trunk(input_ids=batch.input_ids, attention_mask=mask, use_cache=False, return_dict=True)
-        return language_model.items(batch, outer, trunk, output, "input_ids")
-
-    @cached_property
-    def _trunks(self) -> WeakKeyDictionary[Any, Any]:
-        return WeakKeyDictionary()
+        return language_model.of_one_stack(batch, model, attention_mask=mask, use_cache=False, return_dict=True)
 
     def complete(self, model: Any, tokenizer: Any) -> None:
         """Generation stops at the end of a text and of a turn, whatever reads the saved model."""

@@ -105,6 +105,17 @@ def trunk(model: Any) -> Any:
     raise RecipeError(f"{type(model).__name__} does not call its base model for hidden states, so its output head cannot be told from it")
 
 
+def of_one_stack(batch: Batch, model: Any, **inputs: Any) -> Items:
+    """The n supervised positions of a batch before the output head of a model, PEFT's or plain, that has one stack of layers."""
+    outer = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if outer not in _trunks:
+        _trunks[outer] = trunk(outer)
+    return items(batch, outer, _trunks[outer], _trunks[outer](input_ids=batch.input_ids, **inputs), "input_ids")
+
+
+_trunks: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # of the models that were asked
+
+
 def items(batch: Batch, model: Any, below: Any, output: Any, tokens: str, **inputs: Any) -> Items:
     """The n supervised positions of a batch before the output head of a language model: it never sees the others.
 

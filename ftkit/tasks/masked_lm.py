@@ -121,11 +121,11 @@ class MaskedLM(Spec):
         pieces = self._pieces(row.values["text"], tokenizer)
         if not pieces:
             raise RowError("the text is empty" if not row.values["text"].strip() else "the tokenizer makes no token of the text")
-        length = limits.max_length - len(frame)
+        length = limits.max_length - frame.size
         if limits.truncation in ("drop", "error") and (total := sum(len(piece.input_ids) for piece in pieces)) > length:
             if limits.truncation == "drop":
                 return []
-            raise RowError(f"{total + len(frame)} tokens, more than data.max_length: {limits.max_length}")
+            raise RowError(f"{total + frame.size} tokens, more than data.max_length: {limits.max_length}")
         parts = [part for piece in pieces for part in cut(piece, length)]
         if self.packing == "full-sentences":
             return parts
@@ -140,13 +140,13 @@ class MaskedLM(Spec):
             return
         frame = self._frame(tokenizer)
         parts = ((row, part) for row, parts in features for part in parts)
-        for row, together in packed(parts, limits.max_length - len(frame), tokenizer.sep_token_id):
+        for row, together in packed(parts, limits.max_length - frame.size, tokenizer.sep_token_id):
             yield row, [frame.around(together)]
 
     def _pieces(self, text: str, tokenizer: Any) -> list[Features]:
         """The lines of a text, or the text as it is under `packing: lines`, without special tokens around; those without a token are left out."""
         encoded = tokenizer([text] if self.packing == "lines" else text.splitlines() or [""], add_special_tokens=False, verbose=False)
-        special = set(tokenizer.all_special_ids)
+        special = self._frame(tokenizer).special
         pieces = []
         for number, ids in enumerate(encoded["input_ids"]):
             words = range(len(ids)) if self.unit == "token" else encoded.word_ids(number)
@@ -175,20 +175,12 @@ class MaskedLM(Spec):
         others = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
         masking = Masking(self.probability, self.unit, self.replace.mask, self.replace.random, tokenizer.mask_token_id, np.array(others))
         anew = self.masking == "dynamic"
-        return Corruption(masking, seed, anew, f"{self.probability:.0%} of the supervised tokens are hidden at a time, which are all that counts")
+        return Corruption(masking, seed, anew, f"of the supervised tokens {self.probability:.0%} are hidden at a time, and only these count")
 
     def items(self, model: Any, batch: Batch) -> Items:
         """The n supervised positions before the output head, its dense layer included: it never sees the others."""
-        outer = model.get_base_model() if hasattr(model, "get_base_model") else model
-        if outer not in self._trunks:
-            self._trunks[outer] = language_model.trunk(outer)
         types = {} if batch.token_type_ids is None else {"token_type_ids": batch.token_type_ids}
-        output = self._trunks[outer](input_ids=batch.input_ids, attention_mask=batch.attention_mask, **types)
-        return language_model.items(batch, outer, self._trunks[outer], output, "input_ids")
-
-    @cached_property
-    def _trunks(self) -> WeakKeyDictionary[Any, Any]:
-        return WeakKeyDictionary()
+        return language_model.of_one_stack(batch, model, attention_mask=batch.attention_mask, **types)
 
     def complete(self, model: Any, tokenizer: Any) -> None:
         """A masked language model needs nothing beside its weights."""
@@ -213,7 +205,7 @@ class MaskedLM(Spec):
 
         frame = self._frame(tokenizer)
         whole = [self._asked(row, tokenizer) for row in rows]
-        read = [ids[: limits.max_length - len(frame)] for ids in whole]
+        read = [ids[: limits.max_length - frame.size] for ids in whole]
         asked = [frame.around(Features(ids, [0] * len(ids), [float(token == tokenizer.mask_token_id) for token in ids])) for ids in read]
         batch = collate(FeatureSet.of([each] for each in asked), np.arange(len(asked)), tokenizer.pad_token_id).to(model.device)
         found: list[list[list[dict[str, Any]]]] = [[] for _ in rows]

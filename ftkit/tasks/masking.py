@@ -61,9 +61,8 @@ class Masking:
         spans = _spans(order.tolist(), lengths.tolist(), sizes.tolist(), beside.tolist(), max(1, round(self.probability * len(places))))
         bounds = [(firsts[first], firsts[last] + sizes[last]) for first, last in spans]
         chosen = np.concatenate([places[start:stop] for start, stop in bounds])
-        each = np.arange(len(bounds)) if self.unit == "span" else None
-        group = np.arange(len(chosen)) if each is None else np.repeat(each, [stop - start for start, stop in bounds])
-        return chosen, group
+        alike = [stop - start for start, stop in bounds] if self.unit == "span" else [1] * len(chosen)
+        return chosen, np.repeat(np.arange(len(alike)), alike)
 
 
 def _spans(order: list[int], lengths: list[int], sizes: list[int], beside: list[bool], budget: int) -> list[tuple[int, int]]:

@@ -17,15 +17,18 @@ class Frame(NamedTuple):
 
     before: list[int]
     after: list[int]
+    special: frozenset[int]  # all tokens that are no text
     types: bool  # whether its models are told which of two texts a token is of
 
     @classmethod
     def of(cls, tokenizer: Any) -> Frame:
         whole = tokenizer("a", return_special_tokens_mask=True, verbose=False)
         own = [place for place, special in enumerate(whole["special_tokens_mask"]) if not special]
-        return cls(whole["input_ids"][: own[0]], whole["input_ids"][own[-1] + 1 :], "token_type_ids" in tokenizer.model_input_names)
+        before, after = whole["input_ids"][: own[0]], whole["input_ids"][own[-1] + 1 :]
+        return cls(before, after, frozenset(tokenizer.all_special_ids), "token_type_ids" in tokenizer.model_input_names)
 
-    def __len__(self) -> int:
+    @property
+    def size(self) -> int:
         return len(self.before) + len(self.after)
 
     def around(self, piece: Features) -> Features:

@@ -31,10 +31,11 @@ def masked(tokenizer):
 
 
 @pytest.mark.parametrize("layout", ["padded", "flat"])
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("name", [*ENCODERS, "deberta-v3"])
 def test_loss_and_gradients_are_those_of_labels(name, layout, tokenizers):
     tokenizer = tokenizers["wordpiece"]
-    config = miniature(model.load_config(Model(init="random", config={"model_type": name}), None, tokenizer), 2, tokenizer)
+    settings = {"model_type": "deberta-v2", "legacy": False} if name == "deberta-v3" else {"model_type": name}
+    config = miniature(model.load_config(Model(init="random", config=settings), None, tokenizer), 2, tokenizer)
     config.initializer_range = 0.1
     config.pad_token_id = tokenizer.pad_token_id
     if name == "big_bird":

@@ -267,8 +267,8 @@ class TestEncode:
         assert [(row, each.input_ids, each.weights) for row, each in packed(pieces, 5, separator=9)] == [(0, [1, 2, 3, 9, 4], [1.0, 1.0, 1.0, 0.0, 1.0])]
 
     def test_a_frame_is_what_the_tokenizer_puts_around_a_text(self, tokenizers):
-        assert Frame.of(tokenizers["wordpiece"]) == Frame([2], [3], True)
-        assert Frame.of(tokenizers["bpe"]) == Frame([], [], False)
+        assert Frame.of(tokenizers["wordpiece"]) == Frame([2], [3], frozenset(range(5)), True)
+        assert Frame.of(tokenizers["bpe"]) == Frame([], [], frozenset(range(4)), False)
 
 
 class TestRefusals:
