@@ -246,6 +246,6 @@ def test_the_code_loads_an_adapter_and_its_base(recipe, tiny, tmp_path):
 @pytest.mark.parametrize(("loads_with", "library"), [("transformers", "sentence-transformers"), ("peft", "sentence-transformers"), ("ftkit", "ftkit")])
 def test_embeddings_are_made_by_the_library_that_pools(recipe, loads_with, library):
     artifact = MANIFEST["artifact"] | {"loads_with": loads_with, "auto_class": "AutoModel", "load_kwargs": {"dtype": "float32", "add_pooling_layer": False}}
-    card = model_card(recipe(task="sentence-embedding"), MANIFEST | {"artifact": artifact}, METRICS)
+    card = model_card(recipe(task="sentence-embedding"), MANIFEST | {"artifact": artifact}, METRICS, {})
     assert (front_matter(card)["library_name"], front_matter(card)["pipeline_tag"]) == (library, "sentence-similarity")
     assert ("SentenceTransformer('model')" in card) == (library == "sentence-transformers")
