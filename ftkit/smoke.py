@@ -157,7 +157,10 @@ def _examples(task: Task, columns: Iterable[str]) -> list[Row]:
     """The task's example rows with the columns of the recipe; the plainest that it knows, if the recipe names none."""
     shapes = [[column.name for column in (*shape.required, *shape.optional)] for shape in task.shapes]
     wanted = next((shape for shape in reversed(shapes) if set(columns) <= set(shape)), shapes[-1])
-    return [Row({name: example[name] for name in wanted if name in example}, "example", number) for number, example in enumerate(task.examples(), 1)]
+    return [
+        Row({name: formats.checked(name, example[name]) for name in wanted if name in example}, "example", number)
+        for number, example in enumerate(task.examples(), 1)
+    ]
 
 
 def _few(rows: Sequence[Row], count: int) -> list[Row]:
