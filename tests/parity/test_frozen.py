@@ -24,6 +24,7 @@ RUNS = {  # model, overrides, rows, method, frozen layers
     "bert-head-in-4-bits": ("bert", {}, "single", {"kind": "head", "bits": 4}, 2),
     "bert-partial": ("bert", {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}, "pairs", {"kind": "partial", "last": 1}, 1),
     "distilbert-head": ("distilbert", {"seq_classif_dropout": 0.0}, "single", {"kind": "head"}, 2),
+    "bert-answers-head": ("bert", {}, "asked", {"kind": "head"}, 2),
     "llama-partial": ("llama", {}, "chats", {"kind": "partial", "last": 1}, 1),
     "gpt2-partial": ("gpt2", {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}, "prompts", {"kind": "partial", "pattern": r"h\.1\."}, 1),
     "llama-upper-lora": ("llama", {}, "prompts", {"kind": "lora", "r": 4, "dropout": 0.0, "targets": r"layers\.1\."}, 1),
