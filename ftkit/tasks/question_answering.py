@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from ftkit.data.files import json_type
@@ -224,7 +224,7 @@ class QuestionAnswering(Spec):
         best: dict[tuple[int, int], Span] = {}
         for span in sorted(found, reverse=True):  # neighbouring windows see the same characters
             best.setdefault((span.start, span.end), span)
-        spans: list[Span | None] = [*list(best.values())[: self.n_best]]
+        spans: list[Span | None] = [*islice(best.values(), self.n_best)]
         said = self.chosen(max(found), null)
         if self.null_threshold is not None:
             spans.append(None)
@@ -292,19 +292,16 @@ class AnswerMetrics(Streaming):
             yield min(indices), max(spans), min(nulls)
 
     def compute(self) -> dict[str, float]:
-        """Fractions from 0 to 1; of questions with an answer, and without, where recipes have a null_threshold."""
+        """Fractions from 0 to 1; where recipes have a null_threshold, also of questions with an answer, and without."""
         scores, judged = self._judged()
-
-        def mean(name: str, *answerable: bool) -> float:
-            values = [getattr(each, name) for each, question in zip(scores, judged, strict=True) if question.answerable in answerable]
-            return sum(values) / len(values)
-
-        values = {"f1": mean("f1", True, False), "exact_match": mean("exact_match", True, False)} | self.loss()
-        if self.task.null_threshold is None:
-            return values
-        has = {"f1_has_answer": mean("f1", True), "exact_match_has_answer": mean("exact_match", True)} if any(each.answerable for each in judged) else {}
-        no = {} if all(each.answerable for each in judged) else {"exact_match_no_answer": mean("exact_match", False)}
-        return values | has | no | dict(zip(("best_f1", "best_f1_threshold"), best_threshold(judged), strict=True))
+        values = _means(scores)
+        if self.task.null_threshold is not None:
+            with_answer = [each for each, question in zip(scores, judged, strict=True) if question.answerable]
+            without = [each for each, question in zip(scores, judged, strict=True) if not question.answerable]
+            values |= {f"{name}_has_answer": value for name, value in _means(with_answer).items()}
+            values |= {f"{name}_no_answer": value for name, value in _means(without).items() if name == "exact_match"}  # F1 is the same
+            values |= dict(zip(("best_f1", "best_f1_threshold"), best_threshold(judged), strict=True))
+        return values | self.loss()
 
     def draws(self) -> Iterator[dict[str, float]]:
         """Of whole questions."""
@@ -333,6 +330,11 @@ class AnswerMetrics(Streaming):
             record = {"feature": index, "answers": [answer.text for answer in _answers(row)], **said, "score": best.score}
             found.append(record if self.task.null_threshold is None else record | {"null_score": null})
         return found
+
+
+def _means(scores: Sequence[Score]) -> dict[str, float]:
+    """Those of some questions, if there are any."""
+    return {name: sum(getattr(each, name) for each in scores) / len(scores) for name in ("f1", "exact_match") if scores}
 
 
 def _answers(row: Row) -> list[Answer]:
