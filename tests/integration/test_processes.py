@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-STILL = {"bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}, "t5": {"dropout_rate": 0.0}}
+BERT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+STILL = {"bert": BERT, "bert-masked": BERT, "t5": {"dropout_rate": 0.0}}
 # 19 rows in batches of 6: the last batch of an epoch has one row, and the second process none
 TRAIN = {"steps": 60, "batch_size": 6, "accumulate": 2, "optimizer": "sgd", "learning_rate": 0.05, "eval_every": 20, "save_every": 20}
 
@@ -78,12 +79,13 @@ def test_two_processes_learn_what_one_learns_and_stop_and_resume_together(ftkit,
     assert_same_run(cut, two)
 
 
-def test_the_loss_of_two_processes_is_weighted_by_tokens(ftkit, of_processes, verify_here):
-    """Prompts and completions of unequal lengths, so that the processes hold unequal numbers of supervised tokens."""
+@pytest.mark.parametrize(("model", "rows"), [("llama", "prompts"), ("bert-masked", "masked")])
+def test_the_loss_of_two_processes_is_weighted_by_tokens(model, rows, ftkit, of_processes, verify_here):
+    """Prompts and completions, or masks, of unequal lengths, so that the processes hold unequal numbers of supervised tokens; the masks are the same."""
     lora = {"kind": "lora", "r": 4, "dropout": 0.0}
-    alone, one = of_processes(1, "llama", "prompts", "one", method=lora)
+    alone, one = of_processes(1, model, rows, "one", method=lora)
     assert ftkit("train", alone).code == 0
-    path, two = of_processes(2, "llama", "prompts", "two", method=lora)
+    path, two = of_processes(2, model, rows, "two", method=lora)
     outcome = ftkit("train", path)
     assert outcome.code == 0, outcome.err
     assert_alike(one, two)
