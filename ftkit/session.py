@@ -133,6 +133,8 @@ def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any]
         report.note(f"starting from {prepared.source.name} with the adapter {prepared.source.adapter} merged into it")
     with report.stage("loading the model"):
         base = load_base(prepared, precision, here)
+        if base.new and not recipe.task.new_head:
+            report.warn(f"not among the stored weights, so from random ones: {', '.join(base.new_modules)}")
         if "quantization_config" in base.load_kwargs:
             report.note(f"{model.share_in_few_bits(base.model):.0%} of the base's weights are in few bits, those of its linear modules")
         torch.manual_seed(train.seed)

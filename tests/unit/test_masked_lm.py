@@ -284,6 +284,13 @@ class TestRefusals:
             MaskedLM(unit="span").check(slow)
 
 
+@pytest.mark.parametrize(("name", "told"), [("bert", True), ("bert-masked", False)])
+def test_a_head_that_starts_random_is_told(name, told, ftkit, recipe):
+    done = ftkit("eval", recipe(name, "masked"))
+    assert done.code == 0, done.err
+    assert ("not among the stored weights, so from random ones: cls.predictions" in done.err) == told
+
+
 def test_metrics_are_of_the_hidden_tokens():
     logits = torch.tensor([[9.0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5, 6]])
     targets, weights = torch.tensor([0, 2, 1, 6]), torch.tensor([1.0, 1.0, 1.0, 0.0])
