@@ -60,6 +60,9 @@ def check_task(task: Task, rows: Sequence[Row], tokenizer: Any, model_factory: C
     _check_truncation(task, rows, encoded, tokenizer, limits)
     whole = FeatureSet.of(encoded)
     _require(len(set(whole.lengths.tolist())) > 1, "give check_task rows of different lengths, or padding is not tried")
+    if hasattr(task, "corruption"):
+        whole = replace(whole, corruption=task.corruption(tokenizer, 0))
+        _check_corruption(task, whole)
     with torch.inference_mode():
         scores = _check_scores(task, model, whole, tokenizer.pad_token_id)
         _check_metrics(task, model, rows, whole, tokenizer.pad_token_id)
@@ -277,6 +280,17 @@ def _check_truncation(task: Task, rows: Sequence[Row], encoded: list[list[Featur
     )
 
 
+def _check_corruption(task: Task, features: FeatureSet) -> None:
+    """What a feature becomes in an epoch is its generator's doing alone, and the stored one stays."""
+    name, stored = f"{_name(task)}.corruption", features.input_ids[:].copy()
+    for index in range(len(features)):
+        found, again = features.get(index, 1), features.get(index, 1)
+        for part, values in found.items():
+            _require(np.array_equal(values, again[part]), f"{name}: {part} differ from one time to the next: draw from the generator that is given")
+        _require(len(found["input_ids"]) == features.lengths[index], f"{name} changes the length of a feature")
+    _require(np.array_equal(stored, features.input_ids[:]), f"{name} writes into the stored features: change a copy")
+
+
 def _check_scores(task: Task, model: Any, features: FeatureSet, pad: int) -> Scores:
     """A padded batch says of each row what the row says alone, and supervises what encode said."""
     batch = collate(features, np.arange(len(features)), pad)
@@ -340,7 +354,7 @@ def _check_metrics(task: Task, model: Any, rows: Sequence[Row], features: Featur
     _require(task.main_metric in values, f"{name}.compute lacks the main metric {task.main_metric}")
     unknown = values.keys() - {*task.metric_names, "loss_count"}
     _require(not unknown, f"{name}.compute gives {', '.join(sorted(unknown))}, which metric_names does not list")
-    total = float(features.weights[:].sum())
+    total = collate(features, indices, pad).weights.double().sum().item()
     _require(values["loss_count"] == total, f"{name}: loss_count is {values['loss_count']}, the weights sum up to {total}")
 
 

@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -139,8 +140,35 @@ class Tensors(TextClassification):
         return [{"probability": torch.tensor(0.5)} for _ in rows]
 
 
+class Careless(MaskedLM):
+    """Draws from a generator of its own."""
+
+    def corruption(self, tokenizer, seed):
+        found, own = super().corruption(tokenizer, seed), np.random.default_rng(0)
+        return replace(found, change=lambda example, rng: found.change(example, own))
+
+
+class Overwriting(MaskedLM):
+    """Hides tokens in what is stored."""
+
+    def corruption(self, tokenizer, seed):
+        found = super().corruption(tokenizer, seed)
+
+        def change(example, rng):
+            example["input_ids"][:] = found.change(example, rng)["input_ids"]
+            return example
+
+        return replace(found, change=change)
+
+
 def _fields(features: Features) -> dict:
     return {name: getattr(features, name) for name in Features.__dataclass_fields__}
+
+
+@pytest.mark.parametrize(("task", "told"), [(Careless(), "draw from the generator that is given"), (Overwriting(), "change a copy")])
+def test_a_task_that_corrupts_wrongly_is_told_what_to_change(task, told, data, checkpoint):
+    with pytest.raises(AssertionError, match=told):
+        check_task(task, rows(data.masked, {"text": "text"}), *loaded(checkpoint("bert-masked")))
 
 
 @pytest.mark.parametrize(
