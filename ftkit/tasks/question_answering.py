@@ -270,8 +270,11 @@ class AnswerMetrics(Streaming):
     """
 
     def __init__(self, task: QuestionAnswering, rows: Sequence[Row], features: FeatureSet) -> None:
+        import torch
+
         super().__init__()
         self.task, self.rows, self.features = task, rows, features
+        self.keep("windows", torch.zeros(0, 5))  # a request to stop may come before the first
 
     def update(self, scores: Scores) -> None:
         import torch

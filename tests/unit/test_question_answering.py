@@ -290,6 +290,11 @@ def test_questions_are_measured_whole_whatever_the_batches(threshold, tokenizers
         assert 0 < sum(not text for text in texts) < len(texts)
 
 
+def test_an_evaluation_that_was_stopped_at_once_has_no_records(tokenizers):
+    rows = [answered(CONTEXT, "boats")]
+    assert TASK.row_metrics(rows, encoded(tokenizers["wordpiece"], *rows)).records() == []
+
+
 def test_sets_of_one_kind_have_no_numbers_of_the_other(tokenizers):
     rows = [answered(CONTEXT, "boats"), answered(CONTEXT, "old")]
     features = encoded(tokenizers["wordpiece"], *rows)
