@@ -108,7 +108,7 @@ class SentenceEmbedding(Spec):
         low, high = self.score_range
         others = [pair for _, pair, _ in (*EXAMPLES[1:], EXAMPLES[0])]
         return [
-            {"text": text, "text_pair": pair, "negative": other, "score": high if label == "yes" else low}
+            {"text": text, "text_pair": pair, "negative": [other], "score": high if label == "yes" else low}
             for (text, pair, label), other in zip(EXAMPLES, others, strict=True)
         ]
 
