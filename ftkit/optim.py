@@ -19,7 +19,7 @@ ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-8  # arXiv 1412.6980, section 2
 LION_BETAS = (0.9, 0.99)  # arXiv 2302.06675, algorithm 2
 SGD_MOMENTUM = 0.9  # arXiv 1512.03385, section 3.4
 WSD_DECAY = 0.2  # arXiv 2404.06395 decays over the last 10 %; arXiv 2405.18392 finds 20 % as good as cosine
-WIDTH_EXPONENT = 0.78  # what was found for adapters of Llamas from 1B to 70B (github.com/thinking-machines-lab/tinker-cookbook, hyperparam_utils.py)
+WIDTH_EXPONENT = 0.78  # of Llamas in tinker-cookbook (hyperparam_utils.py), which has a smaller one for Qwens: lower rates are the safer side
 FUSED_DEVICES = ("cuda", "cpu", "mps", "xpu")
 
 
