@@ -57,6 +57,14 @@ class DataSets(NamedTuple):
     ranked: Path
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """The tests of a file run in one process, since they share fixtures; those of the matrix, which takes longest, a task in each."""
+    for item in items:
+        task = item.callspec.params["task"] if item.path.name == "test_matrix.py" and hasattr(item, "callspec") else ""
+        item.add_marker(pytest.mark.xdist_group(f"{item.path} {task}"))
+
+
 def write_csv(path: Path, header: list[str], rows: list) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *rows])

@@ -68,7 +68,7 @@ print(json.dumps({"differences": found, "ftkit": "ftkit" in sys.modules}))
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """Where the cells leave what they saved, a folder each."""
+    """Where the cells leave what they saved, a folder each, by task."""
     return tmp_path_factory.mktemp("cells")
 
 
@@ -136,7 +136,7 @@ def test_what_is_possible_learns_and_is_saved(task, name, tokenizers, tmp_path, 
         torch.manual_seed(1)
         learner = method.apply(base)
         learns(learner, base, batch, kind)
-        keep(learner, base, method, written / f"{task}-{name}-{kind.replace('/', '-')}")
+        keep(learner, base, method, written / task / f"{name}-{kind.replace('/', '-')}")
 
 
 def batch_of(task, tokenizer):
@@ -213,11 +213,12 @@ def keep(learner, base, method, directory) -> None:
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("library", ["transformers", "peft", "ftkit"])
-def test_one_fresh_process_loads_all_that_was_saved(library, written):
-    """Runs after the cells above, in their process."""
-    if not any(written.iterdir()):
+@pytest.mark.parametrize("task", TASKS)
+def test_one_fresh_process_loads_all_that_was_saved(task, library, written):
+    """Runs after the cells of the task above, in their process."""
+    if not (written / task).exists():
         pytest.skip("the cells were left out")
-    done = subprocess.run([sys.executable, "-P", "-c", FRESH, reload.__file__, str(written), library], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-P", "-c", FRESH, reload.__file__, str(written / task), library], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
     assert found["ftkit"] == (library == "ftkit")
