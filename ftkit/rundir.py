@@ -23,6 +23,7 @@ CONTENTS = (
     MANIFEST,
     "log.jsonl",
     "metrics.json",
+    "details.json",
     "model",
     "checkpoints",
     "predictions",
