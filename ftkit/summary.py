@@ -14,7 +14,7 @@ from ftkit.quantities import denominator, duration, interval, number, size
 if TYPE_CHECKING:
     from rich.table import Table
 
-LOWER_IS_BETTER = {"loss", "perplexity"}
+LOWER_IS_BETTER = {"loss", "perplexity", "ece", "mse"}
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:

@@ -87,7 +87,7 @@ class Task(Protocol):
 
     @property
     def main_metric(self) -> str:
-        """What the summary leads with; higher is better unless it is `loss` or `perplexity`."""
+        """What the summary leads with; higher is better unless `ftkit.summary` knows otherwise (`loss`, `mse`, ...)."""
         ...
 
     @property

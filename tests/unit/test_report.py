@@ -21,7 +21,7 @@ from ftkit.errors import DiskError
 from ftkit.progress import Stage
 from ftkit.quantities import duration, number, size
 from ftkit.report import Reporter, peak_memory
-from ftkit.summary import print_summary
+from ftkit.summary import _table, print_summary
 
 RECORD = {"epoch": 0.5, "loss": 0.42131, "learning_rate": 1.8e-5, "grad_norm": 1.25, "tokens_per_second": 12340.2, "peak_memory_bytes": 1_240_000_000}
 
@@ -393,3 +393,10 @@ def test_nothing_heavy_is_imported():
     heavy = {"torch", "matplotlib", "rich", "numpy", "yaml"}
     script = f"import sys, ftkit.report, ftkit.summary, ftkit.plots, ftkit.trackers, ftkit.card; sys.exit(bool({heavy} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize(("metric", "better"), [("accuracy", "0.9000"), ("mse", "0.1000"), ("ece", "0.1000"), ("perplexity", "0.1000")])
+def test_the_better_number_stands_out(metric, better):
+    table = _table({"base": {"test": {metric: 0.1}}, "test": {metric: 0.9}}, {})
+    cells = [cell for column in table.columns for cell in column.cells]
+    assert [str(cell) for cell in cells if getattr(cell, "style", "") == "bold green"] == [better]
