@@ -187,6 +187,12 @@ def _written(session: Measurable, name: str, report: Reporter, stop: StopRequest
     return dict(sorted(gather_object(said)))
 
 
+def details_of(measured: Mapping[str, Measured], report: Reporter) -> dict[str, dict[str, Any]]:
+    """What details.json holds of each split; drawing intervals may take a while."""
+    with report.stage("drawing intervals"):
+        return {name: result.metrics.details() for name, result in measured.items()}
+
+
 def selected(metrics: dict[str, float], names: list[str] | None) -> dict[str, float]:
     """The metrics that eval.metrics asks for; the loss and its denominator are always there."""
     return metrics if names is None else {name: value for name, value in metrics.items() if name in {*names, "loss", "loss_count"}}

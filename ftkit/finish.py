@@ -11,7 +11,7 @@ import torch
 
 from ftkit import adapters, checkpoint, compiled, device, plots, rundir, verify
 from ftkit.card import model_card
-from ftkit.evaluate import measure, predictions, samples, side_by_side
+from ftkit.evaluate import details_of, measure, predictions, samples, side_by_side
 from ftkit.model import Source, without_pooler
 from ftkit.quantities import duration
 from ftkit.report import peak_memory
@@ -63,8 +63,7 @@ def finish(session: Session, output: Path, report: Reporter, stop: StopRequest, 
     if not main:
         return {}
     rundir.write_json(output / "metrics.json", {"base": manifest["base"]} | {name: result.values for name, result in measured.items()})
-    with report.stage("drawing intervals"):
-        details = {name: result.metrics.details() for name, result in measured.items()}
+    details = details_of(measured, report)
     if written:
         details[next(iter(details))] |= side_by_side(session, manifest["base_samples"], written)
     rundir.write_json(output / "details.json", details)

@@ -135,7 +135,7 @@ def check_metrics(recipe: Recipe, rows: Rows) -> None:
         if name not in known:
             raise RecipeError(f"{key}: {name!r} is not a metric of {recipe.task.kind} on these rows; there are {', '.join(known)}")
     check_packages(recipe)
-    check_company(recipe)
+    _check_company(recipe)
     if recipe.objective.label_smoothing and recipe.task.targets != "classes":
         raise RecipeError(
             f"objective.label_smoothing: {recipe.objective.label_smoothing} is for classes, and the rows have {recipe.task.targets}; leave it out"
@@ -167,7 +167,7 @@ def _check_written(recipe: Recipe, rows: Rows, written: Mapping[str, Any]) -> No
         raise RecipeError(f"{asked[0]} is of text that the model writes, which takes a whole one, not train.parallel: fsdp")
 
 
-def check_company(recipe: Recipe) -> None:
+def _check_company(recipe: Recipe) -> None:
     """Refuse batches of one row, where rows learn from each other."""
     if getattr(recipe.task, "coupled", False) and recipe.train.batch_size == 1:
         raise RecipeError("train.batch_size: 1, but with this loss a row learns from the other rows of its batch; give 2 or more, such as 64")

@@ -70,7 +70,7 @@ def _measure_run(target: str, data: str | None, split: str | None, report: Repor
     from accelerate import Accelerator
 
     from ftkit import device
-    from ftkit.evaluate import measure
+    from ftkit.evaluate import details_of, measure
     from ftkit.loop import Trainee
     from ftkit.prepare import check_packages
 
@@ -88,8 +88,7 @@ def _measure_run(target: str, data: str | None, split: str | None, report: Repor
     wrapped = accelerator.prepare_model(trainee, evaluation_mode=True)
     subject = _Run(recipe, accelerator, wrapped, run.tokenizer, run.limits, _encoded(rows, recipe, run.tokenizer, run.limits, report))
     measured = measure(subject, subject.splits, report, StopRequest(), keep_records=True)
-    with report.stage("drawing intervals"):
-        details = {name: result.metrics.details() for name, result in measured.items()}
+    details = details_of(measured, report)
     files = [file for name, result in measured.items() for file in _write(run.path / "eval" / name, name, result, details[name], subject.splits[name])]
     return {"output": str(run.path), "metrics": _values(measured), "details": details, "files": files}
 

@@ -168,9 +168,8 @@ class _Source:
             if format:
                 note(f"{name}: data.format is about files and does not change how the hub's data is read")
             data = hub.load(name, note)
-            usual = {key: files.SPLITS.get(key, key) for key in data.splits}
-            named = {key: key if other in data.splits else other for key, other in usual.items()}
-            self.splits = {named[key]: partial(_hub_tables, name, key, data, poll, choose) for key in data.splits}
+            named = {key: key if (usual := files.SPLITS.get(key, key)) in data.splits else usual for key in data.splits}
+            self.splits = {usual: partial(_hub_tables, name, key, data, poll, choose) for key, usual in named.items()}
         else:
             found = files.find(name, split, format, note)
             self.splits = {key: partial(_file_tables, paths, format, txt_row, note, poll, choose) for key, paths in found.items()}

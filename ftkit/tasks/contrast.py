@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from ftkit.tasks.problems import pearson, ranks
+from ftkit.tasks.problems import correlations
 from ftkit.tasks.streaming import Streaming
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ class SimilarityMetrics(Streaming):
         """From -1 to 1; 0 where all numbers are the same."""
         said, gold = self.all("pairs").unbind(1)
         loss = self.contrast.of(said, gold).mean().item()
-        return {"spearman": pearson(ranks(said), ranks(gold)), "pearson": pearson(said, gold), "loss": loss, "loss_count": self.sums["weights"].item()}
+        return correlations(said, gold) | {"loss": loss, "loss_count": self.sums["weights"].item()}
 
 
 class RetrievalMetrics(Streaming):

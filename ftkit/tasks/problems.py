@@ -247,8 +247,9 @@ class LabelMetrics(Streaming):
 
     def compute(self) -> dict[str, float]:
         """Fractions from 0 to 1; `f1` and `auroc` leave out labels of which they are not defined."""
-        probabilities, gold = self.all("labels").unbind(1)
-        return self._counted(self.all("labels")) | mean_auroc(probabilities.T, gold.T) | self.loss()
+        items = self.all("labels")
+        probabilities, gold = items.unbind(1)
+        return self._counted(items) | mean_auroc(probabilities.T, gold.T) | self.loss()
 
     def _counted(self, items: torch.Tensor) -> dict[str, float]:
         """Metrics of probabilities and labels, float64 [k, 2, L]."""
@@ -296,7 +297,12 @@ class NumberMetrics(Streaming):
 def of_numbers(pairs: torch.Tensor) -> dict[str, float]:
     """Metrics of numbers said and right ones, float64 [n, 2]."""
     said, gold = pairs.unbind(1)
-    return {"pearson": pearson(said, gold), "spearman": pearson(ranks(said), ranks(gold)), "mse": (said - gold).square().mean().item()}
+    return correlations(said, gold) | {"mse": (said - gold).square().mean().item()}
+
+
+def correlations(said: torch.Tensor, gold: torch.Tensor) -> dict[str, float]:
+    """By numbers and by ranks, float64 [n] each."""
+    return {"pearson": pearson(said, gold), "spearman": pearson(ranks(said), ranks(gold))}
 
 
 def pearson(one: torch.Tensor, other: torch.Tensor) -> float:

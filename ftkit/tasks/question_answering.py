@@ -13,6 +13,7 @@ from ftkit.recipe.spec import Default, Generation, Spec, option
 from ftkit.tasks import Column, Shape
 from ftkit.tasks.squad import Judged, Score, best_threshold, score
 from ftkit.tasks.streaming import Streaming
+from ftkit.tasks.texts import features_of
 from ftkit.tasks.windows import check_tokenizer, windows_of
 
 if TYPE_CHECKING:
@@ -199,13 +200,8 @@ class QuestionAnswering(Spec):
         import torch
 
         from ftkit.data.batches import collate
-        from ftkit.data.features import FeatureSet
 
-        def encode(row: Row) -> list[Features]:
-            with row.named():
-                return self.encode(row, tokenizer, limits)
-
-        features = FeatureSet.of(map(encode, rows))
+        features = features_of(rows, lambda row: self.encode(row, tokenizer, limits))
         found: list[set[Span]] = [set() for _ in rows]
         nulls: list[list[float]] = [[] for _ in rows]
         for start in range(0, len(features), ANSWERED_WINDOWS):

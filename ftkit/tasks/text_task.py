@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -29,8 +30,9 @@ class TextTask(Spec):
     }
 
     @property
+    @abstractmethod
     def _problem(self) -> Problem:
-        raise NotImplementedError
+        """What is told, and how it is measured."""
 
     @property
     def targets(self) -> Targets:

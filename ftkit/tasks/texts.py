@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ftkit.data.types import Features, Limits, Row, RowError
 
 if TYPE_CHECKING:
+    from ftkit.data.features import FeatureSet
     from ftkit.data.types import Batch
 
 
@@ -36,16 +37,22 @@ def fit(tokenizer: Any, texts: Sequence[str], limits: Limits) -> Fitted | None:
     return Fitted(encoded["input_ids"], encoded.get("token_type_ids"), max(excess, 0))
 
 
-def batch_of(rows: Iterable[Row], encode: Callable[[Row], list[Features]], tokenizer: Any, device: Any) -> Batch:
-    """The features of rows side by side.  Raises DataError for a row that cannot be used."""
-    import numpy as np
-
-    from ftkit.data.batches import collate
+def features_of(rows: Iterable[Row], encode: Callable[[Row], list[Features]]) -> FeatureSet:
+    """Those of rows that are to be answered.  Raises DataError for a row that cannot be used."""
     from ftkit.data.features import FeatureSet
 
     def encoded(row: Row) -> list[Features]:
         with row.named():
             return encode(row)
 
-    features = FeatureSet.of(map(encoded, rows))
+    return FeatureSet.of(map(encoded, rows))
+
+
+def batch_of(rows: Iterable[Row], encode: Callable[[Row], list[Features]], tokenizer: Any, device: Any) -> Batch:
+    """Their features side by side."""
+    import numpy as np
+
+    from ftkit.data.batches import collate
+
+    features = features_of(rows, encode)
     return collate(features, np.arange(len(features)), tokenizer.pad_token_id).to(device)
