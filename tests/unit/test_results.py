@@ -72,7 +72,7 @@ def test_a_cell_that_fails_is_not_written_and_does_not_stop_the_others(results: 
 
 
 def test_only_compares_whole_parts_of_names(results: Any) -> None:
-    cell = results.Encoder("cola", "full", 42, "plain")
+    cell = results.Beside("cola", "full", 42, "plain")
     assert all(results.selected(cell.name, only) for only in ([], ["cola"], ["snli", "cola/full"]))
     assert not any(results.selected(cell.name, only) for only in (["co"], ["cola/lora"], ["full"]))
 
