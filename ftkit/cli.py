@@ -109,13 +109,14 @@ def predict(
     texts: Annotated[list[str] | None, typer.Argument(metavar="TEXT", help="What to answer; a run on pairs takes two texts each.")] = None,
     file: Annotated[str | None, typer.Option("--file", metavar="F", help="Answer the rows of a data file.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Talk to the model, until the end of input or an empty line.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV with a header; lists and objects in it are JSON.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer texts or the rows of a file, one JSON object a line."""
     if sum((bool(texts), file is not None, chat)) != 1:
         raise UsageError("give texts, or --file F, or --chat")
-    if chat and as_json:
-        raise UsageError("--chat is for people: it has no --json")
+    if sum((chat, as_csv, as_json)) > 1:
+        raise UsageError("--chat is for people: it has no --json and no --csv" if chat else "give --json or --csv, not both")
     if chat:
         from ftkit.predict import chat as talk
 
@@ -125,7 +126,14 @@ def predict(
         from ftkit.predict import predict
 
         answers = predict(run, texts or [], file)
-    if as_json:
+    if as_csv:
+        from ftkit.predict import write_csv
+
+        with redirect_stdout(sys.stderr):
+            table = write_csv(answers)
+        for line in table:
+            print(line, end="")
+    elif as_json:
         with redirect_stdout(sys.stderr):
             document = list(answers)
         _print_json(document)
@@ -245,7 +253,7 @@ def _show_matrix(as_json: bool) -> None:
     for kind in plugins.known("task"):
         task = plugins.find("task", kind)()
         gaps = {(gap.architecture, gap.method): gap.reason for gap in architectures.gaps(task)}
-        rows = [name for name, has in architectures.TABLE.items() if task.auto_class in has]
+        rows = [name for name, has in architectures.TABLE.items() if architectures.head(task) in has]
         document[kind] = {name: {method: gaps.get((name, method), "yes") for method in methods} for name in rows}
         if as_json:
             continue

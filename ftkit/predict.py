@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ftkit import device
+from ftkit.data.ondisk import Spool
 from ftkit.data.rows import load_split
 from ftkit.data.types import Row
 from ftkit.errors import RecipeError
@@ -30,6 +34,31 @@ def predict(target: str, texts: Sequence[str], file: str | None) -> Iterator[dic
             rows = load_split(file, None, run.recipe.data, run.recipe.task, report.note, answers=False)
             return ({"row": row.number} | answer for row, answer in zip(rows, _answers(run, rows), strict=True))
     return _answers(run, _rows(run, texts))
+
+
+def write_csv(answers: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """Lines of CSV (RFC 4180, but for its line ends) with a column for each key that any answer has; lists and objects are JSON.
+
+    The answers are known when this returns, and wait on disk: only then are the columns.
+    """
+    known: Spool[dict[str, Any]] = Spool(dict, dict)
+    columns: dict[str, None] = {}
+    for answer in answers:
+        known.append(answer)
+        columns |= dict.fromkeys(answer)
+    return _csv(list(columns), known)
+
+
+def _csv(columns: list[str], answers: Iterable[dict[str, Any]]) -> Iterator[str]:
+    line = io.StringIO()
+    writer = csv.DictWriter(line, columns, lineterminator="\n")
+    writer.writeheader()
+    for answer in answers:
+        yield line.getvalue()
+        line.seek(0)
+        line.truncate()
+        writer.writerow({name: json.dumps(value, ensure_ascii=False) if isinstance(value, bool | list | dict) else value for name, value in answer.items()})
+    yield line.getvalue()
 
 
 def chat(target: str) -> None:
