@@ -21,6 +21,8 @@ TRAITS = {
     "AutoModelForTokenClassification": "no head that tags tokens",
     "AutoModelForQuestionAnswering": "no head that finds answers",
     "AutoModelForMaskedLM": "no head that fills masks",
+    "sentence pairs": "no head that tells whether two segments follow each other",
+    "replaced tokens": "no head that tells replaced tokens",
     "AutoModel": "two stacks of layers",
     "AutoModelForCausalLM": "no head that continues text",
     "AutoModelForSeq2SeqLM": "no head that rewrites text",
@@ -36,7 +38,7 @@ TRAITS = {
     "attention interface": "attention that is its own, or wants what others have not",
 }
 CLASSIFIER, TAGGER, FINDER = "AutoModelForSequenceClassification", "AutoModelForTokenClassification", "AutoModelForQuestionAnswering"
-MASKED = "AutoModelForMaskedLM"
+MASKED, PAIRS, REPLACED = "AutoModelForMaskedLM", "sentence pairs", "replaced tokens"
 CAUSAL, REWRITER = "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"
 NEW_HEADS = {CLASSIFIER, TAGGER, FINDER}
 BARE = "AutoModel"  # without any head
@@ -49,16 +51,16 @@ TWO_STACKS, BIASED_TWO_STACKS = {*USUAL, REWRITER} - NEW_HEADS - {BARE}, {*BIASE
 OWN = {"attention interface"}  # which attention that is an architecture's own does not go through
 
 TABLE: dict[str, set[str]] = {
-    "albert": ENCODER,
-    "bert": ENCODER,
-    "big_bird": ENCODER - OWN - {FINDER},  # it has one, that takes all before a separator for the question: virtual tokens, too
+    "albert": ENCODER | {PAIRS},
+    "bert": ENCODER | {PAIRS},
+    "big_bird": ENCODER - OWN - {FINDER} | {PAIRS},  # it has one, that takes all before a separator for the question: virtual tokens, too
     "camembert": ENCODER,
     "deberta": ENCODER - OWN,
     "deberta-v2": ENCODER - OWN,
     "distilbert": ENCODER,
-    "electra": ENCODER,
-    "ernie": ENCODER,
-    "megatron-bert": ENCODER - OWN,
+    "electra": ENCODER | {REPLACED},
+    "ernie": ENCODER | {PAIRS},
+    "megatron-bert": ENCODER - OWN | {PAIRS},
     "modernbert": {*USUAL, MASKED},
     "mpnet": ENCODER - OWN,
     "roberta": ENCODER,
@@ -116,10 +118,15 @@ class Gap(NamedTuple):
     reason: str
 
 
+def head(task: Task) -> str:
+    """The trait that a task's head is: its own name where several share an Auto class."""
+    return getattr(task, "head", task.auto_class)
+
+
 def lacking(architecture: str, method: Method, task: Task) -> list[str]:
     """What an architecture of the table lacks for a method on a task; empty where all is there."""
     has = TABLE[architecture] - ({"own head"} if task.auto_class == BARE else set())
-    return [reason for trait, reason in TRAITS.items() if trait in {task.auto_class, *method.needs(task.new_head)} and trait not in has]
+    return [reason for trait, reason in TRAITS.items() if trait in {head(task), *method.needs(task.new_head)} and trait not in has]
 
 
 def methods() -> dict[str, Method]:
@@ -133,7 +140,7 @@ def gaps(task: Task) -> Iterator[Gap]:
     """The combinations with a task that are impossible, of the architectures that have its head."""
     known = methods()
     for architecture, has in TABLE.items():
-        if task.auto_class in has:
+        if head(task) in has:
             for kind, method in known.items():
                 if found := lacking(architecture, method, task):
                     yield Gap(architecture, kind, ", ".join(found))

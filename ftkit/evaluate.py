@@ -13,13 +13,14 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from ftkit.data.batches import ahead, by_length, collate
+from ftkit.data.ondisk import Records
 from ftkit.errors import Diverged
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from ftkit.data.features import FeatureSet
-    from ftkit.data.types import Batch, Limits, Row, Scores
+    from ftkit.data.types import Batch, Limits, Row, RowList, Scores
     from ftkit.recipe.spec import Recipe
     from ftkit.report import Reporter
     from ftkit.signals import StopRequest
@@ -40,7 +41,7 @@ class Measurable(Protocol):
     @property
     def limits(self) -> Limits: ...
     @property
-    def splits(self) -> Mapping[str, tuple[list[Row], FeatureSet]]: ...
+    def splits(self) -> Mapping[str, tuple[RowList, FeatureSet]]: ...
 
 
 class Measured(NamedTuple):
@@ -48,7 +49,7 @@ class Measured(NamedTuple):
 
     values: dict[str, float]  # what eval.metrics asks for, and the loss with its denominator
     metrics: Metrics  # with the sums that the values came from
-    records: list[dict[str, Any]]  # what the model said of this process's share, if asked for
+    records: Records  # what the model said of this process's share, if asked for
 
 
 def evaluate(
@@ -62,14 +63,14 @@ def evaluate(
     advance: Callable[[int], None] = lambda rows: None,
     interrupted: Callable[[], bool] = lambda: False,
     keep_records: bool = False,
-) -> tuple[Metrics, list[dict[str, Any]]]:
+) -> tuple[Metrics, Records]:
     """Metrics over all features, summed over processes, and what the model said of this process's share.
 
     `trainee` is a `Trainee`, as accelerate prepared it or alone.  Stops early, with sums that mean nothing, as soon as `interrupted` says so.
     """
     metrics = metrics_of(task, rows, features)
     whole = hasattr(metrics, "records")  # of rows, whose features may be in several batches
-    records: list[dict[str, Any]] = []
+    records = Records()
     was_training = trainee.training
     trainee.eval()
     with torch.no_grad():
@@ -77,7 +78,7 @@ def evaluate(
         for indices, batch in ahead(lambda indices: (indices, collate(features, indices, pad_token_id)), shares):
             if interrupted():
                 break
-            records += _judged(trainee, batch.to(accelerator.device), metrics, task if keep_records and len(indices) and not whole else None)
+            records.extend(_judged(trainee, batch.to(accelerator.device), metrics, task if keep_records and len(indices) and not whole else None))
             advance(len(indices) * accelerator.num_processes)
     trainee.train(was_training)
     for name, value in metrics.sums.items():
@@ -86,7 +87,7 @@ def evaluate(
         for name, parts in metrics.kept.items():
             metrics.kept[name] = gather_object(parts)
     if keep_records and whole:
-        records = metrics.records()[accelerator.process_index :: accelerator.num_processes]
+        records.extend(metrics.records()[accelerator.process_index :: accelerator.num_processes])
     return metrics, records
 
 
@@ -146,7 +147,8 @@ def measure(session: Measurable, names: Iterable[str], report: Reporter, stop: S
             raise Diverged(f"{name}: the loss is {values['loss']}; the weights, or numbers on the way to it, are no longer finite")
         if written:
             values |= session.recipe.task.judge(list(answers.values()), [rows[row] for row in answers], written)  # type: ignore[attr-defined]
-            records = [record | answers[int(features.row[record["feature"]])] for record in records]
+            plain, records = records, Records()
+            records.extend(record | answers[int(features.row[record["feature"]])] for record in plain)
         measured[name] = Measured(selected(values, asked), metrics, records)
     return measured
 
@@ -198,10 +200,9 @@ def selected(metrics: dict[str, float], names: list[str] | None) -> dict[str, fl
     return metrics if names is None else {name: value for name, value in metrics.items() if name in {*names, "loss", "loss_count"}}
 
 
-def predictions(records: Iterable[dict[str, Any]], rows: list[Row], features: FeatureSet) -> str:
+def predictions(records: Records, rows: Sequence[Row], features: FeatureSet) -> Iterator[str]:
     """JSON lines of what the model said, in the order of the rows, each with the number of its row."""
-    lines = []
-    for record in sorted(records, key=lambda record: record["feature"]):
+    for record in records:
         row = rows[int(features.row[record["feature"]])]
-        lines.append({"row": row.number} | {name: value for name, value in record.items() if name != "feature"})
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        line = {"row": row.number} | {name: value for name, value in record.items() if name != "feature"}
+        yield json.dumps(line, ensure_ascii=False) + "\n"

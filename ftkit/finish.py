@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ftkit import adapters, checkpoint, compiled, device, plots, rundir, verify
+from ftkit import adapters, checkpoint, compiled, device, plots, reload, rundir, verify
 from ftkit.card import model_card
+from ftkit.data.ondisk import Records
 from ftkit.evaluate import details_of, measure, predictions, samples, side_by_side
 from ftkit.model import Source, without_pooler
 from ftkit.quantities import duration
@@ -53,10 +54,15 @@ def finish(session: Session, output: Path, report: Reporter, stop: StopRequest, 
                 _write_base(session, output / "model" / "base")
             if lay_out := getattr(session.recipe.task, "lay_out", None):
                 lay_out(output / "model", session.base.model.config, session.limits.max_length)
+            loads = session.recipe.task.write_beside(session.beside, output / "model") if session.beside is not None else None  # type: ignore[attr-defined]
+            if loads:
+                artifact["companion"] = loads
             rows = verify.choose(_sample_split(session))
             if session.recipe.model.attention == "flash_attention_2":  # takes no float32, which learned weights are stored in
                 session.base.model.set_attn_implementation("sdpa")
             expected = verify.capture(session.learner, session.prepared.tokenizer, rows, output / "model", artifact, converted=session.recipe.method.converts)
+            if loads:
+                expected.answers |= reload.companion_answers(session.beside, rows)
             if read_off := getattr(session.recipe.task, "read_off", None):
                 expected.answers |= read_off(session.learner, rows)
     _release(session)
@@ -148,7 +154,7 @@ def _take_best(session: Session, output: Path, report: Reporter, position: Posit
     if session.recipe.train.early_stopping is None or best is None or best == position.step:
         return
     state = checkpoint.load(output / "checkpoints" / f"step-{best}", session.accelerator.process_index)
-    checkpoint.restore_model(session.learner, state.model)
+    checkpoint.restore_model(session.whole, state.model)
     report.note(f"the model is that of step {best}, the best on validation")
 
 
@@ -157,13 +163,16 @@ def _write_records(session: Session, output: Path, name: str, result: Measured) 
     rows, features = session.prepared.splits[name]
     directory = output / "predictions"
     share = directory / f".{name}-{session.accelerator.process_index}.jsonl"
-    rundir.write_text(share, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in result.records))
+    rundir.write_lines(share, (json.dumps(record, ensure_ascii=False) + "\n" for record in result.records))
     session.accelerator.wait_for_everyone()
     if not session.accelerator.is_main_process:
         return
     shares = [directory / f".{name}-{rank}.jsonl" for rank in range(session.accelerator.num_processes)]
-    records = [json.loads(line) for path in shares for line in path.read_text(encoding="utf-8").splitlines()]
-    rundir.write_text(directory / f"{name}.jsonl", predictions(records, rows, features))
+    records = Records()
+    for path in shares:
+        with path.open(encoding="utf-8") as file:
+            records.extend(map(json.loads, file))
+    rundir.write_lines(directory / f"{name}.jsonl", predictions(records, rows, features))
     for path in shares:
         path.unlink()
 
@@ -195,7 +204,7 @@ def _release(session: Session) -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     session.accelerator.free_memory()
-    session.wrapped = session.learner = session.optimizer = None  # type: ignore[assignment]
+    session.wrapped = session.learner = session.beside = session.optimizer = None  # type: ignore[assignment]
     session.base.model = None  # type: ignore[assignment]
     device.free_memory()
 

@@ -158,8 +158,8 @@ def logits(trainee: Trainee, features: FeatureSet, indices: Sequence[int], pad_t
 
     def judge(parts: Iterator[Scores]) -> None:
         for scores in parts:
-            found.append(scores.logits.float())
-            owners.append(scores.rows)
+            found.append(scores.logits.float().flatten())
+            owners.append(scores.rows.repeat_interleave(scores.logits[:1].numel()))
 
     device = next(trainee.parameters()).device
     trainee(collate(features, np.array(indices), pad_token_id).to(device), judge)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -39,11 +40,19 @@ class Trainee(nn.Module):
     under FSDP weights that were not gathered.
     """
 
-    def __init__(self, model: nn.Module, inner: nn.Module, task: Task, objective: Objective, flat: Flat | None = None, noise: Noise | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        inner: nn.Module,
+        task: Task,
+        objective: Objective,
+        flat: Flat | None = None,
+        noise: Noise | None = None,
+        beside: nn.Module | None = None,
+    ) -> None:
         super().__init__()
-        self.model, self.task, self.objective, self.flat, self.noise = model, task, objective, flat, noise
+        self.model, self.task, self.objective, self.flat, self.noise, self.beside = model, task, objective, flat, noise, beside
         self.frozen: Frozen | None = None
-        self.virtual = prompts.of(model)
         self.still = {name or "the whole base": module for module in frozen_bottom(inner) for name, other in inner.named_modules() if other is module}
 
     @property
@@ -54,15 +63,18 @@ class Trainee(nn.Module):
     def forward(
         self, batch: Batch, judge: Callable[[Iterator[Scores]], None] | None = None, among: Callable[[Items], Items] | None = None
     ) -> torch.Tensor | None:
-        """The summed loss of the batch, float32; with `judge`, nothing: that is given the scores of the supervised items, a chunk at a time.
+        """The summed loss of the batch, float32 [], or of each of its parts, [K]; with `judge`, nothing: that is given the scores of the supervised
+        items, a chunk at a time.
 
         `among` puts the items of the batch among others, whose loss is summed with theirs.
         """
-        if self.virtual:
-            batch = self.virtual.extended(batch)
-        if self.flat and self.flat.round_batches and made_for_each_shape(self.model):
-            batch = rounded(batch, positions=judge is None, widths=self.flat.fast_attention)
-        with self.virtual.given() if self.virtual else nullcontext():  # by the batch; and heads are asked without any
+        earlier: list[Items] = []
+        if hasattr(self.task, "prior"):
+            batch, items = self.task.prior(self.beside, batch)
+            earlier.append(items)
+        with prompts.given(self.model, batch) as batch:  # heads are asked without any
+            if self.flat and self.flat.round_batches and made_for_each_shape(self.model):
+                batch = rounded(batch, positions=judge is None, widths=self.flat.fast_attention)
             with ExitStack() as stack:
                 if self.flat:
                     stack.enter_context(self.flat.rows(batch.segments))
@@ -72,11 +84,21 @@ class Trainee(nn.Module):
                     stack.enter_context(self.frozen.rows(batch, flat=self.flat is not None))
                 items = self.task.items(self.model, batch)
             if among is not None:
+                assert not isinstance(items, tuple), "rows that learn from each other have one loss"
                 items = among(items)
-            if judge is None:
-                return chunks.loss(items, self.objective, list(self.model.parameters()))
-            judge(chunks.scores(items))
-            return None
+            if self.beside is not None and hasattr(self.task, "judged"):
+                items = self.task.judged(self.beside, items)
+            parts = [*earlier, *(items if isinstance(items, tuple) else (items,))]
+            if judge is not None:
+                judge(chain.from_iterable(map(chunks.scores, parts)))
+                return None
+            parameters = list(self.parameters())
+            losses = [part.share * chunks.loss(part, self.objective, parameters) for part in parts]
+            return torch.stack(losses) if len(losses) > 1 else losses[0]
+
+    def counts(self, batch: Batch) -> torch.Tensor:
+        """What the sums of `forward` are divided by, of all parts of a batch on all processes together: float64 [], or [K]."""
+        return self.task.counts(batch) if hasattr(self.task, "counts") else batch.weights.double().sum()
 
     def train(self, mode: bool = True) -> Trainee:
         """Training mode, except for frozen modules below the first one that learns: dropout there only adds noise."""
@@ -145,7 +167,7 @@ class Outcome(NamedTuple):
 
     loss: torch.Tensor  # float64 []
     grad_norm: torch.Tensor  # float [], before clipping
-    items: torch.Tensor  # float64 []: sum of the weights of the supervised items, the denominator of the loss
+    items: torch.Tensor  # float64 []: sum of the weights of the supervised items, the denominator of a loss that has one part
 
 
 @dataclass(frozen=True)
@@ -190,21 +212,22 @@ def train_step(accelerator: Accelerator, trainee: nn.Module, optimizer: Any, mic
     elsewhere Diverged is raised at once.
     """
     device = accelerator.device
-    items = accelerator.reduce(torch.stack([batch.weights.double().sum() for batch in micro_batches]).sum().to(device, non_blocking=True), "sum")
+    inner: Trainee = accelerator.unwrap_model(trainee)
+    items = accelerator.reduce(torch.stack([inner.counts(batch) for batch in micro_batches]).sum(0).to(device, non_blocking=True), "sum")
     total = torch.zeros((), dtype=torch.float64, device=device)
     parts = len(micro_batches) * accelerator.num_processes
-    whole = parts > 1 and getattr(accelerator.unwrap_model(trainee), "coupled", False)
+    whole = parts > 1 and inner.coupled
     places = together.places(accelerator, trainee, micro_batches) if whole else []
     for number, batch in enumerate(micro_batches):
         last = number == len(micro_batches) - 1
         with nullcontext() if last else accelerator.no_sync(trainee):  # gradients are added up over processes once
-            loss = trainee(batch.to(device), **({"among": places[number]} if whole else {})) / items.float()
+            loss = (trainee(batch.to(device), **({"among": places[number]} if whole else {})) / items.float()).sum()
             accelerator.backward(loss * accelerator.num_processes)  # DDP averages over processes; the sum is wanted
         total += loss.detach().double() / (parts if whole else 1)  # each part's is that of the whole
     total = accelerator.reduce(total, "sum")
     parameters = [p for p in trainee.parameters() if p.requires_grad]
     norm = accelerator.clip_grad_norm_(parameters, math.inf if max_grad_norm is None else max_grad_norm)
-    outcome = Outcome(total, torch.as_tensor(norm), items)
+    outcome = Outcome(total, torch.as_tensor(norm), items.sum())
     if looks_itself(optimizer, accelerator):
         optimizer.optimizer.found_inf = 1 - (total.isfinite() & norm.isfinite()).float()  # the fused kernel leaves out its update at 1
     else:

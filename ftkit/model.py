@@ -281,6 +281,8 @@ def skeleton(config: transformers.PreTrainedConfig, task: Task, attention: str |
         if attention is None:
             raise
         raise (MissingDependency if isinstance(error, ImportError) else RecipeError)(f"model.attention: {attention}: {_first_line(error)}") from error
+    if lack := getattr(task, "lacks", lambda model: None)(model):
+        raise RecipeError(f"task {task.kind}: {type(model).__name__} has {lack}")
     if task.auto_class == "AutoModelForCausalLM" and not getattr(model.config, "is_decoder", True) and not _says_causal(model):
         raise _sees_answers(model, task)
     if task.auto_class == "AutoModelForMaskedLM" and config.is_encoder_decoder:

@@ -72,6 +72,7 @@ def check(resolved: Resolved, report: Reporter) -> list[FtkitError]:
     planned = attempt(model.plan, recipe.model, found.source, config, tokenizer, task, recipe.method, recipe.train.precision)
     if planned is not None and attempt(recipe.method.apply, planned) is not None:
         attempt(model.check_added, planned, recipe.method)
+        attempt(session.beside_of, recipe.train, planned)
         if recipe.train.gradient_checkpointing:
             attempt(session.check_checkpointing, planned, recipe.train)
         num_processes = attempt(launch.processes, recipe.train) or 1
@@ -102,7 +103,7 @@ def forecast(resolved: Resolved) -> Forecast:
 
     Reads the model's config, and the rows where the task's head depends on them.
     """
-    from ftkit import layout, model, optim, vocabulary
+    from ftkit import layout, model, optim, session, vocabulary
     from ftkit.data.rows import load_rows
 
     recipe = resolved.recipe
@@ -125,7 +126,9 @@ def forecast(resolved: Resolved) -> Forecast:
     plain = model.skeleton(config, task)
     added = vocabulary.grow(plain, tokenizer, spec.add_tokens) if spec.add_tokens else []
     base = model.Base(plain, tokenizer, source if spec.init == "pretrained" else None, task, model.head_of(plain), added=added)
-    parameters = model.parameters_by_group(recipe.method.apply(base), base.head)
+    learner = recipe.method.apply(base)
+    beside = session.beside_of(recipe.train, base)
+    parameters = model.parameters_by_group(learner, base.head) | session.parameters_beside(task, learner, beside)
     return Forecast(parameters, *layout.foreseen(recipe, plain), optim.learning_rate(resolved, config))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftkit.data import files
-from ftkit.data.types import Limits, Row, Rows
+from ftkit.data.types import Limits, Rows
 from ftkit.errors import DataError, MissingDependency, RecipeError
 from ftkit.recipe.spec import TrainedTokenizer
 
@@ -36,7 +36,7 @@ class Prepared:
     limits: Limits
     rows: Rows
     train: FeatureSet
-    splits: dict[str, tuple[list[Row], FeatureSet]]  # validation sets and `test`
+    splits: dict[str, tuple[RowList, FeatureSet]]  # validation sets and `test`
     audits: dict[str, dict[str, Any]]
 
     @property
@@ -122,7 +122,7 @@ def tokenise(
         report.warn(line.removeprefix("WARNING ")) if line.startswith("WARNING ") else report.note(line)
     if not hasattr(task, "corruption"):
         return done
-    corruption = task.corruption(tokenizer, seed)
+    corruption = task.corruption(done.features, tokenizer, seed)
     report.note(f"{name}: {corruption.told}")
     return done._replace(features=replace(done.features, corruption=corruption))
 

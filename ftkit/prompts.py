@@ -92,7 +92,7 @@ class Virtual:
         width, n = batch.input_ids.shape[1], self.length
 
         def longer(values: torch.Tensor, value: int) -> torch.Tensor:
-            return F.pad(values, (n, 0), value=value)
+            return F.pad(values, (0, 0) * (values.dim() - 2) + (n, 0), value=value)
 
         input_ids = longer(batch.input_ids, 0)
         input_ids[:, :n] = self._ids(batch.input_ids.device)
@@ -207,6 +207,17 @@ def of(model: Any) -> Virtual | None:
     outer = model.get_base_model() if hasattr(model, "get_base_model") else model
     found: Virtual | None = getattr(outer, "_ftkit_virtual", None)
     return found
+
+
+@contextmanager
+def given(model: Any, batch: Batch) -> Iterator[Batch]:
+    """The batch with the virtual tokens of a model, if it has any, in front of its rows; herein they are given, whichever module is called."""
+    virtual = of(model)
+    if virtual is None:
+        yield batch
+        return
+    with virtual.given():
+        yield virtual.extended(batch)
 
 
 def is_stored(directory: Path) -> bool:

@@ -38,6 +38,12 @@ def load(directory: Path, artifact: Mapping[str, Any], device: str) -> Any:
     return PeftModel.from_pretrained(load_base(directory, artifact, device), directory).eval()
 
 
+def load_companion(directory: Path, artifact: Mapping[str, Any], device: str) -> Any:
+    """The model that learned beside the one in `directory`, if there is one that a library loads; else None."""
+    companion = artifact.get("companion")
+    return companion and _from_pretrained(str(directory / companion["directory"]), companion, None, device)
+
+
 def load_base(directory: Path, artifact: Mapping[str, Any], device: str) -> Any:
     """The model that the adapter in `directory` belongs on."""
     return _from_pretrained(base_name(directory, artifact), artifact, artifact.get("revision"), device)
@@ -93,6 +99,11 @@ def answers(model: Any, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
     return found
 
 
+def companion_answers(model: Any, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+    """Those of the model beside another; none where there is none."""
+    return {} if model is None else {f"companion: {name}": value for name, value in answers(model.eval(), rows).items()}
+
+
 @torch.no_grad()
 def embeddings(model: Any, rows: Sequence[Row], directory: Path) -> dict[str, torch.Tensor]:
     """That of each row by itself, as the files of sentence-transformers beside the model say, float32; none where there are no such files."""
@@ -146,7 +157,9 @@ def main(request: Path) -> None:
     model = load(Path(asked["directory"]), asked["artifact"], asked["device"])
     tokenizer = load_tokenizer(Path(asked["directory"]), asked["artifact"])
     found = facts(model, tokenizer, asked["texts"], asked["artifact"]) | {"digests": digests(model)}
-    save_file(answers(model, rows) | embeddings(model, rows, Path(asked["directory"])), request / "answers.safetensors")
+    companion = load_companion(Path(asked["directory"]), asked["artifact"], asked["device"])
+    said = answers(model, rows) | companion_answers(companion, rows) | embeddings(model, rows, Path(asked["directory"]))
+    save_file(said, request / "answers.safetensors")
     (request / "facts.json").write_text(json.dumps(found), encoding="utf-8")
 
 

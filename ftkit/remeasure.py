@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ftkit.data.features import FeatureSet
-    from ftkit.data.types import Limits, Row
+    from ftkit.data.types import Limits, RowList
     from ftkit.evaluate import Measured
     from ftkit.opened import Opened
     from ftkit.prepare import Prepared
     from ftkit.recipe.spec import Recipe
     from ftkit.report import Reporter
 
-Splits = dict[str, tuple[list["Row"], "FeatureSet"]]
+Splits = dict[str, tuple["RowList", "FeatureSet"]]
 
 
 class _Run(NamedTuple):
@@ -84,7 +84,8 @@ def _measure_run(target: str, data: str | None, split: str | None, report: Repor
     device.use_tf32(precision == "tf32")
     accelerator = Accelerator(mixed_precision=device.autocast_to(precision), cpu=here.type == "cpu")
     base = run.model.get_base_model() if hasattr(run.model, "get_base_model") else run.model
-    trainee = Trainee(run.model, base.base_model, recipe.task, recipe.objective)
+    beside = recipe.task.read_beside(base, run.path / "model") if hasattr(recipe.task, "read_beside") else None
+    trainee = Trainee(run.model, base.base_model, recipe.task, recipe.objective, beside=beside and beside.to(here))
     wrapped = accelerator.prepare_model(trainee, evaluation_mode=True)
     subject = _Run(recipe, accelerator, wrapped, run.tokenizer, run.limits, _encoded(rows, recipe, run.tokenizer, run.limits, report))
     measured = measure(subject, subject.splits, report, StopRequest(), keep_records=True)
@@ -136,7 +137,7 @@ def _led(prepared: Prepared, lead: Lead, report: Reporter) -> Prepared:
     positions = max_positions(prepared.config)
     longer = positions - recipe.method.positions if positions else prepared.limits.max_length * (lead.shots + 2)
     limits = prepared.limits._replace(max_length=longer, truncation="left")  # what is too long loses examples, not its answer
-    led = {name: [recipe.task.after(row, lead.text, shown) for row in rows] for name, (rows, _) in prepared.splits.items()}
+    led: dict[str, RowList] = {name: [recipe.task.after(row, lead.text, shown) for row in rows] for name, (rows, _) in prepared.splits.items()}
     return replace(prepared, limits=limits, splits=_encoded(led, recipe, prepared.tokenizer, limits, report))
 
 
@@ -161,7 +162,7 @@ def _precision(run: Opened, here: Any, report: Reporter) -> str:
         return own
 
 
-def _rows(recipe: Recipe, data: str | None, split: str | None, report: Reporter, sha256: dict[str, str] | None = None) -> dict[str, list[Row]]:
+def _rows(recipe: Recipe, data: str | None, split: str | None, report: Reporter, sha256: dict[str, str] | None = None) -> dict[str, RowList]:
     """The rows to measure on, by the name of their set.  Says which of the files with a known `sha256` have changed."""
     from ftkit.data.rows import load_rows, load_split
 
@@ -188,19 +189,19 @@ def _chosen(splits: dict[str, Any], split: str | None) -> dict[str, Any]:
     return {split: splits[split]}
 
 
-def _encoded(rows: dict[str, list[Row]], recipe: Recipe, tokenizer: Any, limits: Limits, report: Reporter) -> Splits:
+def _encoded(rows: dict[str, RowList], recipe: Recipe, tokenizer: Any, limits: Limits, report: Reporter) -> Splits:
     from ftkit.prepare import tokenise
 
     return {name: (split, tokenise(name, split, recipe.task, tokenizer, limits, recipe.data.on_bad_rows, report).features) for name, split in rows.items()}
 
 
-def _write(directory: Path, name: str, result: Measured, details: dict[str, Any], split: tuple[list[Row], FeatureSet]) -> list[list[Any]]:
+def _write(directory: Path, name: str, result: Measured, details: dict[str, Any], split: tuple[RowList, FeatureSet]) -> list[list[Any]]:
     """metrics.json, details.json and predictions.jsonl of a set; their paths and sizes."""
     from ftkit.evaluate import predictions
 
     rundir.write_json(directory / "metrics.json", {name: result.values})
     rundir.write_json(directory / "details.json", {name: details})
-    rundir.write_text(directory / "predictions.jsonl", predictions(result.records, *split))
+    rundir.write_lines(directory / "predictions.jsonl", predictions(result.records, *split))
     return [[str(path), path.stat().st_size] for path in sorted(directory.iterdir())]
 
 

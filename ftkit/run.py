@@ -191,8 +191,8 @@ def _save(session: Session, output: Path, position: Position, report: Reporter) 
     """Write a checkpoint of this moment, between two steps."""
     state = checkpoint.TrainingState(
         **asdict(position),
-        model=checkpoint.learned(session.learner),
-        optimizer=checkpoint.capture_optimizer(session.optimizer, session.learner.named_parameters()),
+        model=checkpoint.learned(session.whole),
+        optimizer=checkpoint.capture_optimizer(session.optimizer, session.whole.named_parameters()),
         rng=checkpoint.capture_rng(),
         environment=checkpoint.environment(session.accelerator.num_processes),
         log_bytes=report.log_position(),
@@ -221,8 +221,8 @@ def _restore(session: Session, output: Path, report: Reporter, resume: bool) -> 
         report.cut_log(0)
         return Position()
     state = checkpoint.load(path, session.accelerator.process_index)
-    checkpoint.restore_model(session.learner, state.model)
-    checkpoint.restore_optimizer(session.optimizer, session.learner.named_parameters(), state.optimizer)
+    checkpoint.restore_model(session.whole, state.model)
+    checkpoint.restore_optimizer(session.optimizer, session.whole.named_parameters(), state.optimizer)
     differences = [*checkpoint.changes(state.environment, checkpoint.environment(session.accelerator.num_processes))]
     if session.accelerator.device.type == "cuda":
         differences.append("GPUs add in no fixed order")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ftkit.errors import DiskError, RecipeError, VerificationFailed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from ftkit.prepare import Prepared
     from ftkit.recipe.spec import Recipe
@@ -154,10 +154,16 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write text so that a reader sees the old file or the new one, whole."""
+    write_lines(path, (text,))
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """The same of lines, which no memory has to hold together."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(_draft(path.name))
-        draft.write_text(text, encoding="utf-8")
+        with draft.open("w", encoding="utf-8") as file:
+            file.writelines(lines)
         draft.replace(path)
     except OSError as error:
         raise DiskError(f"cannot write {path}: {error.strerror}") from error

@@ -22,7 +22,7 @@ from ftkit.neftune import Noise
 if TYPE_CHECKING:
     from ftkit.attention import Flat
     from ftkit.data.features import FeatureSet
-    from ftkit.data.types import Limits, Row
+    from ftkit.data.types import Limits, RowList
     from ftkit.embeddings import Used
     from ftkit.frozen import Frozen
     from ftkit.kernels import Liger
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from ftkit.prepare import Prepared
     from ftkit.recipe.spec import Recipe, Train
     from ftkit.report import Reporter
+
+LEARNER = "model"  # beside which something learns
 
 
 @dataclass
@@ -42,6 +44,7 @@ class Session:
     accelerator: Accelerator
     base: Base
     learner: nn.Module  # the base with the method applied
+    beside: nn.Module | None  # what learns with it and is no part of it
     wrapped: nn.Module  # the learner with task and objective (`Trainee`), as accelerate prepared it: what everything calls
     optimizer: Any
     parameters: dict[str, dict[str, int]]  # trainable and total, by group
@@ -56,6 +59,11 @@ class Session:
     frozen: Frozen | None = None  # layers that are computed once
 
     @property
+    def whole(self) -> nn.Module:
+        """All that learns: the learner, with what is beside it, if there is anything."""
+        return together_with(self.learner, self.beside)
+
+    @property
     def trainable(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.learner.named_parameters() if parameter.requires_grad}
 
@@ -65,7 +73,7 @@ class Session:
         return [parameter for name, parameter in self.trainable.items() if waits(name, epoch)]
 
     @property
-    def splits(self) -> dict[str, tuple[list[Row], FeatureSet]]:
+    def splits(self) -> dict[str, tuple[RowList, FeatureSet]]:
         return self.prepared.splits
 
     @property
@@ -87,7 +95,7 @@ class Session:
         """
         if not self.recipe.method.reuse or self.accelerator.num_processes > 1 or self.num_steps <= self.sampler.steps(1):
             return
-        if (corruption := self.prepared.train.corruption) and corruption.anew:
+        if (corruption := self.prepared.train.corruption) and (corruption.anew or self.beside):  # a generator learns, and writes other tokens
             return
         trainee: Any = self.wrapped  # on one process accelerate wraps it in nothing
         sets = [self.prepared.train, *(features for _, features in self.splits.values())]
@@ -115,6 +123,11 @@ class Session:
         trainee.flat = trainee.frozen = trainee.noise = None
 
 
+def together_with(learner: nn.Module, beside: nn.Module | None) -> nn.Module:
+    """The two as one module; what they share has its name in the learner."""
+    return learner if beside is None else nn.ModuleDict({LEARNER: learner, "beside": beside})
+
+
 def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any] = MappingProxyType({})) -> Session:
     """Load the base, apply the method, build the optimizer and hand all to accelerate; says what `auto` became.
 
@@ -139,8 +152,10 @@ def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any]
             report.note(f"{model.share_in_few_bits(base.model):.0%} of the base's weights are in few bits, those of its linear modules")
         torch.manual_seed(train.seed)
         learner = method.apply(base)
+        beside = beside_of(train, base)
     model.check_added(base, method)
-    for parameter in learner.parameters():
+    whole = together_with(learner, beside)
+    for parameter in whole.parameters():
         if parameter.requires_grad:  # fp32 master weights: bf16 cannot hold updates much smaller than the weight
             parameter.data = parameter.data.float()
     liger = kernels.choose(train.liger, base.model, here, report)
@@ -156,7 +171,7 @@ def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any]
         asked, otherwise = ("auto", "padded") if before["layout"] == "flat" else (before["layout"], "")  # padded batches are those of flat
     embedding = (base.model.get_encoder() if base.model.config.is_encoder_decoder else base.model).get_input_embeddings()
     noise = Noise(embedding, train.neftune) if train.neftune else None
-    trainee = Trainee(learner, base.inner(), recipe.task, recipe.objective, layout.flat(asked, otherwise, recipe, base.model, report), noise)
+    trainee = Trainee(learner, base.inner(), recipe.task, recipe.objective, layout.flat(asked, otherwise, recipe, base.model, report), noise, beside)
     if train.parallel == "ddp":  # FSDP takes weights from main memory
         trainee.to(here)
     laid_out = layout.tried(asked, otherwise, trainee, prepared.train, prepared.tokenizer.pad_token_id, precision, report)
@@ -173,10 +188,12 @@ def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any]
         compiled.compile_layers(base.model)
         report.note("layers are compiled in the first steps, which takes a minute or more")
     schedule = optim.schedule(train, num_steps)
-    parameters = model.parameters_by_group(learner, base.head)
+    parameters = model.parameters_by_group(learner, base.head) | parameters_beside(base.task, learner, beside)
     used = _used_embeddings(prepared, base, world.size, precision, report)
     factor = method.lr_factor(base)
-    optimizer = optim.build(learner, train, here, lambda name: train.learning_rate * factor(name))
+    optimizer = optim.build(
+        whole, train, here, lambda name: train.learning_rate * (1.0 if name.startswith("beside.") else factor(name.removeprefix(f"{LEARNER}.")))
+    )
     if used:
         used.follow(optimizer)
     wrapped, prepared_optimizer = accelerator.prepare(trainee, optimizer)
@@ -195,6 +212,7 @@ def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any]
         accelerator=accelerator,
         base=base,
         learner=learner,
+        beside=beside,
         wrapped=wrapped,
         optimizer=prepared_optimizer,
         parameters=parameters,
@@ -209,6 +227,28 @@ def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any]
     )
     _say_what_waits(session, report)
     return session
+
+
+def beside_of(train: Train, base: Base) -> nn.Module | None:
+    """What the task lets learn beside the model, after `Method.apply`."""
+    task: Any = base.task
+    beside: nn.Module | None = task.beside(base.model) if hasattr(task, "beside") else None
+    if beside is None:
+        return None
+    if train.parallel == "fsdp":
+        raise RecipeError(f"task {task.kind}: a {task.companion} learns beside the model, which alone train.parallel: fsdp shares out; use parallel: ddp")
+    if train.fast_dropout:
+        dropout.quicken(beside)
+    return beside.to(base.model.device)
+
+
+def parameters_beside(task: Any, learner: nn.Module, beside: nn.Module | None) -> dict[str, dict[str, int]]:
+    """Trainable and total parameters of what is beside the learner, without those that the two share."""
+    if beside is None:
+        return {}
+    shared = {id(parameter) for parameter in learner.parameters()}
+    own = [parameter for parameter in beside.parameters() if id(parameter) not in shared]
+    return {task.companion: {"trainable": sum(num_values(each) for each in own if each.requires_grad), "total": sum(map(num_values, own))}}
 
 
 def check_waiting(method: Method, base: Base, num_processes: int) -> None:

@@ -27,6 +27,7 @@ from ftkit.report import Reporter
 from ftkit.tokenizer import VocabularySize, train_tokenizer
 
 if TYPE_CHECKING:
+    from ftkit.data.types import RowList
     from ftkit.recipe.spec import Data, Recipe, Train
     from ftkit.tasks import Task
 
@@ -76,7 +77,11 @@ def shrink(resolved: Resolved, report: Reporter) -> Resolved:
     task = recipe.task.resolve(rows.pool)
     if getattr(task, "max_target_length", 0) > POSITIONS:
         task = task.model_copy(update={"max_target_length": POSITIONS})
-    train, few = _few(rows.train, TRAIN_ROWS), {name: _few(split, OTHER_ROWS) for name, split in rows.validation.items()}
+    if getattr(task, "generator", None):
+        report.note(f"substituted: a small random generator stands for {task.generator}")
+        task = task.model_copy(update={"generator": None})
+    train: RowList = _few(rows.train, TRAIN_ROWS)
+    few: dict[str, RowList] = {name: _few(split, OTHER_ROWS) for name, split in rows.validation.items()}
     rows = Rows(train, few, _few(rows.test, OTHER_ROWS), {}, {}, [], train)
     spec, config, tokenizer = _model(recipe, task, rows, report)
     _write_base(spec, config, tokenizer, task, recipe.train.seed, workshop / "base")

@@ -61,11 +61,14 @@ def check_task(task: Task, rows: Sequence[Row], tokenizer: Any, model_factory: C
     whole = FeatureSet.of(encoded)
     _require(len(set(whole.lengths.tolist())) > 1, "give check_task rows of different lengths, or padding is not tried")
     if hasattr(task, "corruption"):
-        whole = replace(whole, corruption=task.corruption(tokenizer, 0))
+        whole = replace(whole, corruption=task.corruption(whole, tokenizer, 0))
         _check_corruption(task, whole)
     with torch.inference_mode():
-        scores = _check_scores(task, model, whole, tokenizer.pad_token_id)
-        _check_metrics(task, model, rows, whole, tokenizer.pad_token_id)
+        plain: Any = Supervised()
+        beside = task.beside(model) if hasattr(task, "beside") else None
+        trainee = Trainee(model, model.base_model, task, plain, beside=beside).eval()
+        scores = _check_scores(trainee, whole, tokenizer.pad_token_id)
+        _check_metrics(task, trainee, rows, whole, tokenizer.pad_token_id)
         _check_records(task, scores, rows, whole)
         _check_predictions(task, model, tokenizer, list(questions or rows), limits)
 
@@ -291,45 +294,66 @@ def _check_corruption(task: Task, features: FeatureSet) -> None:
     _require(np.array_equal(stored, features.input_ids[:]), f"{name} writes into the stored features: change a copy")
 
 
-def _check_scores(task: Task, model: Any, features: FeatureSet, pad: int) -> Scores:
+def _scores(trainee: Trainee, features: FeatureSet, indices: np.ndarray, pad: int) -> list[Scores]:
+    """What the model says of features side by side, a part of the loss each."""
+    found: list[Scores] = []
+    trainee(collate(features, indices, pad), found.extend)
+    return [_joined([scores for scores in found if scores.part == part]) for part in sorted({scores.part for scores in found})]
+
+
+def _joined(scores: list[Scores]) -> Scores:
+    """Chunks of a part, one after the other."""
+
+    def all_of(name: str) -> Any:
+        values = [getattr(each, name) for each in scores]
+        return None if values[0] is None else torch.cat(values)
+
+    names = ("logits", "targets", "weights", "rows", "counted")
+    return replace(scores[0], **{name: all_of(name) for name in names}) if len(scores) > 1 else scores[0]
+
+
+def _check_scores(trainee: Trainee, features: FeatureSet, pad: int) -> list[Scores]:
     """A padded batch says of each row what the row says alone, and supervises what encode said."""
     batch = collate(features, np.arange(len(features)), pad)
-    scores = task.items(model, batch).scores()
-    supervised = batch.weights > 0
-    expected = batch.weights[supervised]
+    parts = _scores(trainee, features, np.arange(len(features)), pad)
+    weights = torch.stack([part.weights.double().sum() for part in parts])
+    counts = trainee.counts(batch)
     _require(
-        scores.weights.sum().item() == expected.sum().item(),
-        f"scores: the weights sum up to {scores.weights.sum().item()}, those of encode to {expected.sum().item()}",
+        torch.equal(weights, counts.reshape(-1)),
+        f"scores: the weights sum up to {weights.tolist()}, those of encode to {counts.tolist()}",
     )
-    count = len(scores.weights)
-    _require(len(scores.logits) == len(scores.targets) == len(scores.rows) == count, "scores: logits, targets, weights and rows must be equally long")
+    for place, scores in enumerate(parts):
+        _require(scores.part == place, f"scores: part {place} of the loss calls itself {scores.part}")
+        count = len(scores.weights)
+        _require(len(scores.logits) == len(scores.targets) == len(scores.rows) == count, "scores: logits, targets, weights and rows must be equally long")
     for index in range(len(features)):
-        alone = task.items(model, collate(features, np.array([index]), pad)).scores()
-        chosen = scores.rows == index
-        _require(
-            bool((alone.rows == index).all()),
-            f"scores: feature {index} alone comes back as {alone.rows.unique().tolist()}: rows are to be those of batch.row_ids",
-        )
-        _require(torch.equal(scores.targets[chosen], alone.targets), f"scores: feature {index} has other targets in a padded batch than alone")
-        said, expected = (each[each != -math.inf] for each in (scores.logits[chosen], alone.logits))  # a shorter row has fewer positions
-        difference = (said - expected).abs().max().item() if len(said) == len(expected) > 0 else math.inf
-        _require(
-            _same(said, expected),
-            f"scores: logits of feature {index} differ by {difference:.2g} between a padded batch and the row alone: mask the padding",
-        )
-    silent = task.items(model, collate(features, np.array([], np.int64), pad)).scores()
-    _require(silent.weights.sum().item() == 0, "scores: a batch of weight 0 (a process without rows) must have no weight")
-    return scores
+        alone_parts = _scores(trainee, features, np.array([index]), pad)
+        for scores, alone in zip(parts, alone_parts, strict=True):
+            chosen = scores.rows == index
+            _require(
+                bool((alone.rows == index).all()),
+                f"scores: feature {index} alone comes back as {alone.rows.unique().tolist()}: rows are to be those of batch.row_ids",
+            )
+            _require(torch.equal(scores.targets[chosen], alone.targets), f"scores: feature {index} has other targets in a padded batch than alone")
+            said, expected = (each[each != -math.inf] for each in (scores.logits[chosen], alone.logits))  # a shorter row has fewer positions
+            difference = (said - expected).abs().max().item() if len(said) == len(expected) > 0 else math.inf
+            _require(
+                _same(said, expected),
+                f"scores: logits of feature {index} differ by {difference:.2g} between a padded batch and the row alone: mask the padding",
+            )
+    silent = _scores(trainee, features, np.array([], np.int64), pad)
+    _require(all(part.weights.sum().item() == 0 for part in silent), "scores: a batch of weight 0 (a process without rows) must have no weight")
+    return parts
 
 
-def _check_metrics(task: Task, model: Any, rows: Sequence[Row], features: FeatureSet, pad: int) -> None:
+def _check_metrics(task: Task, trainee: Trainee, rows: Sequence[Row], features: FeatureSet, pad: int) -> None:
     """Sums of halves added are those of the whole: processes and batch sizes do not matter."""
     half = len(features) // 2
 
     def measured(*groups: np.ndarray) -> Metrics:
         metrics: Metrics = metrics_of(task, rows, features)
-        for group in groups:
-            metrics.update(task.items(model, collate(features, group, pad)).scores())
+        for part in (part for group in groups for part in _scores(trainee, features, group, pad)):
+            metrics.update(part)
         return metrics
 
     indices = np.arange(len(features))
@@ -354,16 +378,17 @@ def _check_metrics(task: Task, model: Any, rows: Sequence[Row], features: Featur
     _require(task.main_metric in values, f"{name}.compute lacks the main metric {task.main_metric}")
     unknown = values.keys() - {*task.metric_names, "loss_count"}
     _require(not unknown, f"{name}.compute gives {', '.join(sorted(unknown))}, which metric_names does not list")
-    total = collate(features, indices, pad).weights.double().sum().item()
+    total = trainee.counts(collate(features, indices, pad)).sum().item()
     _require(values["loss_count"] == total, f"{name}: loss_count is {values['loss_count']}, the weights sum up to {total}")
 
 
-def _check_records(task: Task, scores: Scores, rows: Sequence[Row], features: FeatureSet) -> None:
+def _check_records(task: Task, parts: list[Scores], rows: Sequence[Row], features: FeatureSet) -> None:
     metrics = metrics_of(task, rows, features)
-    metrics.update(scores)
-    records = _json(metrics.records() if hasattr(metrics, "records") else task.records([scores]), "records()")
+    for part in parts:
+        metrics.update(part)
+    records = _json(metrics.records() if hasattr(metrics, "records") else task.records(parts), "records()")
     found = [record.get("feature") for record in records]
-    _require(sorted(found) == sorted(scores.rows.unique().tolist()), f"records: one object for each feature of the batch is wanted, these came: {found}")
+    _require(sorted(found) == sorted(parts[0].rows.unique().tolist()), f"records: one object for each feature of the batch is wanted, these came: {found}")
 
 
 def _check_predictions(task: Task, model: Any, tokenizer: Any, questions: list[Row], limits: Limits) -> None:
@@ -406,19 +431,23 @@ def _check_learning(method: Method, learner: nn.Module, base: Base, batch: Batch
     """Exactly what is meant to learn gets a gradient and moves, and a batch can be learned by heart."""
     name = _name(method)
     plain: Any = Supervised()
-    trainee = Trainee(learner, base.inner(), base.task, plain)
+    beside = base.task.beside(base.model) if hasattr(base.task, "beside") else None
+    trainee = Trainee(learner, base.inner(), base.task, plain, beside=beside)
     before = {key: parameter.detach().clone() for key, parameter in learner.named_parameters()}
+
+    def of_whole(sums: torch.Tensor) -> torch.Tensor:
+        return (sums / trainee.counts(batch)).sum()
 
     def loss() -> float:
         trainee.eval()
         with torch.no_grad():
-            return trainee(batch).item() / batch.weights.sum().item()
+            return of_whole(trainee(batch)).item()
 
     start = loss()
     optimizer = torch.optim.AdamW(learning.values(), lr=learning_rate, weight_decay=0.0)
     for step in range(steps):
         trainee.train()
-        trainee(batch).div(batch.weights.sum()).backward()
+        of_whole(trainee(batch)).backward()
         if step == 0:
             without = [key for key, parameter in learning.items() if parameter.grad is None]
             _require(not without, f"{name}: these learn but get no gradient: {without}")

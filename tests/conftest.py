@@ -45,6 +45,9 @@ class DataSets(NamedTuple):
     pairs: Path
     text: Path
     masked: Path
+    documents: Path
+    lines: Path
+    texts: Path
     prompts: Path
     chats: Path
     rewritten: Path
@@ -54,6 +57,7 @@ class DataSets(NamedTuple):
     asked: Path
     matched: Path
     alike: Path
+    premises: Path
     ranked: Path
 
 
@@ -83,8 +87,13 @@ def data(tmp_path_factory) -> DataSets:
         write_csv(found.single / f"{split}.csv", ["text", "label"], rows)
         pairs = [(text, other if i % 2 else text, ("same", "other")[i % 2]) for i, ((text, _), other) in enumerate(zip(rows, others, strict=True))]
         write_csv(found.pairs / f"{split}.csv", ["sentence1", "sentence2", "label"], pairs)
+        write_csv(found.premises / f"{split}.csv", ["premise", "hypothesis", "label"], pairs)
         write_jsonl(found.text / f"{split}.jsonl", [{"text": text} for text, _ in rows])
         write_jsonl(found.masked / f"{split}.jsonl", [{"text": f"{text}\n{other}"} for (text, _), other in zip(rows, others, strict=True)])
+        documents = [{"text": f"{text}\n{other}\nnear the {topic}"} for (text, topic), other in zip(rows, others, strict=True)]
+        write_jsonl(found.documents / f"{split}.jsonl", documents)
+        write_jsonl(found.lines / f"{split}.jsonl", documents)
+        write_jsonl(found.texts / f"{split}.jsonl", documents)
         write_jsonl(found.prompts / f"{split}.jsonl", [{"prompt": f"where are {text}? ", "completion": f"in the {topic}"} for text, topic in rows])
         write_jsonl(found.rewritten / f"{split}.jsonl", [{"source": text, "target": f"{topic} {text.split()[0]}"} for text, topic in rows])
         write_jsonl(found.tagged / f"{split}.jsonl", [{"tokens": text.split(), "ner_tags": tags(text.split())} for text, _ in rows])
@@ -157,6 +166,9 @@ def architecture(name: str):
     if name == "bert":
         sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 96}
         return transformers.BertConfig(**sizes), "wordpiece"
+    if name in ("albert", "electra"):
+        sizes = {"hidden_size": 32, "embedding_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+        return transformers.AutoConfig.for_model(name, **sizes, max_position_embeddings=96), "wordpiece"
     if name == "distilbert":
         return transformers.DistilBertConfig(dim=32, n_layers=2, n_heads=2, hidden_dim=64, max_position_embeddings=96), "wordpiece"
     if name == "llama":
@@ -176,7 +188,8 @@ def architecture(name: str):
 def checkpoint(tokenizers, tmp_path_factory):
     """checkpoint(name): a directory with random weights of an architecture and its tokenizer, as `from_pretrained` reads it.
 
-    The encoders are stored without a head, or with that of a masked language model ("bert-masked"), the decoders with that of a language model.
+    The encoders are stored without a head, or with that of a masked language model ("bert-masked"), or of pre-training ("bert-pretrained"), the decoders
+    with that of a language model.
     """
     import torch
     import transformers
@@ -185,15 +198,16 @@ def checkpoint(tokenizers, tmp_path_factory):
 
     @cache
     def make(name: str) -> str:
-        config, kind = architecture(name.removesuffix("-masked"))
+        plain, _, head = name.partition("-")
+        config, kind = architecture(plain)
         tokenizer = tokenizers[kind]
         config.vocab_size = len(tokenizer)
         config.initializer_range = 0.1  # with the usual 0.02 a random model of 32 channels tells no two texts apart
         adopt_tokens(config, tokenizer)
         torch.manual_seed(0)
         written = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
-        encoder = transformers.AutoModelForMaskedLM if name.endswith("-masked") else transformers.AutoModel
-        auto = encoder if kind == "wordpiece" else written
+        heads = {"": transformers.AutoModel, "masked": transformers.AutoModelForMaskedLM, "pretrained": transformers.AutoModelForPreTraining}
+        auto = heads[head] if kind == "wordpiece" else written
         directory = tmp_path_factory.mktemp(name)
         auto.from_config(config).save_pretrained(directory)
         tokenizer.save_pretrained(directory)
@@ -257,10 +271,14 @@ TASKS = {
     "scored": {"kind": "text-classification", "problem": "regression"},
     "tagged": "token-classification",
     "masked": "masked-lm",
+    "documents": "next-sentence",
+    "lines": "sentence-order",
+    "texts": "replaced-token-detection",
     "rewritten": "seq2seq",
     "asked": "question-answering",
     "matched": "sentence-embedding",
     "alike": {"kind": "sentence-embedding", "loss": "cosine", "score_range": [0, 5]},
+    "premises": {"kind": "sentence-embedding", "loss": "softmax"},
     "ranked": "reranking",
 }
 TRAIN = {"steps": 4, "batch_size": 8, "learning_rate": 1e-3, "eval_every": 2, "save_every": 2, "log_every": 1, "precision": "fp32"}

@@ -37,7 +37,7 @@ CALL_STATE = {
 NOT_TEXT = frozenset({"label", "score", "tags", "answers", "answer_start"})
 PROGRESS_ROWS = 64  # between two reports of progress
 Numbers: TypeAlias = "np.ndarray | Stored"
-Example: TypeAlias = dict[str, Any]  # the parts of a feature: input_ids, targets, weights, token_type_ids, spans and texts
+Example: TypeAlias = dict[str, Any]  # the parts of a feature: input_ids, targets, weights, token_type_ids, spans and texts; and its row
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,12 @@ class FeatureSet:
         return self.target_offsets is not None
 
     def get(self, index: int, epoch: int = 0) -> Example:
-        """Views of one feature's parts, and how many tokens each of its texts has; or what these become in an epoch."""
+        """The parts of one feature, as they are in an epoch."""
+        example = self.stored(index)
+        return self.corruption.of(example, epoch, index) if self.corruption else example
+
+    def stored(self, index: int) -> Example:
+        """Views of one feature's parts, how many tokens each of its texts has, and the index of its row."""
         tokens = slice(*self.offsets[index : index + 2].tolist())
         count = len(self._text_lengths) // len(self)
         if self.target_offsets is not None:
@@ -134,15 +139,15 @@ class FeatureSet:
         else:
             supervised = slice(index, index + 1) if self.per_row else tokens
         numbers = slice(supervised.start * self.width, supervised.stop * self.width)
-        example = {
+        return {
             "input_ids": self.input_ids[tokens],
             "targets": self.targets[numbers],
             "weights": self.weights[supervised],
             "token_type_ids": None if self.token_type_ids is None else self.token_type_ids[tokens],
             "spans": None if self.spans is None else self.spans[2 * tokens.start : 2 * tokens.stop],
             "texts": self._text_lengths[index * count : (index + 1) * count],
+            "row": int(self.row[index]),
         }
-        return self.corruption.of(example, epoch, index) if self.corruption else example
 
     def save(self, path: Path, metadata: dict[str, Any]) -> None:
         """One safetensors file with a JSON header.  Raises DiskError if it cannot be written."""

@@ -1,4 +1,4 @@
-"""Lists and arrays that grow on disk, for sets larger than memory (`data.streaming`).
+"""Lists and arrays that grow on disk, for sets larger than memory (`data.streaming`), and for what is said of them.
 
 They lie in files without a name in the cache's directory, which are gone with the process, however it ends.  They
 are read by position, not mapped: pages of a mapped file count as resident memory, and stay.
@@ -35,7 +35,7 @@ def _disk() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DiskError(f"{cache.directory()}: {error.strerror}; rows and tokens of data.streaming lie there, FTKIT_CACHE names another place") from error
+        raise DiskError(f"{cache.directory()}: {error.strerror}; rows, tokens and predictions lie there, FTKIT_CACHE names another place") from error
 
 
 def _file() -> IO[bytes]:
@@ -237,3 +237,30 @@ class Spool(Sequence[T], Generic[T]):
 
     def _between(self, start: int, stop: int) -> Iterator[T]:
         return (self._load(json.loads(data)) for data in self._shelf.between(self._first + start, self._first + stop))
+
+
+class Records:
+    """JSON objects, each of which has the number of a feature, read in the order of these; many are on disk."""
+
+    FEW = 10_000  # stay in memory
+
+    def __init__(self) -> None:
+        self._items: list[dict[str, Any]] | Spool[dict[str, Any]] = []
+        self._features = array("q")
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def extend(self, records: Iterable[dict[str, Any]]) -> None:
+        for record in records:
+            if isinstance(self._items, list) and len(self._items) == self.FEW:
+                few, self._items = self._items, Spool(dict, dict)
+                for each in few:
+                    self._items.append(each)
+            self._items.append(record)
+            self._features.append(record["feature"])
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        import numpy as np
+
+        return (self._items[int(place)] for place in np.argsort(np.array(self._features), kind="stable"))

@@ -10,7 +10,7 @@ import random
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ftkit.data import files, formats, hub
 from ftkit.data.files import Table
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ftkit.recipe.spec import Data
     from ftkit.tasks import Task
 
+SMALL = 1 << 20  # bytes of a file whose rows are kept in memory
 SHOWN = 10  # bad rows that a message names; all are counted
 
 
@@ -85,27 +86,27 @@ def load_rows(data: Data, task: Task, seed: int, note: Note, poll: Poll = lambda
     columns = _column_map(tables, data.columns, task)
     note(f"columns: {_described(columns, tables)}")
     reader = _Reader(columns, poll)
-    train = pool = cast("RowList", Spool(_dumped, _loaded) if data.streaming else [])
-    reader.add(tables, train)
-    del tables, new  # the rows would be on disk twice
+    train = pool = reader.rows(tables, data.streaming)
+    del tables  # the rows would be on disk twice
+
+    def others(given: _Source, split: str) -> RowList:
+        return reader.rows(given.tables(split, _where_possible(new, data.format, task.txt_row)), data.streaming)
 
     own = sources[0] if len(sources) == 1 else None  # whose further splits belong to this training split
-    validation: dict[str, list[Row]] = {}
+    validation: dict[str, RowList] = {}
     if isinstance(data.validation, float):
         train, validation["validation"] = _split(train, data.validation, seed)
     elif isinstance(data.validation, dict):
-        validation = {name: reader.rows(source(file, "validation").tables("validation")) for name, file in data.validation.items()}
+        validation = {name: others(source(file, "validation"), "validation") for name, file in data.validation.items()}
     elif given := source(data.validation, "validation") if data.validation else own:
-        validation = {name: reader.rows(given.tables(name)) for name in given.validation_splits(required=bool(data.validation))}
-    test_tables: list[Table] = []
-    if data.test:
-        test_tables = source(data.test, "test").tables("test")
-    elif own and not own.on_hub and "test" in own.splits:  # the labels of test splits on the hub are often withheld
-        test_tables = own.tables("test")
-    test = reader.rows(test_tables)
+        validation = {name: others(given, name) for name in given.validation_splits(required=bool(data.validation))}
+    tested = source(data.test, "test") if data.test else own
+    if tested and not data.test and (tested.on_hub or "test" not in tested.splits):  # the labels of test splits on the hub are often withheld
+        tested = None
+    test: RowList = others(tested, "test") if tested else []
 
     report_bad(reader.bad, data.on_bad_rows, note)
-    for name, rows in {"train": train, **validation, **({"test": test} if test_tables else {})}.items():
+    for name, rows in {"train": train, **validation, **({"test": test} if tested else {})}.items():
         if not rows:
             raise DataError(f"{name}: no row is left")
     if not validation:
@@ -118,20 +119,22 @@ def load_rows(data: Data, task: Task, seed: int, note: Note, poll: Poll = lambda
     return Rows(train, validation, test, reader.sha256, {} if columns.conversion else columns.columns, reader.bad, pool)
 
 
-def load_split(source: str, split: str | None, data: Data, task: Task, note: Note, answers: bool = True) -> list[Row]:
-    """The rows of a file, directory or hub id, of the same kind as those that a run was trained on.
+def load_split(source: str, split: str | None, data: Data, task: Task, note: Note, answers: bool = True) -> RowList:
+    """The rows of a file, directory or hub id, of the same kind as those that a run was trained on; on disk unless it is a small file.
 
     `data` is that of the run: its columns are looked for first, then the names they usually have.  Without
     `answers`, the columns that the model is to find out need not be there.  Of several splits, `split` says
     which, else it is the test or validation split.  Raises DataError, HubError.
     """
-    found = _Source(source, split or "test", None if files.format_of(Path(source)) else data.format, task.txt_row if answers else "line", note)
+    format, txt_row = None if files.format_of(Path(source)) else data.format, task.txt_row if answers else "line"
+    found = _Source(source, split or "test", format, txt_row, note)
     usual = next((name for name in ("test", "validation") if name in found.splits), next(iter(found.splits)))
-    tables = found.tables(split or usual)
+    on_disk = not Path(source).is_file() or Path(source).stat().st_size > SMALL
+    tables = found.tables(split or usual, _where_possible(_beginning(on_disk), format, txt_row))
     columns = _map_as_trained(tables, data.columns, task, answers)
     note(f"{source}: {_described(columns, tables)}")
     reader = _Reader(columns)
-    rows = reader.rows(tables)
+    rows = reader.rows(tables, on_disk)
     report_bad(reader.bad, data.on_bad_rows, note)
     if not rows:
         raise DataError(f"{source}: no row is left")
@@ -195,6 +198,16 @@ def _beginning(streaming: bool) -> Callable[[str], Table]:
     return lambda source: Table(source, records=records.behind())
 
 
+def _where_possible(on_disk: Callable[[str], Table], format: str | None, txt_row: str) -> Callable[[str], Table]:
+    """The same, but in memory for files that are read as a whole."""
+
+    def begin(source: str) -> Table:
+        own = format or files.format_of(Path(source))
+        return Table(source) if own in files.WHOLE and not (own == "txt" and txt_row == "line") else on_disk(source)
+
+    return begin
+
+
 def _hub_tables(name: str, split: str, data: hub.HubData, poll: Poll, choose: Choose, new: Callable[[str], Table]) -> list[Table]:
     return [hub.table(name, split, data, poll, choose, new)]
 
@@ -203,13 +216,13 @@ def _file_tables(paths: list[Path], format: str | None, txt_row: str, note: Note
     return [files.read(path, format, txt_row, note, poll, choose, new) for path in paths]
 
 
-def _split(rows: RowList, fraction: float, seed: int) -> tuple[RowList, list[Row]]:
+def _split(rows: RowList, fraction: float, seed: int) -> tuple[RowList, RowList]:
     if len(rows) < 2:
         raise DataError(f"data.validation: {fraction} of {len(rows)} rows leaves nothing to train on")
     size = min(max(1, round(len(rows) * fraction)), len(rows) - 1)
     chosen = _sample(len(rows), size, f"validation {seed}")
     places = set(chosen)
-    return _those(rows, lambda place: place not in places), [rows[i] for i in chosen]
+    return _those(rows, lambda place: place not in places), _those(rows, places.__contains__)
 
 
 def _those(rows: RowList, wanted: Callable[[int], bool]) -> RowList:
@@ -235,7 +248,7 @@ def _loaded(values: list[Any]) -> Row:
     return Row(*values)
 
 
-def _report_leaks(train: RowList, others: dict[str, list[Row]], note: Note) -> None:
+def _report_leaks(train: RowList, others: dict[str, RowList], note: Note) -> None:
     digests = {split: [_inputs_digest(row) for row in rows] for split, rows in others.items()}
     wanted = {digest for each in digests.values() for digest in each}
     seen = {digest for row in train if (digest := _inputs_digest(row)) in wanted} if wanted else set()
@@ -261,13 +274,9 @@ class _Reader:
     bad: list[str] = field(default_factory=list)
     sha256: dict[str, str] = field(default_factory=dict)
 
-    def rows(self, tables: list[Table]) -> list[Row]:
-        rows: list[Row] = []
-        self.add(tables, rows)
-        return rows
-
-    def add(self, tables: list[Table], rows: RowList) -> None:
-        """Add those of the tables to others."""
+    def rows(self, tables: list[Table], on_disk: bool) -> RowList:
+        """Those of the tables that can be used."""
+        rows: RowList = Spool(_dumped, _loaded) if on_disk else []
         for table in tables:
             absent = [name for name in self.columns.needed if name not in table.columns]
             if absent and table.records:
@@ -283,6 +292,7 @@ class _Reader:
                 except RowError as error:
                     table.reject(number, str(error))
             self.bad += table.flaws()
+        return rows
 
 
 def _choice(task: Task, given: dict[str, str]) -> Choose:

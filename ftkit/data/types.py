@@ -50,8 +50,8 @@ class Rows:
     """The rows of a run by split; `validation` maps names to rows (one, called `validation`, as a rule)."""
 
     train: RowList
-    validation: dict[str, list[Row]]
-    test: list[Row]
+    validation: dict[str, RowList]
+    test: RowList
     sha256: dict[str, str]  # file or hub id -> content hash, for the manifest and the cache key
     columns: dict[str, str]  # what the task calls a column -> what the file calls it
     bad: list[str]  # "file:row: reason" of each row left out under on_bad_rows: skip
@@ -189,6 +189,7 @@ class Scores:
     counted: torch.Tensor | None = None  # bool [n]: what metrics beside the loss count; all if None
     kind: Targets = "classes"
     losses: Losses | None = None  # other ones than those of the kind
+    part: int = 0  # of the loss, where that is a sum of several
 
 
 @dataclass(slots=True)
@@ -205,6 +206,8 @@ class Items:
     kind: Targets = "classes"
     layer: nn.Linear | None = None  # within the head: [C, H], where a logit takes what it gives for its own row, nothing else of it
     losses: Losses | None = None  # as those of the scores
+    part: int = 0  # of the loss, where that is a sum of several, each divided by weights of its own
+    share: float = 1.0  # what that part's mean is multiplied by
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -214,7 +217,7 @@ class Items:
         states = self.states[part] if states is None else states
         counted = None if self.counted is None else self.counted[part]
         logits = self.head(states) if self.head else states
-        return Scores(logits, self.targets[part], self.weights[part], self.rows[part], counted, self.kind, self.losses)
+        return Scores(logits, self.targets[part], self.weights[part], self.rows[part], counted, self.kind, self.losses, self.part)
 
     def parts(self, size: int) -> Iterator[slice]:
         """Slices of `size` items; one, if there are no items."""

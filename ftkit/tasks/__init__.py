@@ -63,13 +63,23 @@ class Task(Protocol):
     has `row_metrics(rows, features)`, which gives the metrics of a split, in place of `metrics` and `records`: these
     have `records()`, one object a row of all that was measured, `feature` being the index of its first feature.
 
-    A task whose features change each time they are used has `corruption(tokenizer, seed)`, which says how (a
+    A task whose features change each time they are used has `corruption(features, tokenizer, seed)`, which says how (a
     `ftkit.data.features.Corruption`).  One whose inputs cross the borders of rows has `packed(features, tokenizer, limits)`,
     which makes them, each with the index of the row that it begins in, of what `encode` gave for each index.
 
     One whose rows are compared with each other in training is `coupled`.  One whose models sentence-transformers loads has
     `lay_out(directory, config, max_length)`, which writes the files that it takes beside the weights, and `read_off(model, rows)`,
     what a fresh process must make of rows by these.
+
+    One whose loss is a sum of several means gives `items` of each, a tuple, and has `counts(batch)`, float64 [K], the weights
+    of each.  One whose `auto_class` has different heads in different architectures has `head`, the name of its own among
+    `ftkit.architectures.TRAITS`, and `lacks(model)`: what a model without it has instead, in words, or None.
+
+    One that lets something learn beside its model, and no part of it, has `beside(model)`, which makes it (or None), and
+    `companion`, what it is called.  Such a module makes of a batch what the model is given, and items of its own, the first
+    part of the loss, in `prior(beside, batch)`; or it judges the model's items in `judged(beside, items)`.
+    `write_beside(beside, directory)` saves it within the model's directory and tells how transformers loads it, or None;
+    `read_beside(model, directory)` reads it there.
     """
 
     kind: str
@@ -118,7 +128,7 @@ class Task(Protocol):
         """
         ...
 
-    def items(self, model: Any, batch: Batch) -> Items:
+    def items(self, model: Any, batch: Batch) -> Items | tuple[Items, ...]:
         """One forward pass up to the output head, or with it where logits are few, reduced to the supervised items."""
         ...
 

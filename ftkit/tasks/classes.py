@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ftkit.data.types import RowError
@@ -12,6 +13,8 @@ from ftkit.tasks.streaming import RESAMPLES
 
 if TYPE_CHECKING:
     import torch
+
+    from ftkit.data.types import Row
 
 WHOLE_NUMBER = re.compile(r"-?[0-9]{1,18}")
 
@@ -36,6 +39,19 @@ def in_order(names: Collection[str]) -> list[str]:
     """Numbers in numeric order, words in alphabetic order."""
     numeric = all(WHOLE_NUMBER.fullmatch(name) for name in names)
     return sorted(names, key=lambda name: (int(name), name)) if numeric else sorted(names)
+
+
+def occurring(rows: Iterable[Row], named: Callable[[Row], Iterable[str]]) -> Counter[str]:
+    """How often each label occurs in training rows, of which some may have none that can be used.  DataError where none has."""
+    found, flaw = Counter[str](), ""
+    for row in rows:
+        try:
+            found.update(named(row))
+        except RowError as error:  # encode() says it of each such row
+            flaw = flaw or f"{row.where}: {error}"
+    if not found:
+        raise DataError(f"the training rows have no label that can be used{f': {flaw}' if flaw else ''}")
+    return found
 
 
 def ordered(found: Collection[str], given: Sequence[str] | None, word: str = "label", at_least: int = 2) -> list[str]:

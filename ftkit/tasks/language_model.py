@@ -105,12 +105,25 @@ def trunk(model: Any) -> Any:
     raise RecipeError(f"{type(model).__name__} does not call its base model for hidden states, so its output head cannot be told from it")
 
 
-def of_one_stack(batch: Batch, model: Any, **inputs: Any) -> Items:
-    """The n supervised positions of a batch before the output head of a model, PEFT's or plain, that has one stack of layers."""
+class Ran(NamedTuple):
+    """A model, the module below its output head, and what that gave."""
+
+    model: Any
+    below: Any
+    output: Any
+
+
+def run(batch: Batch, model: Any, **inputs: Any) -> Ran:
+    """A model, PEFT's or plain, that has one stack of layers, of the tokens of a batch and `inputs`, up to its output head."""
     outer = model.get_base_model() if hasattr(model, "get_base_model") else model
     if outer not in _trunks:
         _trunks[outer] = trunk(outer)
-    return items(batch, outer, _trunks[outer], _trunks[outer](input_ids=batch.input_ids, **inputs), "input_ids")
+    return Ran(outer, _trunks[outer], _trunks[outer](input_ids=batch.input_ids, **inputs))
+
+
+def of_one_stack(batch: Batch, model: Any, **inputs: Any) -> Items:
+    """The n supervised positions of a batch before the output head of a model, PEFT's or plain, that has one stack of layers."""
+    return items(batch, *run(batch, model, **inputs), "input_ids")
 
 
 _trunks: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # of the models that were asked
@@ -143,7 +156,9 @@ def logits(model: Any, below: Any, output: Any, tokens: str, states: torch.Tenso
     """
     given = type(output)(**{**output, "last_hidden_state": states.unsqueeze(0)})
     with instead(below, lambda *args, **kwargs: given):
-        return model(**{tokens: states.new_zeros(1, len(states)).long()}, **inputs, use_cache=False).logits.squeeze(0)
+        said = model(**{tokens: states.new_zeros(1, len(states)).long()}, **inputs, use_cache=False)
+    found: torch.Tensor = said.prediction_logits if "prediction_logits" in said else said.logits  # beside those of another head
+    return found.squeeze(0)
 
 
 _layers: WeakKeyDictionary[Any, nn.Linear | None] = WeakKeyDictionary()  # of the models that were looked through

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -11,16 +13,18 @@ from ftkit.data.types import Features, Items, Limits, Row, RowError
 from ftkit.errors import DataError
 from ftkit.recipe.spec import Default, Generation, Spec, option
 from ftkit.tasks import Column, Shape
+from ftkit.tasks.classes import name_of, occurring, ordered
 from ftkit.tasks.contrast import Contrast, Cosine, InBatch, Order, cosines
 from ftkit.tasks.pooling import Pooling, pool, write_layout
-from ftkit.tasks.problems import number_of, share_of
-from ftkit.tasks.text_classification import EXAMPLES, SCORE
+from ftkit.tasks.problems import OneClass, number_of, share_of
+from ftkit.tasks.text_classification import EXAMPLES, LABEL, SCORE
 from ftkit.tasks.texts import batch_of, fit
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+    from torch import nn
 
     from ftkit.data.types import Batch, Scores, Targets
     from ftkit.tasks import Metrics
@@ -29,16 +33,18 @@ TEXT = Column("text", "a text, such as a question", "anchor", "query", "question
 PAIR = Column("text_pair", "a text that belongs to it, or is compared with it", "positive", "answer", "passage", "document", "sentence2", "hypothesis", "text2")
 NEGATIVE = Column("negative", "a text that looks as if it belonged to it and does not, or a list of them, as many in each row", "negatives", "hard_negative")
 TEXTS = (TEXT.name, PAIR.name)
+HEAD = "softmax.safetensors"
 
 
 class SentenceEmbedding(Spec):
     """A vector for each text; those of texts that belong together have a high cosine."""
 
     kind: Literal["sentence-embedding"] = "sentence-embedding"
-    loss: Literal["in-batch", "cosine", "cosent"] = option(
+    loss: Literal["in-batch", "cosine", "cosent", "softmax"] = option(
         "in-batch",
         "in-batch: a text's own `text_pair` among those of all rows of a batch, and their `negative` (arXiv 1705.00652); "
-        "cosine: squared error of the cosine and `score`; cosent: pairs in the order of their `score` (doi:10.1109/TASLP.2024.3402087)",
+        "cosine: squared error of the cosine and `score`; cosent: pairs in the order of their `score` (doi:10.1109/TASLP.2024.3402087); "
+        "softmax: the `label` of a pair, such as those of NLI, from both embeddings and their difference (SBERT, arXiv 1908.10084, 3)",
         "pairs that belong together are what there is most of",
     )
     pooling: Pooling = option(
@@ -51,19 +57,23 @@ class SentenceEmbedding(Spec):
     score_range: Annotated[list[float], Field(min_length=2, max_length=2)] = option(
         [0.0, 1.0], "cosine: the scores that cosines of 0 and of 1 stand for, such as [0, 5]"
     )
+    labels: list[str] | None = option(None, "softmax: class names in order; those of the training rows, sorted, if empty")
 
     txt_row: ClassVar[str] = "line"
     auto_class: ClassVar[str] = "AutoModel"
     peft_type: ClassVar[str] = "FEATURE_EXTRACTION"
     new_head: ClassVar[bool] = False
+    companion: ClassVar[str] = "softmax layer"
     defaults: ClassVar[Mapping[str, Default]] = {
         "data.max_length": Default(512, "the positions of BERT (arXiv 1810.04805)"),
     }
 
     @model_validator(mode="after")
     def _no_option_without_effect(self) -> SentenceEmbedding:
-        if self.loss == "cosine" and self.scale is not None:
-            raise ValueError("scale has no effect with loss: cosine; leave it out")
+        if self.loss in ("cosine", "softmax") and self.scale is not None:
+            raise ValueError(f"scale has no effect with loss: {self.loss}; leave it out")
+        if self.loss != "softmax" and self.labels is not None:
+            raise ValueError(f"labels has no effect with loss: {self.loss}; leave it out")
         if self.loss != "in-batch" and self.symmetric:
             raise ValueError(f"symmetric has no effect with loss: {self.loss}; leave it out")
         if self.loss != "in-batch" and self.negatives is not None:
@@ -79,21 +89,25 @@ class SentenceEmbedding(Spec):
         """A question is a text, or a pair that is to be compared."""
         if self.loss == "in-batch":
             return (Shape(TEXT, PAIR, NEGATIVE, asked=(TEXT,)), Shape(TEXT, PAIR, asked=(TEXT,)))
-        return (Shape(TEXT, PAIR, SCORE, asked=(TEXT,)),)
+        return (Shape(TEXT, PAIR, LABEL if self.loss == "softmax" else SCORE, asked=(TEXT,)),)
 
     @property
-    def _contrast(self) -> Contrast:
+    def _contrast(self) -> Contrast | OneClass:
         if self.loss == "cosine":
             return Cosine()
+        if self.loss == "softmax":
+            return OneClass(self.labels)
         return Order(self.scale or 20.0) if self.loss == "cosent" else InBatch(self.scale or 20.0, self.symmetric)
 
     @property
     def targets(self) -> Targets:
+        if self.loss == "softmax":
+            return "classes"
         return "matches" if self.loss == "in-batch" else "numbers"
 
     @property
     def coupled(self) -> bool:
-        return self.loss != "cosine"
+        return self.loss in ("in-batch", "cosent")
 
     @property
     def metric_names(self) -> tuple[str, ...]:
@@ -108,12 +122,14 @@ class SentenceEmbedding(Spec):
         low, high = self.score_range
         others = [pair for _, pair, _ in (*EXAMPLES[1:], EXAMPLES[0])]
         return [
-            {"text": text, "text_pair": pair, "negative": [other], "score": high if label == "yes" else low}
+            {"text": text, "text_pair": pair, "negative": [other], "score": high if label == "yes" else low, "label": label}
             for (text, pair, label), other in zip(EXAMPLES, others, strict=True)
         ]
 
     def resolve(self, rows: Iterable[Row]) -> SentenceEmbedding:
-        """With the number of texts in `negative`; refuses rows of one score for the loss that puts them in order."""
+        """With the number of texts in `negative`, or the labels; refuses rows of one score for the loss that puts them in order."""
+        if self.loss == "softmax":
+            return self.model_copy(update={"labels": ordered(occurring(rows, lambda row: [name_of(row.values["label"])]), self.labels)})
         if self.loss == "in-batch" and self.negatives is None:
             return self.model_copy(update={"negatives": next((len(row.values.get("negative", ())) for row in rows), 0)})
         if self.loss == "cosent":
@@ -132,7 +148,9 @@ class SentenceEmbedding(Spec):
     def encode(self, row: Row, tokenizer: Any, limits: Limits) -> list[Features]:
         """The texts of a row one after the other: each is read apart, and cut by itself."""
         target: list[int] | list[float] = [0]
-        if self.loss != "in-batch":
+        if self.loss == "softmax":
+            target = OneClass(self.labels).target(row.values["label"])
+        elif self.loss != "in-batch":
             target = [share_of(row.values["score"], self.score_range) if self.loss == "cosine" else number_of(row.values["score"])]
         negatives = row.values.get("negative", [])
         if len(negatives) != (self.negatives or 0):
@@ -175,6 +193,32 @@ class SentenceEmbedding(Spec):
             losses=self._contrast.losses,
         )
 
+    def beside(self, model: Any) -> nn.Module | None:
+        """The layer that tells labels apart: it is for training and measuring, as in SBERT, and no part of the model."""
+        from torch import nn
+
+        if self.loss != "softmax":
+            return None
+        return nn.Linear(3 * model.config.get_text_config().hidden_size, len(self.labels or ()))
+
+    def judged(self, beside: nn.Module, items: Items) -> Items:
+        """Labels, of the embeddings of two texts and their difference."""
+        return replace(items, head=partial(_told_apart, beside), num_classes=len(self.labels or ()))
+
+    def write_beside(self, beside: nn.Module, directory: Path) -> dict[str, Any] | None:
+        from safetensors.torch import save_file
+
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in beside.state_dict().items()}, directory / HEAD, {"format": "pt"})
+        return None  # which no library loads
+
+    def read_beside(self, model: Any, directory: Path) -> nn.Module | None:
+        from safetensors.torch import load_file
+
+        layer = self.beside(model)
+        if layer is not None:
+            layer.load_state_dict(load_file(directory / HEAD))
+        return layer
+
     def complete(self, model: Any, tokenizer: Any) -> None:
         """What goes beside the weights is in files of its own."""
 
@@ -198,7 +242,10 @@ class SentenceEmbedding(Spec):
         return self._contrast.metrics()
 
     def records(self, parts: Iterable[Scores]) -> list[dict[str, Any]]:
-        """The cosine of each pair, beside its score if it has one."""
+        """The cosine of each pair, beside its score if it has one; or what it is told, beside its label."""
+        if self.loss == "softmax":
+            classes = OneClass(self.labels)
+            return [{"feature": row} | each for scores in parts for row, each in zip(scores.rows.tolist(), classes.records(scores), strict=True)]
         found = []
         for scores in parts:
             gold = scores.targets.tolist()
@@ -222,6 +269,15 @@ class SentenceEmbedding(Spec):
             own = torch.stack([next(found) for name in TEXTS if name in row.values])
             answers.append({"embedding": own[0].tolist()} if len(own) == 1 else {"similarity": cosines(own[None]).item()})
         return answers
+
+
+def _told_apart(layer: nn.Module, embeddings: torch.Tensor) -> torch.Tensor:
+    """Logits [n, C] of rows of texts [n, P, H]."""
+    import torch
+
+    one, other = embeddings[:, 0], embeddings[:, 1]
+    found: torch.Tensor = layer(torch.cat((one, other, (one - other).abs()), -1))
+    return found
 
 
 def _inputs(batch: Batch) -> dict[str, torch.Tensor | None]:

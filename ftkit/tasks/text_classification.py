@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from ftkit.data.types import Row, RowError
-from ftkit.errors import DataError, RecipeError
+from ftkit.data.types import Row
+from ftkit.errors import RecipeError
 from ftkit.recipe.spec import option
 from ftkit.tasks import Column, Shape
-from ftkit.tasks.classes import name_of, ordered, some
+from ftkit.tasks.classes import name_of, occurring, ordered, some
 from ftkit.tasks.problems import AnyLabels, Number, OneClass, Problem, balanced
 from ftkit.tasks.text_task import TextTask
 
@@ -87,18 +87,9 @@ class TextClassification(TextTask):
         """With the label names of the training rows, numbers in numeric order and words in alphabetic order, and the weights of classes."""
         if self.problem == "regression":
             return self
-        found, flaw = Counter[str](), ""
-        for row in rows:
-            try:
-                if self.problem == "single-label":
-                    found[name_of(row.values["label"])] += 1
-                else:
-                    found.update(AnyLabels.named(row.values.get("label", [])))
-            except RowError as error:  # encode() says it of each such row
-                flaw = flaw or f"{row.where}: {error}"
-        if not found:
-            raise DataError(f"the training rows have no label that can be used{f': {flaw}' if flaw else ''}")
-        labels = ordered(found, self.labels, at_least=2 if self.problem == "single-label" else 1)
+        single = self.problem == "single-label"
+        found = occurring(rows, lambda row: [name_of(row.values["label"])] if single else AnyLabels.named(row.values.get("label", [])))
+        labels = ordered(found, self.labels, at_least=2 if single else 1)
         weights = balanced(found) if self.class_weights == "balanced" else self.class_weights
         if weights is not None and (unknown := sorted(set(weights) - set(labels))):
             raise RecipeError(f"task.class_weights: {some(unknown)} is no label (known: {some(labels)})")

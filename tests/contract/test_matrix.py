@@ -23,9 +23,12 @@ from ftkit.objectives.supervised import Supervised
 from ftkit.recipe.spec import Model
 from ftkit.tasks.causal_lm import CausalLM
 from ftkit.tasks.masked_lm import MaskedLM
+from ftkit.tasks.next_sentence import NextSentence
 from ftkit.tasks.question_answering import QuestionAnswering
+from ftkit.tasks.replaced_token_detection import ReplacedTokenDetection
 from ftkit.tasks.reranking import Reranking
 from ftkit.tasks.sentence_embedding import SentenceEmbedding
+from ftkit.tasks.sentence_order import SentenceOrder
 from ftkit.tasks.seq2seq import Seq2Seq
 from ftkit.tasks.text_classification import TextClassification
 from ftkit.tasks.token_classification import TokenClassification
@@ -35,17 +38,34 @@ TASKS = {
     "token-classification": TokenClassification(labels=["B-X", "I-X", "O"], subwords="all"),
     "question-answering": QuestionAnswering(),
     "masked-lm": MaskedLM(),
+    "replaced-token-detection": ReplacedTokenDetection(),
+    "next-sentence": NextSentence(),
+    "sentence-order": SentenceOrder(),
     "sentence-embedding": SentenceEmbedding(loss="cosine"),
     "reranking": Reranking(),
     "causal-lm": CausalLM(),
     "seq2seq": Seq2Seq(),
 }
-CELLS = [(task, name) for task in TASKS for name in architectures.TABLE if TASKS[task].auto_class in architectures.TABLE[name]]
+CELLS = [(task, name) for task in TASKS for name in architectures.TABLE if architectures.head(TASKS[task]) in architectures.TABLE[name]]
 METHODS = {  # without dropout, so that two ways to compute can be compared
     kind: method.model_copy(update={"dropout": 0.0} if "dropout" in type(method).model_fields else {}) for kind, method in architectures.methods().items()
 }
 # Named otherwise in each architecture, and trained apart from its base.
-HEADS = ("classifier", "pre_classifier", "score", "lm_head", "embed_out", "head", "cls", "pooler", "qa_outputs", "qa_classifier")
+HEADS = (
+    "classifier",
+    "pre_classifier",
+    "score",
+    "lm_head",
+    "embed_out",
+    "head",
+    "cls",
+    "predictions",
+    "sop_classifier",
+    "discriminator_predictions",
+    "pooler",
+    "qa_outputs",
+    "qa_classifier",
+)
 TEXTS = ["roses and tulips in the old garden", "boats near the quiet tide", "bread, butter and soup", "ropes under the small lamps of the harbour"]
 
 # One process loads everything that was written, without ftkit where another library loads it.
@@ -151,18 +171,21 @@ def batch_of(task, tokenizer):
         answers = [row["text"].split()[-1] for row in rows]
         answers = [[{"text": answer, "answer_start": row["text"].rindex(answer)}] for answer, row in zip(answers, rows, strict=True)]
         rows = [{"question": f"in the {row['label']}?", "context": row["text"], "answers": given} for given, row in zip(answers, rows, strict=True)]
-    if task.kind in ("causal-lm", "masked-lm"):
+    if task.kind in ("causal-lm", "masked-lm", "replaced-token-detection"):
         rows = [{"text": row["text"]} for row in rows]
+    if task.kind in ("next-sentence", "sentence-order"):
+        rows = [{"text": f"{row['text']}\nin the {row['label']}\nnear the lamps"} for row in rows]
     encoded = [task.encode(Row(row, "rows", number), tokenizer, Limits(64, "right")) for number, row in enumerate(rows)]
     features = FeatureSet.of(encoded)
-    if task.kind == "masked-lm":
-        features = replace(features, corruption=task.corruption(tokenizer, 0))
+    if hasattr(task, "corruption"):
+        features = replace(features, corruption=task.corruption(features, tokenizer, 0))
     return collate(features, np.arange(len(rows)), tokenizer.pad_token_id)
 
 
 def learns(learner, base, batch, kind: str) -> None:
     """Two steps move exactly what learns, and flat batches have the gradients of padded ones."""
-    trainee = Trainee(learner, base.inner(), base.task, Supervised()).train()
+    beside = base.task.beside(base.model) if hasattr(base.task, "beside") else None
+    trainee = Trainee(learner, base.inner(), base.task, Supervised(), beside=beside).train()
     learning = {name: parameter for name, parameter in learner.named_parameters() if parameter.requires_grad}
     heads = {name for name in learning if any(f".{head}." in f".{name}" for head in HEADS)}
     assert heads or not base.task.new_head, kind
@@ -171,7 +194,7 @@ def learns(learner, base, batch, kind: str) -> None:
     before = {name: parameter.detach().clone() for name, parameter in learner.named_parameters()}
     optimizer = torch.optim.SGD(learning.values(), lr=0.1)
     for _ in range(2):
-        trainee(batch).div(batch.weights.sum()).backward()
+        trainee(batch).div(trainee.counts(batch)).sum().backward()
         frozen = [name for name, parameter in learner.named_parameters() if parameter.grad is not None and name not in learning]
         assert not frozen, kind
         optimizer.step()
@@ -185,7 +208,7 @@ def learns(learner, base, batch, kind: str) -> None:
         try:
             layers = attention.Flat(base.model) if flat else None
             trainee.flat = layers
-            trainee(batch).backward()
+            trainee(batch).sum().backward()
         except attention.Unsupported:
             break
         finally:

@@ -16,10 +16,13 @@ from ftkit.methods.full import Full
 from ftkit.recipe.spec import Model
 from ftkit.tasks.causal_lm import CausalLM
 from ftkit.tasks.masked_lm import MaskedLM
+from ftkit.tasks.next_sentence import NextSentence
 from ftkit.tasks.problems import ClassMetrics
 from ftkit.tasks.question_answering import QuestionAnswering
+from ftkit.tasks.replaced_token_detection import ReplacedTokenDetection
 from ftkit.tasks.reranking import Reranking
 from ftkit.tasks.sentence_embedding import SentenceEmbedding
+from ftkit.tasks.sentence_order import SentenceOrder
 from ftkit.tasks.seq2seq import Seq2Seq
 from ftkit.tasks.text_classification import TextClassification
 from ftkit.tasks.token_classification import TokenClassification
@@ -31,6 +34,9 @@ SHAPES = {  # data set -> task, how its file calls the columns, architectures wi
     "labelled": (TextClassification(problem="multi-label"), {"text": "text", "label": "label"}, ("bert", "llama")),
     "scored": (TextClassification(problem="regression"), {"sentence1": "text", "sentence2": "text_pair", "score": "score"}, ("bert", "gpt2")),
     "masked": (MaskedLM(), {"text": "text"}, ("bert-masked", "distilbert-masked")),
+    "documents": (NextSentence(), {"text": "text"}, ("bert-pretrained",)),
+    "texts": (ReplacedTokenDetection(), {"text": "text"}, ("electra-pretrained",)),
+    "lines": (SentenceOrder(), {"text": "text"}, ("albert-pretrained", "bert-pretrained")),
     "text": (CausalLM(), {"text": "text"}, ("llama", "gpt2")),
     "prompts": (CausalLM(), {"prompt": "prompt", "completion": "completion"}, ("llama", "gpt2")),
     "chats": (CausalLM(), {"messages": "messages"}, ("llama",)),
@@ -42,6 +48,7 @@ SHAPES = {  # data set -> task, how its file calls the columns, architectures wi
         {"sentence1": "text", "sentence2": "text_pair", "score": "score"},
         ("gpt2", "llama"),
     ),
+    "premises": (SentenceEmbedding(loss="softmax"), {"premise": "text", "hypothesis": "text_pair", "label": "label"}, ("bert", "gpt2")),
     "ranked": (Reranking(), {"query": "text", "document": "text_pair", "label": "score"}, ("bert", "llama")),
     "rewritten": (Seq2Seq(), {"source": "source", "target": "target"}, ("t5", "mt5", "bart")),
 }
@@ -75,7 +82,11 @@ def test_every_built_in_task_is_here():
 def test_a_task_keeps_the_contract(shape, architecture, data, checkpoint):
     task, columns, _ = SHAPES[shape]
     examples = rows(getattr(data, shape), columns)
-    questions = [replace(row, values={"text": f"{row.values['text']} [MASK]"}) for row in examples] if shape == "masked" else None
+    asked = {
+        "masked": lambda text: {"text": f"{text} [MASK]"},
+        **dict.fromkeys(("documents", "lines"), lambda text: dict(zip(("text", "text_pair"), text.splitlines(), strict=False))),
+    }
+    questions = [replace(row, values=asked[shape](row.values["text"])) for row in examples] if shape in asked else None
     check_task(task, examples, *loaded(checkpoint(architecture)), questions)
 
 
@@ -143,16 +154,16 @@ class Tensors(TextClassification):
 class Careless(MaskedLM):
     """Draws from a generator of its own."""
 
-    def corruption(self, tokenizer, seed):
-        found, own = super().corruption(tokenizer, seed), np.random.default_rng(0)
+    def corruption(self, features, tokenizer, seed):
+        found, own = super().corruption(features, tokenizer, seed), np.random.default_rng(0)
         return replace(found, change=lambda example, rng: found.change(example, own))
 
 
 class Overwriting(MaskedLM):
     """Hides tokens in what is stored."""
 
-    def corruption(self, tokenizer, seed):
-        found = super().corruption(tokenizer, seed)
+    def corruption(self, features, tokenizer, seed):
+        found = super().corruption(features, tokenizer, seed)
 
         def change(example, rng):
             example["input_ids"][:] = found.change(example, rng)["input_ids"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import random
@@ -41,6 +42,8 @@ def make_run(tmp_path_factory, checkpoint, data):
         "tagged": {"model": checkpoint("bert"), "task": "token-classification", "data": files(data.tagged, "jsonl"), "method": "full"},
         "asked": {"model": checkpoint("bert"), "task": "question-answering", "data": files(data.asked, "jsonl"), "method": "full"},
         "masked": {"model": checkpoint("bert-masked"), "task": "masked-lm", "data": files(data.masked, "jsonl"), "method": "full"},
+        "documents": {"model": checkpoint("bert-pretrained"), "task": "next-sentence", "data": files(data.documents, "jsonl"), "method": "full"},
+        "texts": {"model": checkpoint("electra-pretrained"), "task": "replaced-token-detection", "data": files(data.texts, "jsonl"), "method": "full"},
         "matched": {"model": checkpoint("bert"), "task": "sentence-embedding", "data": files(data.matched, "csv"), "method": "lora"},
         "alike": {
             "model": checkpoint("gpt2"),
@@ -90,7 +93,8 @@ def verify_in_this_process(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["single", "pairs", "labelled", "scored", "tagged", "asked", "masked", "matched", "alike", "ranked", "chats", "prompts", "rewritten"]
+    "name",
+    ["single", "pairs", "labelled", "scored", "tagged", "asked", "masked", "documents", "texts", "matched", "alike", "ranked", "chats", "prompts", "rewritten"],
 )
 def test_eval_gives_the_numbers_of_the_run(make_run, ftkit, name):
     run = make_run(name)
@@ -112,6 +116,22 @@ def test_eval_gives_the_numbers_of_the_run(make_run, ftkit, name):
         said, again = (run / where / what for where, what in (("predictions", f"{split}.jsonl"), (f"eval/{split}", "predictions.jsonl")))
         for before, now in zip(map(json.loads, said.open()), map(json.loads, again.open()), strict=True):
             assert {key: pytest.approx(value, rel=1e-5) if isinstance(value, float) else value for key, value in before.items()} == now
+
+
+@pytest.mark.parametrize("name", ["pairs", "tagged", "texts"])
+def test_answers_as_csv_are_those_of_json(name, make_run, ftkit, data):
+    run, file = make_run(name), next(getattr(data, name).glob("test.*"))
+    expected = answers(ftkit("predict", run, "--file", file))
+    done = ftkit("predict", run, "--file", file, "--csv")
+    assert done.code == 0, done.err
+    found = list(csv.DictReader(io.StringIO(done.out)))
+    assert len(found) == len(expected) == 8
+    for cells, answer in zip(found, expected, strict=True):
+        assert cells.keys() >= answer.keys()
+        for key, cell in cells.items():
+            value = answer.get(key, "")
+            assert cell == value if isinstance(value, str) else json.loads(cell) == value, key
+    assert ftkit("predict", run, "--file", file, "--csv", "--json").code == 2
 
 
 def test_metrics_of_written_text_are_those_of_what_predict_says(make_run, ftkit, data):

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 BERT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-STILL = {"bert": BERT, "bert-masked": BERT, "t5": {"dropout_rate": 0.0}}
+STILL = {"bert": BERT, "bert-masked": BERT, "bert-pretrained": BERT, "electra-pretrained": BERT, "t5": {"dropout_rate": 0.0}}
 # 19 rows in batches of 6: the last batch of an epoch has one row, and the second process none
 TRAIN = {"steps": 60, "batch_size": 6, "accumulate": 2, "optimizer": "sgd", "learning_rate": 0.05, "eval_every": 20, "save_every": 20}
 
@@ -79,7 +79,9 @@ def test_two_processes_learn_what_one_learns_and_stop_and_resume_together(ftkit,
     assert_same_run(cut, two)
 
 
-@pytest.mark.parametrize(("model", "rows"), [("llama", "prompts"), ("bert-masked", "masked")])
+@pytest.mark.parametrize(
+    ("model", "rows"), [("llama", "prompts"), ("bert-masked", "masked"), ("bert-pretrained", "documents"), ("electra-pretrained", "texts")]
+)
 def test_the_loss_of_two_processes_is_weighted_by_tokens(model, rows, ftkit, of_processes, verify_here):
     """Prompts and completions, or masks, of unequal lengths, so that the processes hold unequal numbers of supervised tokens; the masks are the same."""
     lora = {"kind": "lora", "r": 4, "dropout": 0.0}

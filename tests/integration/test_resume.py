@@ -18,6 +18,7 @@ CONFIGURATIONS = {
     "flat-frozen": ("bert", "pairs", {"kind": "partial", "last": 1}, {"layout": "flat"}),
     "biases-in-4-bits": ("gpt2", "prompts", {"kind": "bitfit", "bits": 4}, {"precision": "bf16"}),
     "masks": ("bert-masked", "masked", {"kind": "full"}, {"accumulate": 2}),
+    "generator": ("electra-pretrained", "texts", {"kind": "full"}, {"accumulate": 2}),
     "rewritten": ("t5", "rewritten", {"kind": "partial", "last": 3}, {"accumulate": 2}),
     "bucketed": ("distilbert", "single", {"kind": "partial", "last": 1}, {"layout": "bucketed", "optimizer": "sgd"}),
 }
@@ -73,9 +74,11 @@ def _train_until_killed(path: str, place: str, call: int, flags: tuple[str, ...]
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_signals_in_every_stage_checkpoint_and_the_run_goes_on(name, ftkit, recipe, whole, tmp_path, monkeypatch, assert_same_run):
     path, run = write(recipe, name, tmp_path / "cut"), tmp_path / "cut"
-    encode = {"prompts": "ftkit.tasks.causal_lm._plain_ids", "rewritten": "ftkit.tasks.seq2seq._ended", "masked": "ftkit.tasks.masked_lm.cut"}.get(
-        CONFIGURATIONS[name][1], "ftkit.tasks.problems.name_of"
-    )
+    encode = {
+        "prompts": "ftkit.tasks.causal_lm._plain_ids",
+        "rewritten": "ftkit.tasks.seq2seq._ended",
+        **dict.fromkeys(("masked", "texts"), "ftkit.tasks.masked_text.cut"),
+    }.get(CONFIGURATIONS[name][1], "ftkit.tasks.problems.name_of")
     stops = [
         (encode, 40, signal.SIGTERM, 75),  # while rows are tokenised: nothing is written yet
         ("ftkit.evaluate.collate", 1, signal.SIGINT, 130),  # while the base is measured

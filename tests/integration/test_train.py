@@ -56,6 +56,12 @@ RUNS = {  # model, rows, method
     "bert-masked-full": ("bert-masked", "masked", {"kind": "full"}),
     "bert-headless-masked-full": ("bert", "masked", {"kind": "full"}),
     "distilbert-masked-lora": ("distilbert-masked", "masked", {"kind": "lora", "r": 4}),
+    "bert-documents-full": ("bert-pretrained", "documents", {"kind": "full"}),
+    "bert-headless-documents-full": ("bert", "documents", {"kind": "full"}),
+    "albert-lines-partial": ("albert-pretrained", "lines", {"kind": "partial", "last": 1}),
+    "electra-texts-full": ("electra-pretrained", "texts", {"kind": "full"}),
+    "electra-texts-lora": ("electra-pretrained", "texts", {"kind": "lora", "r": 4}),
+    "electra-texts-prompt": ("electra-pretrained", "texts", {"kind": "prompt", "num_virtual_tokens": 4}),
     "bert-tagged-full": ("bert", "tagged", {"kind": "full"}),
     "gpt2-tagged-lora": ("gpt2", "tagged", {"kind": "lora", "r": 4}),
     "distilbert-tagged-head": ("distilbert", "tagged", {"kind": "head"}),
@@ -65,6 +71,7 @@ RUNS = {  # model, rows, method
     "bert-matched-full": ("bert", "matched", {"kind": "full"}),
     "gpt2-alike-lora": ("gpt2", "alike", {"kind": "lora", "r": 4}),
     "distilbert-matched-adapter": ("distilbert", "matched", {"kind": "adapter", "reduction": 4}),
+    "bert-premises-lora": ("bert", "premises", {"kind": "lora", "r": 4}),
     "bert-ranked-partial": ("bert", "ranked", {"kind": "partial", "last": 1}),
     "t5-rewritten-full": ("t5", "rewritten", {"kind": "full"}),
     "bart-rewritten-lora": ("bart", "rewritten", {"kind": "lora", "r": 4}),
@@ -159,7 +166,7 @@ def test_a_run_writes_every_file_of_its_directory_and_can_be_repeated(name, ftki
         told, found = metrics[split], recomputed(predictions)
         assert {key: told[key] for key in found} == pytest.approx(found, rel=1e-5)
 
-    plots = {"loss.png", "confusion.png", "confusion-test.png"} if rows in ("single", "pairs", "tagged") else {"loss.png"}
+    plots = {"loss.png", "confusion.png", "confusion-test.png"} if rows in ("single", "pairs", "premises", "tagged") else {"loss.png"}
     assert {plot.name for plot in (run / "plots").iterdir()} == plots
     assert all(plot.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") for plot in (run / "plots").iterdir())
     card = (run / "README.md").read_text(encoding="utf-8")
@@ -183,6 +190,10 @@ def recomputed(predictions: list[dict]) -> dict[str, float]:
     if "relevance" in predictions[0]:
         losses = [math.log(p if gold else 1 - p) for gold, p in ((each["relevance"], each["prediction"]) for each in predictions)]
         return {"loss": -sum(losses) / len(losses)}
+    if "masks" in predictions[0]:
+        mean = sum(each["mask_loss"] * each["masks"] for each in predictions) / sum(each["masks"] for each in predictions)
+        right = [each["prediction"] == each["label"] for each in predictions if "label" in each]
+        return {"perplexity": math.exp(mean)} | ({"accuracy": sum(right) / len(right)} if right else {})
     if "label" in predictions[0]:
         return {"accuracy": sum(each["prediction"] == each["label"] for each in predictions) / len(predictions)}
     if "predictions" in predictions[0] and "labels" in predictions[0]:

@@ -23,6 +23,8 @@ RUNS = {
     "distilbert-partial": ("distilbert", {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0}, "single", {"kind": "partial", "last": 1}, {}),
     "llama-classification": ("llama", {}, "single", {"kind": "full"}, {}),
     "bert-masks": ("bert-masked", BERT, "masked", {"kind": "full"}, {}),
+    "bert-documents": ("bert-pretrained", BERT, "documents", {"kind": "full"}, {}),
+    "electra-texts": ("electra-pretrained", BERT, "texts", {"kind": "full"}, {"learning_rate": 0.005}),
     "llama-accumulated": ("llama", {}, "chats", {"kind": "full"}, {"accumulate": 3}),
     "llama-lora": ("llama", {}, "prompts", {"kind": "lora", "r": 4, "dropout": 0.0}, {}),
     "bert-adapter": ("bert", BERT, "single", {"kind": "adapter", "placement": "houlsby", "reduction": 2}, {"learning_rate": 0.5}),

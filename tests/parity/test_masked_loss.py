@@ -26,7 +26,7 @@ def masked(tokenizer):
     """A batch of rows of different lengths, in which a third of the tokens is hidden."""
     task = MaskedLM(probability=0.3)
     features = FeatureSet.of([task.encode(Row({"text": text}, "rows", 1), tokenizer, Limits(64, "error")) for text in TEXTS])
-    features = replace(features, corruption=task.corruption(tokenizer, seed=0))
+    features = replace(features, corruption=task.corruption(features, tokenizer, seed=0))
     return task, collate(features, np.arange(len(features)), tokenizer.pad_token_id)
 
 

@@ -73,12 +73,44 @@ def test_gradients_of_a_model_are_the_same(name, pooling, checkpoint, tokenizers
         assert (parameter.grad - wanted[parameter_name].grad).abs().max() <= 1e-5 * largest, parameter_name
 
 
+def test_the_labels_of_pairs_are_learned_as_there(checkpoint, tokenizers, tmp_path):
+    """SBERT's softmax over both embeddings and their difference, with one layer beside either model."""
+    task, tokenizer = SentenceEmbedding(loss="softmax", labels=["no", "perhaps", "yes"]), tokenizers["wordpiece"]
+    model = transformers.AutoModel.from_pretrained(checkpoint("bert"), add_pooling_layer=False).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    task.lay_out(tmp_path, model.config, 96)
+    labels = [0, 2, 1, 1, 0, 2]
+    others = TEXTS[1:] + TEXTS[:1]
+    rows = [{"text": text, "text_pair": other, "label": task.labels[i]} for text, other, i in zip(TEXTS, others, labels, strict=True)]
+    features = FeatureSet.of([task.encode(Row(row, "rows", 1), tokenizer, Limits(96, "error")) for row in rows])
+    torch.manual_seed(0)
+    layer = task.beside(model)
+    trainee = Trainee(model, model, task, Supervised(), beside=layer).eval()
+    value = trainee(collate(features, np.arange(6), tokenizer.pad_token_id)) / 6
+    value.backward()
+
+    reference = theirs.SentenceTransformer(str(tmp_path), device="cpu").eval()
+    loss = losses.SoftmaxLoss(reference, sentence_embedding_dimension=32, num_labels=3)
+    loss.classifier.load_state_dict(layer.state_dict())
+    expected = loss([reference.preprocess(column) for column in (TEXTS, others)], torch.tensor(labels))
+    expected.backward()
+    assert value.item() == pytest.approx(expected.item(), rel=1e-6)
+    wanted = dict(reference[0].auto_model.named_parameters())
+    largest = max(parameter.grad.abs().max() for parameter in wanted.values() if parameter.grad is not None)
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad - wanted[name].grad).abs().max() <= 1e-5 * largest, name
+    torch.testing.assert_close(layer.weight.grad, loss.classifier.weight.grad, rtol=1e-5, atol=1e-7)
+
+
 RUNS = {  # model, task, method
     "bert-mean-full": ("bert", {"kind": "sentence-embedding"}, "full"),
     "bert-cls-normalized-lora": ("bert", {"kind": "sentence-embedding", "pooling": "cls", "normalize": True}, "lora"),
+    "bert-softmax-lora": ("bert", {"kind": "sentence-embedding", "loss": "softmax"}, "lora"),
     "distilbert-mean-partial": ("distilbert", {"kind": "sentence-embedding", "normalize": True}, {"kind": "partial", "last": 1}),
     "gpt2-last-full": ("gpt2", {"kind": "sentence-embedding", "pooling": "last"}, "full"),
 }
+SETS = {"softmax": "premises"}
 
 
 def answers(outcome) -> list[dict]:
@@ -89,7 +121,7 @@ def answers(outcome) -> list[dict]:
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_loads_as_a_sentence_transformer(name, ftkit, recipe, tmp_path, verify_here):
     model, task, method = RUNS[name]
-    done = ftkit("train", recipe(model, "matched", {"steps": 2}, task=task, method=method))
+    done = ftkit("train", recipe(model, SETS.get(task.get("loss"), "matched"), {"steps": 2}, task=task, method=method))
     assert done.code == 0, done.err
     said = torch.tensor([each["embedding"] for each in answers(ftkit("predict", tmp_path / "run", *TEXTS))])
     places = [tmp_path / "run" / "model"]

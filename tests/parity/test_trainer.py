@@ -89,7 +89,7 @@ def case(request, checkpoint):
 
     features = FeatureSet.of([task.encode(row, tokenizer, Limits(96, "error")) for row in examples])
     if isinstance(task, MaskedLM):
-        features = replace(features, corruption=task.corruption(tokenizer, seed=0))
+        features = replace(features, corruption=task.corruption(features, tokenizer, seed=0))
     return SimpleNamespace(task=task, tokenizer=tokenizer, learner=learner, features=features)
 
 

@@ -14,9 +14,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from ftkit.data import ondisk
+from ftkit.data import rows as rows_of_data
 from ftkit.data.features import FeatureSet
-from ftkit.data.ondisk import Growing, Spool, Stored
-from ftkit.data.rows import load_rows
+from ftkit.data.ondisk import Growing, Records, Spool, Stored
+from ftkit.data.rows import load_rows, load_split
 from ftkit.errors import DataError, DiskError, RecipeError
 from ftkit.recipe.spec import Data
 from ftkit.tasks.causal_lm import CausalLM
@@ -110,7 +111,7 @@ def test_files_have_no_name_and_a_full_disk_is_told(place, monkeypatch):
     assert spool[9] == 9
     assert [path for path in place.rglob("*") if path.is_file()] == []
     monkeypatch.setattr(os, "pread", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
-    with pytest.raises(DiskError, match=r"Input/output error; rows and tokens of data.streaming lie there, FTKIT_CACHE"):
+    with pytest.raises(DiskError, match=r"Input/output error; rows, tokens and predictions lie there, FTKIT_CACHE"):
         spool[0]
 
 
@@ -123,8 +124,10 @@ def both(data, task):
     (memory, told), (disk, told_too) = found
     assert isinstance(disk.train, Spool)
     assert told == told_too
-    for name in ("sha256", "columns", "bad", "validation", "test"):
+    for name in ("sha256", "columns", "bad"):
         assert getattr(memory, name) == getattr(disk, name), name
+    assert memory.validation == {name: list(rows) for name, rows in disk.validation.items()}
+    assert memory.test == list(disk.test)
     assert memory.train == list(disk.train)
     assert memory.pool == list(disk.pool)
     return disk
@@ -218,3 +221,45 @@ def test_the_features_that_are_kept_and_the_kept_ones_read_again_are_on_disk(nam
         assert values[0].dtype == values[1].dtype == values[2].dtype
     assert first.features.lengths.tolist() == memory.features.lengths.tolist()
     assert list(first.features.rows()) == list(memory.features.rows()) == list(range(32))
+
+
+def test_records_come_in_the_order_of_features_from_memory_and_from_disk(monkeypatch, place):
+    monkeypatch.setattr(Records, "FEW", 4)
+    given = [{"feature": feature, "said": [f"ü{feature}", 0.1 * feature, None]} for feature in (5, 2, 9, 0, 7, 1)]
+    few, many = Records(), Records()
+    few.extend(given[:4])
+    assert not place.exists()
+    many.extend(given[:3])
+    many.extend(given[3:])
+    assert (len(few), len(many)) == (4, 6)
+    assert list(few) == sorted(given[:4], key=lambda record: record["feature"])
+    assert list(many) == list(many) == sorted(given, key=lambda record: record["feature"])
+
+
+@pytest.mark.parametrize("ending", ["csv", "json"])
+@pytest.mark.parametrize("large", [False, True])
+def test_rows_to_be_measured_are_on_disk_where_their_file_is_large(large, ending, tmp_path, monkeypatch):
+    """Of a json file, which is read as a whole, too."""
+    path = tmp_path / f"rows.{ending}"
+    rows = [{"text": f"word {i}", "label": "ab"[i % 2]} for i in range(50)]
+    whole = json.dumps(rows) if ending == "json" else "text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in rows)
+    path.write_text(whole, encoding="utf-8")
+    if large:
+        monkeypatch.setattr(rows_of_data, "SMALL", 100)
+    task = TextClassification(labels=["a", "b"])
+    found = load_split(str(path), None, Data(train=str(path), columns={"text": "text", "label": "label"}), task, lambda text: None)
+    assert isinstance(found, Spool) == large
+    assert [row.values["text"] for row in found] == [f"word {i}" for i in range(50)]
+    assert found[49].where == f"{path}:50"
+
+
+def test_all_sets_of_a_streamed_run_are_on_disk(tmp_path):
+    for name in ("train", "dev", "test"):
+        (tmp_path / f"{name}.csv").write_text("text,label\n" + "".join(f"{name} {i},{'ab'[i % 2]}\n" for i in range(20)), encoding="utf-8")
+    data = Data(train=str(tmp_path / "train.csv"), validation={"dev": str(tmp_path / "dev.csv")}, test=str(tmp_path / "test.csv"), streaming=True)
+    rows = load_rows(data, TextClassification(), 0, lambda text: None)
+    assert all(isinstance(each, Spool) for each in (rows.train, rows.validation["dev"], rows.test))
+    assert [row.values["text"] for row in rows.test] == [f"test {i}" for i in range(20)]
+    rows = load_rows(data.model_copy(update={"validation": 0.25, "test": None}), TextClassification(), 0, lambda text: None)
+    assert (len(rows.train), len(rows.validation["validation"])) == (15, 5)
+    assert isinstance(rows.validation["validation"], Spool)

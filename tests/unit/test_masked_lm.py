@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+from ftkit import prompts
 from ftkit.data.batches import collate
 from ftkit.data.features import FeatureSet, encode
 from ftkit.data.types import Features, Limits, Row, RowError, Scores
@@ -140,13 +141,13 @@ def features(tokenizers):
         task, tokenizer = MaskedLM(**fields), tokenizers["wordpiece"]
         texts = ["roses and tulips in the old garden", "boats near the quiet tide", "bread and butter and soup", "ropes under the small lamps"]
         plain = FeatureSet.of([task.encode(row(text), tokenizer, WIDE) for text in texts])
-        return replace(plain, corruption=task.corruption(tokenizer, seed))
+        return replace(plain, corruption=task.corruption(plain, tokenizer, seed))
 
     return make
 
 
 def masks(features, epoch, pad=0):
-    return [{name: value.tolist() for name, value in features.get(i, epoch).items() if value is not None} for i in range(len(features))]
+    return [{name: np.asarray(value).tolist() for name, value in features.get(i, epoch).items() if value is not None} for i in range(len(features))]
 
 
 class TestCorruption:
@@ -267,8 +268,8 @@ class TestEncode:
         assert [(row, each.input_ids, each.weights) for row, each in packed(pieces, 5, separator=9)] == [(0, [1, 2, 3, 9, 4], [1.0, 1.0, 1.0, 0.0, 1.0])]
 
     def test_a_frame_is_what_the_tokenizer_puts_around_a_text(self, tokenizers):
-        assert Frame.of(tokenizers["wordpiece"]) == Frame([2], [3], frozenset(range(5)), True)
-        assert Frame.of(tokenizers["bpe"]) == Frame([], [], frozenset(range(4)), False)
+        assert Frame.of(tokenizers["wordpiece"]) == Frame([2], [3], [3], frozenset(range(5)), True)
+        assert Frame.of(tokenizers["bpe"]) == Frame([], [], [], frozenset(range(4)), False)
 
 
 class TestRefusals:
@@ -322,6 +323,20 @@ class TestPredict:
             ]
         assert one["text"] == fill("the [MASK] garden")[0]["sequence"]
         json.dumps([one, other], allow_nan=False)
+
+    def test_virtual_tokens_are_read_with_the_text(self, built, tokenizers):
+        """As in training, whose items are those of the model's base."""
+        tokenizer = tokenizers["wordpiece"]
+        (without,) = self.answers(built, tokenizer, "the [MASK] garden", top_k=1)
+        torch.manual_seed(0)
+        torch.nn.init.normal_(prompts.add(built, 4).weight)
+        (found,) = self.answers(built, tokenizer, "the [MASK] garden", top_k=1)
+        inputs = tokenizer("the [MASK] garden", return_tensors="pt")
+        place = 4 + inputs["input_ids"][0].tolist().index(tokenizer.mask_token_id)
+        with torch.no_grad():
+            expected = built(**inputs).logits[0, place].softmax(-1).max().item()
+        assert found["masks"][0][0]["probability"] == pytest.approx(expected, rel=1e-5)
+        assert found["masks"][0][0]["probability"] != pytest.approx(without["masks"][0][0]["probability"], rel=1e-3)
 
     def test_what_is_not_read_is_counted_and_stays(self, built, tokenizers):
         tokenizer = tokenizers["wordpiece"]

@@ -113,7 +113,7 @@ def test_texts_for_a_tokenizer_are_files_of_text(tmp_path):
         texts("a.txt", poll=stop)
 
 
-@pytest.mark.parametrize("place", ["_lines", "add", "tokenizer_texts"])
+@pytest.mark.parametrize("place", ["_lines", "rows", "tokenizer_texts"])
 def test_a_signal_is_heard_while_rows_are_read_and_a_tokenizer_is_trained(recipe, monkeypatch, place):
     """Asked for often enough, a stop comes up in each of the functions that may take long."""
     made = recipe({"init": "random", "tokenizer": {"train": "data", "vocab_size": 300}, "config": {"model_type": "llama"}}, "text")

@@ -293,3 +293,25 @@ def test_texts_of_a_flat_batch_have_the_embeddings_they_have_alone(model, tokeni
         [task.predict(model, tokenizer, [row(text=each.values[name])], WIDE, Generation())[0]["embedding"] for name in ("text", "text_pair")] for each in PAIRS
     ]
     torch.testing.assert_close(seen[0].logits, torch.tensor(alone), rtol=1e-4, atol=1e-5)
+
+
+def test_a_pair_is_told_its_label_and_the_layer_for_it_is_kept_beside_the_model(ftkit, recipe, tmp_path, verify_here):
+    done = ftkit("train", recipe("bert", "premises", {"steps": 12}), "--json")
+    assert done.code == 0, done.err
+    metrics = json.loads(done.out)["metrics"]["validation"]
+    run = tmp_path / "run"
+    assert {"accuracy", "f1", "mcc", "loss"} <= metrics.keys()
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["parameters"]["groups"]["softmax layer"] == {"trainable": 3 * 32 * 2 + 2, "total": 3 * 32 * 2 + 2}
+    assert (run / "model" / "softmax.safetensors").is_file()
+    measured = ftkit("eval", run, "--json")
+    assert measured.code == 0, measured.err
+    assert json.loads(measured.out)["metrics"]["validation"] == {name: pytest.approx(value, rel=1e-5, abs=1e-6) for name, value in metrics.items()}
+    records = [json.loads(line) for line in (run / "predictions" / "validation.jsonl").read_text().splitlines()]
+    assert sum(record["label"] == record["prediction"] for record in records) / len(records) == pytest.approx(metrics["accuracy"])
+
+
+@pytest.mark.parametrize(("fields", "told"), [({"loss": "softmax", "scale": 2}, "scale has no effect"), ({"labels": ["a", "b"]}, "labels has no effect with")])
+def test_options_of_another_loss_are_refused(fields, told):
+    with pytest.raises(ValueError, match=told):
+        SentenceEmbedding(**fields)
