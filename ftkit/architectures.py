@@ -125,7 +125,7 @@ def head(task: Task) -> str:
 
 def lacking(architecture: str, method: Method, task: Task) -> list[str]:
     """What an architecture of the table lacks for a method on a task; empty where all is there."""
-    has = TABLE[architecture] - ({"own head"} if task.auto_class == BARE else set())
+    has = TABLE[architecture] - ({"own head"} if task.auto_class == BARE else set()) | ({"own head"} if head(task) == REPLACED else set())
     return [reason for trait, reason in TRAITS.items() if trait in {head(task), *method.needs(task.new_head)} and trait not in has]
 
 

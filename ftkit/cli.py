@@ -181,7 +181,9 @@ def check(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = Fal
         with Reporter(None) as report:
             problems = check(resolved, report)
     if problems:
-        raise type(problems[0])("\n".join(map(str, problems)))
+        found = FtkitError("\n".join(map(str, problems)))
+        found.code = problems[0].code
+        raise found
     _print_json({"problems": []}) if as_json else print(f"{recipe}: nothing wrong")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftkit.errors import DataError
@@ -10,6 +12,7 @@ from ftkit.tasks.sentence_pairs import SentencePairs
 
 if TYPE_CHECKING:
     from ftkit.data.features import FeatureSet
+    from ftkit.data.types import Row
     from ftkit.tasks.pairing import Made
 
 
@@ -20,10 +23,19 @@ class NextSentence(SentencePairs):
 
     answers: ClassVar[tuple[str, str]] = ("next", "not_next")
 
+    def resolve(self, rows: Iterable[Row]) -> NextSentence:
+        """Refuses a document alone."""
+        if next(islice(rows, 1, None), None) is None:
+            raise self._alone()
+        return self
+
     def _made(self, features: FeatureSet, tokenizer: Any) -> Made:
         if features.row[0] == features.row[-1]:
-            raise DataError(
-                f"task {self.kind}: false next segments are taken from other documents (a txt file is one, or a row of other formats), and there is only one; "
-                "give more of them in each set, or use task: sentence-order, which needs no others"
-            )
+            raise self._alone()
         return FromAnotherRow(features, self._frame(tokenizer))
+
+    def _alone(self) -> DataError:
+        return DataError(
+            f"task {self.kind}: false next segments are taken from other documents (a txt file is one, or a row of other formats), and there is only one; "
+            "give more of them in each set, or use task: sentence-order, which needs no others"
+        )

@@ -583,6 +583,13 @@ def test_check_sees_without_weights(ftkit, recipe, changes, code, words):
     assert (done.code, words in done.err) == (code, True), done.err
 
 
+def test_check_tells_that_texts_are_too_few_for_a_tokenizer(ftkit, recipe):
+    tokenizer = {"train": "data", "kind": "wordpiece", "vocab_size": 5000}
+    done = ftkit("check", recipe(model={"init": "random", "tokenizer": tokenizer, "config": {"model_type": "bert"}}))
+    assert done.code == 3, done.err
+    assert "fewer than vocab_size: 5000; give more text, or vocab_size: " in done.err
+
+
 def test_check_tries_rows_of_each_set(ftkit, recipe, data, tmp_path):
     (tmp_path / "odd.csv").write_text("text,label\nroses,garden\nstars,sky\n")
     done = ftkit("check", recipe(data=files(data.single, "csv") | {"validation": str(tmp_path / "odd.csv")}))

@@ -148,6 +148,9 @@ def test_a_document_alone_has_no_false_next_segment(tokenizer):
     task = NextSentence()
     with pytest.raises(DataError, match="there is only one; give more of them in each set, or use task: sentence-order"):
         features(task, tokenizer, DOCUMENTS[:1])
+    with pytest.raises(DataError, match="there is only one"):
+        task.resolve([row(DOCUMENTS[0])])
+    assert task.resolve(map(row, DOCUMENTS)) == task
     features(SentenceOrder(), tokenizer, DOCUMENTS[:1])
 
 
