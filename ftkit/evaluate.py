@@ -68,7 +68,7 @@ def evaluate(
 
     `trainee` is a `Trainee`, as accelerate prepared it or alone.  Stops early, with sums that mean nothing, as soon as `interrupted` says so.
     """
-    metrics = metrics_of(task, rows, features)
+    metrics: Any = task.metrics(rows, features)
     whole = hasattr(metrics, "records")  # of rows, whose features may be in several batches
     records = Records()
     was_training = trainee.training
@@ -89,11 +89,6 @@ def evaluate(
     if keep_records and whole:
         records.extend(metrics.records()[accelerator.process_index :: accelerator.num_processes])
     return metrics, records
-
-
-def metrics_of(task: Task, rows: Sequence[Row], features: FeatureSet) -> Any:
-    """The metrics of a split, which nothing was measured of yet."""
-    return task.row_metrics(rows, features) if hasattr(task, "row_metrics") else task.metrics()
 
 
 def _judged(trainee: nn.Module, batch: Batch, metrics: Metrics, task: Task | None) -> list[dict[str, Any]]:

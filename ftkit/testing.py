@@ -22,7 +22,6 @@ from ftkit import finish, rundir, verify
 from ftkit.data.batches import collate
 from ftkit.data.features import FeatureSet
 from ftkit.data.types import Batch, Features, Limits, Row, RowError, Scores
-from ftkit.evaluate import metrics_of
 from ftkit.loop import Trainee
 from ftkit.merge import merge
 from ftkit.model import max_positions
@@ -351,7 +350,7 @@ def _check_metrics(task: Task, trainee: Trainee, rows: Sequence[Row], features: 
     half = len(features) // 2
 
     def measured(*groups: np.ndarray) -> Metrics:
-        metrics: Metrics = metrics_of(task, rows, features)
+        metrics: Metrics = task.metrics(rows, features)
         for part in (part for group in groups for part in _scores(trainee, features, group, pad)):
             metrics.update(part)
         return metrics
@@ -362,7 +361,7 @@ def _check_metrics(task: Task, trainee: Trainee, rows: Sequence[Row], features: 
     wrong = [key for key, value in whole.sums.items() if value.dtype != torch.float64]
     _require(not wrong, f"{name}.sums: {', '.join(wrong)} must be float64, or counts of large sets are rounded")
     values = whole.compute()
-    joined = metrics_of(task, rows, features)
+    joined = task.metrics(rows, features)
     joined.sums = {key: first.sums[key] + second.sums[key] for key in first.sums}
     joined.kept = {key: [*first.kept[key], *second.kept[key]] for key in first.kept}
     for key, value in joined.compute().items():
@@ -383,7 +382,7 @@ def _check_metrics(task: Task, trainee: Trainee, rows: Sequence[Row], features: 
 
 
 def _check_records(task: Task, parts: list[Scores], rows: Sequence[Row], features: FeatureSet) -> None:
-    metrics = metrics_of(task, rows, features)
+    metrics = task.metrics(rows, features)
     for part in parts:
         metrics.update(part)
     records = _json(metrics.records() if hasattr(metrics, "records") else task.records(parts), "records()")

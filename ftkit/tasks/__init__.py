@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from ftkit.data.formats import OUTPUTS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     import torch
 
+    from ftkit.data.features import FeatureSet
     from ftkit.data.types import Batch, Features, Items, Limits, Row, Scores, Targets
     from ftkit.recipe.spec import Default, Generation
 
@@ -35,7 +36,11 @@ class Shape:
 
 
 class Metrics(Protocol):
-    """Streaming metrics of one evaluation: sums, so that memory is flat and processes add up, and no more numbers of each item than a metric needs."""
+    """Streaming metrics of one evaluation: sums, so that memory is flat and processes add up, and no more numbers of each item than a metric needs.
+
+    Those that measure whole rows, whose features may be in several batches, may have `records()` in place of the task's: one
+    object a row of all that was measured, `feature` being the index of its first feature.
+    """
 
     sums: dict[str, torch.Tensor]  # float64; adding those of all processes gives those of the whole set
     kept: dict[str, list[torch.Tensor]]  # in any order; those of all processes, one after the other, are those of the whole set
@@ -58,10 +63,6 @@ class Task(Protocol):
     None), `judge(answers, rows, names)`, which computes them, `reference(row)`, the right answer or None, and
     `asked(row)`, what it is an answer to.  They are among `metric_names`, and computed at the end only, if eval.metrics
     names them: generating takes long.
-
-    A task that measures whole rows, whose features may be in several batches, or needs more of them than features hold,
-    has `row_metrics(rows, features)`, which gives the metrics of a split, in place of `metrics` and `records`: these
-    have `records()`, one object a row of all that was measured, `feature` being the index of its first feature.
 
     A task whose features change each time they are used has `corruption(features, tokenizer, seed)`, which says how (a
     `ftkit.data.features.Corruption`).  One whose inputs cross the borders of rows has `packed(features, tokenizer, limits)`,
@@ -136,7 +137,9 @@ class Task(Protocol):
         """Set what the saved model must carry beside its weights, such as the tokens that end a generation."""
         ...
 
-    def metrics(self) -> Metrics: ...
+    def metrics(self, rows: Sequence[Row], features: FeatureSet) -> Metrics:
+        """Those of a split, of which nothing was measured yet."""
+        ...
 
     def records(self, parts: Iterable[Scores]) -> list[dict[str, Any]]:
         """What the model said, one JSON object for each feature in the batch, `feature` being its index; the batch's items come in parts."""

@@ -17,6 +17,7 @@ from ftkit.tasks import Column, Shape, chat, language_model, text_metrics
 from ftkit.tasks.language_model import LanguageModelMetrics, generation_config
 
 if TYPE_CHECKING:
+    from ftkit.data.features import FeatureSet
     from ftkit.data.types import Batch, Items, Scores, Targets
 
 MESSAGES = Column("messages", "a chat: a list of {role, content}; assistant messages are learned", "conversation", "chat", "dialogue")
@@ -150,7 +151,7 @@ class CausalLM(Spec):
         model.generation_config.eos_token_id = chat.stop_token_ids(tokenizer)
         model.generation_config.pad_token_id = tokenizer.pad_token_id
 
-    def metrics(self) -> LanguageModelMetrics:
+    def metrics(self, rows: Sequence[Row], features: FeatureSet) -> LanguageModelMetrics:
         return LanguageModelMetrics()
 
     def records(self, parts: Iterable[Scores]) -> list[dict[str, Any]]:

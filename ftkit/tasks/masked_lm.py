@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftkit.data.types import Features, Limits, Row
@@ -15,6 +15,7 @@ from ftkit.tasks.masked_text import PackedText
 if TYPE_CHECKING:
     import torch
 
+    from ftkit.data.features import FeatureSet
     from ftkit.data.types import Batch, Items, Scores
 
 BEST = 5  # tokens among which a right one counts for accuracy_5
@@ -35,7 +36,7 @@ class MaskedLM(PackedText):
         types = {} if batch.token_type_ids is None else {"token_type_ids": batch.token_type_ids}
         return language_model.of_one_stack(batch, model, attention_mask=batch.attention_mask, **types)
 
-    def metrics(self) -> MaskedMetrics:
+    def metrics(self, rows: Sequence[Row], features: FeatureSet) -> MaskedMetrics:
         return MaskedMetrics()
 
     def records(self, parts: Iterable[Scores]) -> list[dict[str, Any]]:

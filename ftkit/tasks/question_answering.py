@@ -183,7 +183,7 @@ class QuestionAnswering(Spec):
     def complete(self, model: Any, tokenizer: Any) -> None:
         """What is said depends on logits and text alone."""
 
-    def row_metrics(self, rows: Sequence[Row], features: FeatureSet) -> AnswerMetrics:
+    def metrics(self, rows: Sequence[Row], features: FeatureSet) -> AnswerMetrics:
         return AnswerMetrics(self, rows, features)
 
     def chosen(self, best: Span, null: float) -> Span | None:

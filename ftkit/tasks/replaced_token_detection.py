@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -167,7 +167,7 @@ class ReplacedTokenDetection(PackedText):
             share=self.discriminator_weight,
         )
 
-    def metrics(self) -> JointMetrics:
+    def metrics(self, rows: Sequence[Row], features: FeatureSet) -> JointMetrics:
         return JointMetrics(self.discriminator_weight)
 
     def records(self, parts: Iterable[Scores]) -> list[dict[str, Any]]:

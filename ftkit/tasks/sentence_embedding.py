@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from ftkit.data.features import FeatureSet
     from ftkit.data.types import Batch, Scores, Targets
     from ftkit.tasks import Metrics
 
@@ -238,7 +239,7 @@ class SentenceEmbedding(Spec):
             found[f"row {number}: embedding"] = embedding.cpu()
         return found
 
-    def metrics(self) -> Metrics:
+    def metrics(self, rows: Sequence[Row], features: FeatureSet) -> Metrics:
         return self._contrast.metrics()
 
     def records(self, parts: Iterable[Scores]) -> list[dict[str, Any]]:

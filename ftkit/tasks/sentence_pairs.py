@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -101,7 +101,7 @@ class SentencePairs(MaskedText):
         )
         return tokens, pairs
 
-    def metrics(self) -> JointMetrics:
+    def metrics(self, rows: Sequence[Row], features: FeatureSet) -> JointMetrics:
         return JointMetrics()
 
     def records(self, parts: Iterable[Scores]) -> list[dict[str, Any]]:

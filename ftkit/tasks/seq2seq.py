@@ -14,6 +14,7 @@ from ftkit.tasks import Column, Shape, language_model, text_metrics
 from ftkit.tasks.language_model import LanguageModelMetrics, Stacks
 
 if TYPE_CHECKING:
+    from ftkit.data.features import FeatureSet
     from ftkit.data.types import Batch, Items, Scores, Targets
 
 SOURCE = Column("source", "the text that is given", "document", "article", "dialogue", "src", "input", "en")
@@ -137,7 +138,7 @@ class Seq2Seq(Spec):
         model.generation_config.pad_token_id = tokenizer.pad_token_id
         model.generation_config.decoder_start_token_id = model.config.decoder_start_token_id
 
-    def metrics(self) -> LanguageModelMetrics:
+    def metrics(self, rows: Sequence[Row], features: FeatureSet) -> LanguageModelMetrics:
         return LanguageModelMetrics()
 
     def records(self, parts: Iterable[Scores]) -> list[dict[str, Any]]:

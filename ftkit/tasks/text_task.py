@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftkit.data.types import Features, Items, Limits, Row
@@ -12,6 +12,7 @@ from ftkit.tasks.problems import Problem
 from ftkit.tasks.texts import batch_of, fit
 
 if TYPE_CHECKING:
+    from ftkit.data.features import FeatureSet
     from ftkit.data.types import Batch, Scores, Targets
     from ftkit.tasks import Metrics
 
@@ -75,7 +76,7 @@ class TextTask(Spec):
     def complete(self, model: Any, tokenizer: Any) -> None:
         """The labels are in the config already."""
 
-    def metrics(self) -> Metrics:
+    def metrics(self, rows: Sequence[Row], features: FeatureSet) -> Metrics:
         return self._problem.metrics()
 
     def records(self, parts: Iterable[Scores]) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from ftkit.data.types import Features, Items, Limits, Row, RowError
@@ -19,6 +20,7 @@ from ftkit.tasks.windows import check_tokenizer, windows_of
 if TYPE_CHECKING:
     import torch
 
+    from ftkit.data.features import FeatureSet
     from ftkit.data.types import Batch, Scores, Targets
 
 TOKENS = Column("tokens", "the words of a text, in a list", "words")
@@ -188,8 +190,8 @@ class TokenClassification(Spec):
     def complete(self, model: Any, tokenizer: Any) -> None:
         """The tags are in the config already."""
 
-    def metrics(self) -> TagMetrics:
-        return TagMetrics(self._names)
+    def metrics(self, rows: Sequence[Row], features: FeatureSet) -> TagMetrics:
+        return TagMetrics(self._names, features)
 
     def records(self, parts: Iterable[Scores]) -> list[dict[str, Any]]:
         """The tags of each feature's words, as they are and as the model says."""
@@ -252,31 +254,63 @@ class TokenClassification(Spec):
 
 
 class TagMetrics(Streaming):
-    """Counts of tags and of spans, by words; the loss by tokens."""
+    """Counts of tags and of spans, by words; the loss by tokens.
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = names
+    Of rows that are several windows, which may be in several batches, the tags are kept: spans go across their borders.
+    """
+
+    def __init__(self, names: Sequence[str], features: FeatureSet) -> None:
+        import torch
+
+        self.names, self.features = names, features
         self.types = types_of(names) if tagged(names) else []
         super().__init__(confusion=(len(names), len(names)), spans=(len(self.types), 3))  # [gold, predicted]; gold, predicted, both
+        self.keep("rows", torch.zeros(0, 5))  # a request to stop may come before the first
+        self.keep("windows", torch.zeros(0, 3))
 
     def update(self, scores: Scores) -> None:
         import torch
 
         self.add_loss(scores)
-        of_type = {kind: i for i, kind in enumerate(self.types)}
-        rows = list[tuple[int, ...]]()
-        for _, gold, said in _tag_rows([scores]):
+        rows, windows = list[list[int]](), list[tuple[int, int, int]]()
+        for feature, gold, said in _tag_rows([scores]):
             self.sums["confusion"].index_put_((torch.tensor(gold), torch.tensor(said)), torch.ones(len(gold), dtype=torch.float64), accumulate=True)
-            right, given = ({*spans([self.names[i] for i in tags])} if self.types else set() for tags in (gold, said))
-            for column, found in enumerate((right, given, right & given)):
-                for span in found:
-                    self.sums["spans"][of_type[span.label], column] += 1
-            rows.append((len(right), len(given), len(right & given), sum(map(int.__eq__, gold, said)), len(gold)))
+            if self._one_of_several(feature):
+                windows += zip([feature] * len(gold), gold, said, strict=True)
+            else:
+                rows.append(self._counted(gold, said, self.sums["spans"]))
         self.keep("rows", torch.tensor(rows, dtype=torch.float32).view(-1, 5))
+        self.keep("windows", torch.tensor(windows, dtype=torch.float32).view(-1, 3))
+
+    def _one_of_several(self, feature: int) -> bool:
+        """Whether it is a window of a row that has others."""
+        row = self.features.row
+        return any(0 <= other < len(row) and row[other] == row[feature] for other in (feature - 1, feature + 1))
+
+    def _counted(self, gold: list[int], said: list[int], of_types: torch.Tensor) -> list[int]:
+        """Spans of a row of tags, as they are, as the model says, and both; right words, and words.  Spans are added to those `of_types`."""
+        place = {kind: i for i, kind in enumerate(self.types)}
+        right, given = ({*spans([self.names[i] for i in tags])} if self.types else set() for tags in (gold, said))
+        for column, found in enumerate((right, given, right & given)):
+            for span in found:
+                of_types[place[span.label], column] += 1
+        return [len(right), len(given), len(right & given), sum(map(int.__eq__, gold, said)), len(gold)]
+
+    def _whole(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """float64 [k, 5] and [types, 3]: counts of all rows, and spans of each type, those of several windows put together."""
+        import torch
+
+        of_types, rows = self.sums["spans"].clone(), list[list[int]]()
+        words = sorted(self.all("windows").long().tolist(), key=lambda word: word[0])  # windows in order, each as it was
+        for _, row in groupby(words, key=lambda word: int(self.features.row[word[0]])):
+            _, gold, said = zip(*row, strict=True)
+            rows.append(self._counted(list(gold), list(said), of_types))
+        return torch.cat((self.all("rows"), torch.tensor(rows, dtype=torch.float64).view(-1, 5))), of_types
 
     def compute(self) -> dict[str, float]:
         """Fractions from 0 to 1; of spans over all types (micro), as conlleval's."""
-        found = self._of_rows(self.all("rows"))
+        rows, _ = self._whole()
+        found = self._of_rows(rows)
         if not self.types:
             return found | {"f1": of_confusion(self.sums["confusion"])["f1"]} | self.loss()
         return found | self.loss() | {f"f1_{kind}": values["f1"] for kind, values in self._classes().items()}
@@ -293,12 +327,12 @@ class TagMetrics(Streaming):
     def _classes(self) -> dict[str, dict[str, float]]:
         """Of types of spans, or of tags."""
         if self.types:
-            return by_class(self.types, *self.sums["spans"].T.tolist())
+            return by_class(self.types, *self._whole()[1].T.tolist())
         return by_class(self.names, *counts_of(self.sums["confusion"]))
 
     def draws(self) -> Iterator[dict[str, float]]:
         """Of whole rows: their words go together."""
-        return map(self._of_rows, self.redrawn(self.all("rows")))
+        return map(self._of_rows, self.redrawn(self._whole()[0]))
 
     def details(self) -> dict[str, Any]:
         """Beside the intervals, each type of span, or tag, and `confusion` of words, [tag, prediction]."""

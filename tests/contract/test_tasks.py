@@ -124,7 +124,7 @@ class Miscounted(TextClassification):
 class Averaged(TextClassification):
     """Averages where sums are wanted."""
 
-    def metrics(self):
+    def metrics(self, rows, features):
         return AveragedMetrics(self._names)
 
 

@@ -304,7 +304,7 @@ def test_a_batch_without_supervision_gives_zero_gradients_to_every_parameter(nam
 
 def test_metrics_are_weighted_by_tokens(features):
     model = model_of("llama").eval()
-    metrics = TASK.metrics()
+    metrics = TASK.metrics([], None)
     with torch.inference_mode():
         for part in (features[:1], features[1:]):
             metrics.update(TASK.items(model, batch_of(part)).scores())
@@ -324,7 +324,7 @@ def test_metrics_are_weighted_by_tokens(features):
 
 def test_a_perplexity_beyond_all_numbers_is_the_largest_number():
     """JSON has no infinity."""
-    metrics = TASK.metrics()
+    metrics = TASK.metrics([], None)
     metrics.sums |= {"loss": torch.tensor(7200.0, dtype=torch.float64), "count": torch.tensor(10.0, dtype=torch.float64)}
     assert metrics.compute()["perplexity"] == sys.float_info.max
 
@@ -332,7 +332,7 @@ def test_a_perplexity_beyond_all_numbers_is_the_largest_number():
 def test_metrics_of_nothing_say_so(features):
     batch = batch_of(features)
     batch.weights.zero_()
-    metrics = TASK.metrics()
+    metrics = TASK.metrics([], None)
     metrics.update(TASK.items(model_of("llama"), batch).scores())
     found = metrics.compute()
     assert found["loss_count"] == 0

@@ -295,7 +295,7 @@ def test_a_head_that_starts_random_is_told(name, told, ftkit, recipe):
 def test_metrics_are_of_the_hidden_tokens():
     logits = torch.tensor([[9.0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5, 6]])
     targets, weights = torch.tensor([0, 2, 1, 6]), torch.tensor([1.0, 1.0, 1.0, 0.0])
-    metrics = MaskedLM().metrics()
+    metrics = MaskedLM().metrics([], None)
     for part in (slice(0, 2), slice(2, 4)):
         metrics.update(Scores(logits[part], targets[part], weights[part], torch.zeros(2)))
     found = metrics.compute()

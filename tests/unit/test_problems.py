@@ -105,7 +105,7 @@ def test_class_weights_are_those_of_torch(tokenizers):
     targets, found = torch.tensor([each.targets[0] for each in encoded]), torch.tensor([each.weights[0] for each in encoded])
     ours = Supervised().loss(scores(logits, targets, "classes", found)) / found.sum()
     assert ours.item() == pytest.approx(F.cross_entropy(logits, targets, weight=torch.tensor([3.0, 0.5, 1.0])).item(), rel=1e-6)
-    metrics = task.metrics()
+    metrics = task.metrics([], None)
     metrics.update(scores(logits, targets, "classes", found))
     values = metrics.compute()
     assert values["accuracy"] == (logits.argmax(-1) == targets).double().mean()  # each row counts once
@@ -126,7 +126,7 @@ def test_metrics_of_labels_are_those_of_scikit_learn():
     rng = torch.Generator().manual_seed(0)
     gold = (torch.rand(80, 3, generator=rng) < torch.tensor([0.5, 0.2, 0.1])).float()
     logits = torch.randn(80, 3, generator=rng) + gold
-    ours = MANY.metrics()
+    ours = MANY.metrics([], None)
     for part in (slice(0, 50), slice(50, 80)):
         ours.update(scores(logits[part], gold[part], "labels"))
     found = ours.compute()
@@ -151,7 +151,7 @@ def test_correlations_are_those_of_scipy():
     rng = torch.Generator().manual_seed(0)
     gold = torch.randint(6, (70,), generator=rng).float()  # with ties
     logits = (gold + torch.randn(70, generator=rng))[:, None]
-    ours = NUMBER.metrics()
+    ours = NUMBER.metrics([], None)
     for part in (slice(0, 20), slice(20, 70)):
         ours.update(scores(logits[part], gold[part], "numbers"))
     found = ours.compute()
@@ -163,7 +163,7 @@ def test_correlations_are_those_of_scipy():
 
 
 def test_numbers_that_do_not_vary_have_no_correlation():
-    ours = NUMBER.metrics()
+    ours = NUMBER.metrics([], None)
     ours.update(scores(torch.ones(3, 1), torch.tensor([1.0, 2.0, 3.0]), "numbers"))
     assert ours.compute()["pearson"] == ours.compute()["spearman"] == 0.0
 
@@ -173,11 +173,11 @@ def test_the_area_under_the_curve_is_that_of_scikit_learn():
     rng = torch.Generator().manual_seed(0)
     gold = torch.randint(2, (60,), generator=rng)
     logits = torch.randint(-2, 3, (60, 2), generator=rng).float()  # with ties
-    ours = TextClassification(labels=["no", "yes"]).metrics()
+    ours = TextClassification(labels=["no", "yes"]).metrics([], None)
     ours.update(scores(logits, gold, "classes"))
     assert ours.compute()["auroc"] == pytest.approx(metrics.roc_auc_score(gold, logits.softmax(-1)[:, 1]), abs=1e-12)
     assert math.isnan(auroc(torch.ones(3), torch.ones(3)))
-    alone = TextClassification(labels=["no", "yes"]).metrics()
+    alone = TextClassification(labels=["no", "yes"]).metrics([], None)
     alone.update(scores(logits[:3], torch.ones(3).long(), "classes"))
     assert "auroc" not in alone.compute()
 
@@ -185,7 +185,7 @@ def test_the_area_under_the_curve_is_that_of_scikit_learn():
 def test_the_calibration_error_is_that_of_its_definition():
     rng = torch.Generator().manual_seed(0)
     gold, logits = torch.randint(3, (200,), generator=rng), 2 * torch.randn(200, 3, generator=rng)
-    ours = TextClassification(labels=["a", "b", "c"]).metrics()
+    ours = TextClassification(labels=["a", "b", "c"]).metrics([], None)
     for part in (slice(0, 90), slice(90, 200)):
         ours.update(scores(logits[part], gold[part], "classes"))
     best, said = logits.softmax(-1).max(-1)
@@ -202,7 +202,7 @@ def test_rows_of_no_weight_count_for_nothing():
         (MANY, torch.randn(2, 3), torch.ones(2, 3), "labels"),
         (NUMBER, torch.randn(2, 1), torch.ones(2), "numbers"),
     ):
-        ours, alone = task.metrics(), task.metrics()
+        ours, alone = task.metrics([], None), task.metrics([], None)
         ours.update(scores(logits, targets, kind, torch.tensor([1.0, 0.0])))
         alone.update(scores(logits[:1], targets[:1], kind))
         assert ours.compute() == alone.compute()
@@ -226,7 +226,7 @@ def test_the_area_of_several_classes_is_the_mean_of_each_against_the_rest():
     metrics = pytest.importorskip("sklearn.metrics")
     rng = torch.Generator().manual_seed(0)
     gold, logits = torch.randint(4, (90,), generator=rng), torch.randn(90, 4, generator=rng)
-    ours = TextClassification(labels=["a", "b", "c", "d"]).metrics()
+    ours = TextClassification(labels=["a", "b", "c", "d"]).metrics([], None)
     ours.update(scores(logits, gold, "classes"))
     expected = metrics.roc_auc_score(gold, logits.double().softmax(-1), multi_class="ovr", average="macro")
     assert ours.compute()["auroc"] == pytest.approx(expected, abs=1e-6)
@@ -235,7 +235,7 @@ def test_the_area_of_several_classes_is_the_mean_of_each_against_the_rest():
 def test_many_classes_keep_no_probabilities():
     names = [f"{i:02}" for i in range(21)]
     task = TextClassification(labels=names)
-    ours = task.metrics()
+    ours = task.metrics([], None)
     ours.update(scores(torch.randn(5, 21), torch.arange(5), "classes"))
     assert not ours.kept
     assert "auroc" not in task.metric_names
@@ -245,7 +245,7 @@ def test_the_table_of_classes_is_that_of_scikit_learn():
     metrics = pytest.importorskip("sklearn.metrics")
     rng = torch.Generator().manual_seed(0)
     gold, logits = torch.randint(2, (50,), generator=rng), torch.randn(50, 3, generator=rng)  # class c never occurs
-    ours = TextClassification(labels=["a", "b", "c"]).metrics()
+    ours = TextClassification(labels=["a", "b", "c"]).metrics([], None)
     ours.update(scores(logits, gold, "classes"))
     details, said = ours.details(), logits.argmax(-1)
     expected = metrics.precision_recall_fscore_support(gold, said, labels=range(3), zero_division=0)
@@ -253,7 +253,7 @@ def test_the_table_of_classes_is_that_of_scikit_learn():
     assert details["confusion"] == metrics.confusion_matrix(gold, said, labels=range(3)).tolist()
 
     wanted, logits = (torch.rand(50, 3, generator=rng) < 0.3).float(), torch.randn(50, 3, generator=rng)
-    ours = MANY.metrics()
+    ours = MANY.metrics([], None)
     ours.update(scores(logits, wanted, "labels"))
     expected = metrics.precision_recall_fscore_support(wanted, logits > 0, zero_division=0)
     assert [list(row.values()) for row in ours.details()["classes"].values()] == [pytest.approx(row) for row in zip(*expected, strict=True)]
@@ -267,7 +267,7 @@ def test_intervals_of_fractions_are_those_of_the_binomial_distribution():
         said = torch.nn.functional.one_hot(torch.arange(100) % 2, 2).float()
         gold = said.argmax(-1)
         gold[:20] = 1 - gold[:20]
-        ours = task.metrics()
+        ours = task.metrics([], None)
         ours.update(scores(20 * said - 10, gold if kind == "classes" else torch.nn.functional.one_hot(gold, 2).float(), kind))
         intervals = ours.details()["intervals"]
         assert intervals["accuracy"] == pytest.approx([low, high], abs=0.011)
@@ -279,7 +279,7 @@ def test_intervals_of_correlations_are_those_of_scipy():
     rng = torch.Generator().manual_seed(0)
     gold = torch.randn(80, generator=rng)
     said = gold + torch.randn(80, generator=rng)
-    ours = NUMBER.metrics()
+    ours = NUMBER.metrics([], None)
     ours.update(scores(said[:, None], gold, "numbers"))
     for name, statistic in (("pearson", stats.pearsonr), ("spearman", stats.spearmanr)):
         drawn = stats.bootstrap(
@@ -295,7 +295,7 @@ def test_intervals_of_correlations_are_those_of_scipy():
 
 
 def test_labels_that_separate_have_intervals_of_their_own():
-    ours = TextClassification(labels=["a", "b"]).metrics()
+    ours = TextClassification(labels=["a", "b"]).metrics([], None)
     ours.update(scores(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1]), "classes"))
     low, high = ours.details()["intervals"]["auroc"]  # draws of one class alone have none
     assert low == high == 1.0

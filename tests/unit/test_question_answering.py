@@ -261,14 +261,14 @@ def test_questions_are_measured_whole_whatever_the_batches(threshold, tokenizers
     expected = [score(text, own, 1 if threshold is None else 2) for text, own in zip(texts, right, strict=True)]
 
     def measured(*batches):
-        metrics = task.row_metrics(rows, features)
+        metrics = task.metrics(rows, features)
         for batch in batches:
             metrics.update(scores_of(features, logits, batch))
         return metrics
 
     order = random.Random(0).sample(range(len(features)), len(features))
     one, other = measured(order[:3], order[3:5]), measured(order[5:], [])
-    joined = task.row_metrics(rows, features)
+    joined = task.metrics(rows, features)
     joined.sums = {name: one.sums[name] + other.sums[name] for name in one.sums}
     joined.kept = {name: other.kept[name] + one.kept[name] for name in one.kept}
     whole = measured([*range(len(features))])
@@ -292,13 +292,13 @@ def test_questions_are_measured_whole_whatever_the_batches(threshold, tokenizers
 
 def test_an_evaluation_that_was_stopped_at_once_has_no_records(tokenizers):
     rows = [answered(CONTEXT, "boats")]
-    assert TASK.row_metrics(rows, encoded(tokenizers["wordpiece"], *rows)).records() == []
+    assert TASK.metrics(rows, encoded(tokenizers["wordpiece"], *rows)).records() == []
 
 
 def test_sets_of_one_kind_have_no_numbers_of_the_other(tokenizers):
     rows = [answered(CONTEXT, "boats"), answered(CONTEXT, "old")]
     features = encoded(tokenizers["wordpiece"], *rows)
-    metrics = QuestionAnswering(null_threshold=0.0).row_metrics(rows, features)
+    metrics = QuestionAnswering(null_threshold=0.0).metrics(rows, features)
     metrics.update(scores_of(features, logits_of(features), [0, 1]))
     assert "exact_match_no_answer" not in metrics.compute()
 

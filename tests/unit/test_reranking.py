@@ -54,7 +54,7 @@ def test_texts_are_ranked_within_their_query():
     said, queries = rng.normal(size=60), [str(i % 4) for i in range(60)]
     gold = (rng.random(60) < 0.3).astype(float)
     gold[3::4] = 0  # of the last query nothing is relevant
-    metrics = TASK.metrics()
+    metrics = TASK.metrics([], None)
     for part in np.array_split(rng.permutation(60), 3):
         metrics.update(scores(said[part], gold[part], [queries[i] for i in part]))
     found = metrics.compute()
@@ -68,19 +68,19 @@ def test_texts_are_ranked_within_their_query():
 
 def test_graded_relevance_gains_by_its_grade():
     gold, said = [0.5, 1.0, 0.0, 0.25], [3.0, 2.0, 1.0, 0.0]
-    metrics = TASK.metrics()
+    metrics = TASK.metrics([], None)
     metrics.update(scores(said, gold, "aaaa"))
     assert metrics.compute()["ndcg_10"] == pytest.approx(reference.ndcg_score([gold], [said], k=10))
 
 
 def test_a_set_without_an_order_has_no_rank():
-    metrics = TASK.metrics()
+    metrics = TASK.metrics([], None)
     metrics.update(scores([1.0, 0.0], [1, 0], "ab"))
     assert metrics.compute().keys() == {"auroc", "loss", "loss_count"}
 
 
 def test_equal_numbers_are_no_merit():
-    metrics = TASK.metrics()
+    metrics = TASK.metrics([], None)
     metrics.update(scores([1.0, 1.0, 1.0], [1, 0, 0], "aaa"))
     assert metrics.compute()["mrr_10"] == pytest.approx(1 / 3)
 

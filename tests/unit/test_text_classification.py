@@ -123,7 +123,7 @@ def test_metrics_equal_scikit_learns(num_labels):
     logits = rng.normal(size=(500, num_labels)) + 1.5 * np.eye(num_labels)[gold]
     said = logits.argmax(1)
     task = TextClassification(labels=[str(i) for i in range(num_labels)])
-    ours = task.metrics()
+    ours = task.metrics([], None)
     for part in np.array_split(np.arange(500), 7):
         ours.update(scores(logits[part], gold[part]))
     found = ours.compute()
@@ -139,13 +139,13 @@ def test_metrics_equal_scikit_learns(num_labels):
 
 
 def test_mcc_of_a_model_that_always_says_the_same_is_zero():
-    metrics = TextClassification(labels=["a", "b"]).metrics()
+    metrics = TextClassification(labels=["a", "b"]).metrics([], None)
     metrics.update(scores([[1.0, 0.0]] * 4, [0, 0, 1, 0]))
     assert metrics.compute()["mcc"] == 0.0
 
 
 def test_rows_of_weight_zero_count_for_nothing():
-    metrics = TextClassification(labels=["a", "b"]).metrics()
+    metrics = TextClassification(labels=["a", "b"]).metrics([], None)
     metrics.update(scores([[1.0, 0.0], [0.0, 1.0]], [0, 0], [1.0, 0.0]))
     found = metrics.compute()
     assert (found["accuracy"], found["loss_count"]) == (1.0, 1.0)

@@ -9,7 +9,7 @@ import transformers
 
 from ftkit.data.batches import collate
 from ftkit.data.features import FeatureSet
-from ftkit.data.types import Limits, Row, RowError, Scores
+from ftkit.data.types import Features, Limits, Row, RowError, Scores
 from ftkit.errors import DataError, RecipeError
 from ftkit.recipe.spec import Generation
 from ftkit.tasks.token_classification import TokenClassification
@@ -73,7 +73,7 @@ def test_metrics_count_words_where_all_tokens_are_learned(tokenizers, checkpoint
         task = TokenClassification(labels=TASK.labels, subwords=subwords)
         features = FeatureSet.of([task.encode(row(WORDS, TAGS), tokenizer, WIDE)])
         scores = task.items(model, collate(features, np.array([0]), 0)).scores()
-        metrics = task.metrics()
+        metrics = task.metrics([], features)
         metrics.update(scores)
         counted.append(metrics.sums["confusion"])
         losses.append(metrics.compute()["loss_count"])
@@ -214,11 +214,34 @@ class TestPredict:
         assert found["tags"] == ["O", "B-X"]
 
 
+def of_rows(rows) -> FeatureSet:
+    """A set of features that came from these rows, one after the other."""
+    return FeatureSet.of([[Features([1], [0], [1.0])] * list(rows).count(row) for row in range(max(rows) + 1)])
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1)])
+def test_a_span_across_windows_is_one(order):
+    """In whatever order they are measured; rows 0 and 2 are one window, row 1 is two."""
+    gold = [["O", "B-X"], ["O", "B-X", "I-X"], ["I-X", "O"], ["B-X"]]
+    said = [["O", "B-X"], ["O", "B-X", "I-X"], ["I-X", "B-X"], ["O"]]
+    features = of_rows([0, 1, 1, 2])
+    metrics = TASK.metrics([], features)
+    for feature in order:
+        targets, answers = ([TASK.labels.index(tag) for tag in tags[feature]] for tags in (gold, said))
+        metrics.update(Scores(torch.eye(3)[answers] * 9, torch.tensor(targets), torch.ones(len(targets)), torch.full((len(targets),), feature)))
+    found = metrics.compute()
+    # three names, of which two are found, and one that is none: the second goes from one window into the next
+    assert (found["precision"], found["recall"], found["f1"]) == pytest.approx((2 / 3, 2 / 3, 2 / 3))
+    assert found["f1_X"] == pytest.approx(2 / 3)
+    assert found["accuracy"] == pytest.approx(6 / 8)
+    assert metrics.details()["classes"]["X"]["support"] == 3
+
+
 def test_the_interval_of_spans_comes_from_whole_rows():
     """Of ten rows with ten names each, nine are right: a draw is one of rows, not of a hundred names."""
     names = torch.eye(3)[[1] * 10] * 9
     wrong = torch.eye(3)[[0] * 10] * 9
-    metrics = TASK.metrics()
+    metrics = TASK.metrics([], of_rows(range(10)))
     logits = torch.cat([names] * 9 + [wrong])
     metrics.update(Scores(logits, torch.ones(100).long() * TASK.labels.index("B-X"), torch.ones(100), torch.arange(100) // 10))
     found = metrics.details()
