@@ -15,6 +15,7 @@ from torch import nn
 from ftkit.data.batches import ahead, by_length, collate
 from ftkit.data.ondisk import Records
 from ftkit.errors import Diverged
+from ftkit.tasks.streaming import Kept
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -85,7 +86,7 @@ def evaluate(
         metrics.sums[name] = accelerator.reduce(value.to(accelerator.device), "sum").cpu()
     if accelerator.num_processes > 1:
         for name, parts in metrics.kept.items():
-            metrics.kept[name] = gather_object(parts)
+            metrics.kept[name] = Kept(gather_object([parts.all()]))
     if keep_records and whole:
         records.extend(metrics.records()[accelerator.process_index :: accelerator.num_processes])
     return metrics, records

@@ -28,6 +28,7 @@ from ftkit.model import max_positions
 from ftkit.objectives.supervised import Supervised
 from ftkit.recipe import document
 from ftkit.recipe.spec import Generation, Recipe, Spec
+from ftkit.tasks.streaming import Kept
 
 if TYPE_CHECKING:
     from torch import nn
@@ -363,7 +364,7 @@ def _check_metrics(task: Task, trainee: Trainee, rows: Sequence[Row], features: 
     values = whole.compute()
     joined = task.metrics(rows, features)
     joined.sums = {key: first.sums[key] + second.sums[key] for key in first.sums}
-    joined.kept = {key: [*first.kept[key], *second.kept[key]] for key in first.kept}
+    joined.kept = {key: Kept([first.kept[key].all(), second.kept[key].all()]) for key in first.kept}
     for key, value in joined.compute().items():
         _require(
             math.isclose(value, values[key], rel_tol=1e-5, abs_tol=1e-6),

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ftkit.data.features import FeatureSet
     from ftkit.data.types import Batch, Features, Items, Limits, Row, Scores, Targets
     from ftkit.recipe.spec import Default, Generation
+    from ftkit.tasks.streaming import Kept
 
 
 class Column:
@@ -43,7 +44,7 @@ class Metrics(Protocol):
     """
 
     sums: dict[str, torch.Tensor]  # float64; adding those of all processes gives those of the whole set
-    kept: dict[str, list[torch.Tensor]]  # in any order; those of all processes, one after the other, are those of the whole set
+    kept: dict[str, Kept]  # in any order; those of all processes, one after the other, are those of the whole set
 
     def update(self, scores: Scores) -> None: ...
 

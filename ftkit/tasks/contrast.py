@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from ftkit.data.types import Scores
     from ftkit.tasks import Metrics
+    from ftkit.tasks.streaming import Kept
 
 TIE = 1e-6  # cosines that differ by less are those of equal texts, computed in other batches
 BLOCK = 1024  # rows that are compared with all at a time
@@ -42,19 +43,14 @@ class InBatch:
 
     def losses(self, embeddings: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         import torch
-
-        own = torch.arange(len(embeddings), device=embeddings.device)
-        return self.compared(*sides(embeddings), own)[0]
-
-    def compared(self, texts: torch.Tensor, candidates: torch.Tensor, own: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Losses [k] and cosines [k, m] of the k rows `own`: texts [n, H] and candidates [m, H], of which the first n are the texts' own, of length 1."""
         from torch.nn import functional as F
 
-        similarities = texts[own] @ candidates.T
-        losses = F.cross_entropy(self.scale * similarities, own, reduction="none")
+        own = torch.arange(len(embeddings), device=embeddings.device)
+        texts, candidates = sides(embeddings)
+        losses = F.cross_entropy(self.scale * texts @ candidates.T, own, reduction="none")
         if self.symmetric:
             losses = (losses + F.cross_entropy(self.scale * candidates[own] @ texts.T, own, reduction="none")) / 2
-        return losses, similarities
+        return losses
 
     def metrics(self) -> RetrievalMetrics:
         return RetrievalMetrics(self)
@@ -144,7 +140,7 @@ class SimilarityMetrics(Streaming):
 class RetrievalMetrics(Streaming):
     """Where a text's own second text is among those of all rows, and all further ones, by cosine; the loss is that of all rows as one batch.
 
-    All embeddings are kept, in float32: 100,000 pairs of 384 numbers take 307 MB, and as much again while they are compared.
+    Embeddings are on disk where they are many; of texts BLOCK at a time are compared with all others, BLOCK at a time.
     """
 
     def __init__(self, contrast: InBatch) -> None:
@@ -159,11 +155,11 @@ class RetrievalMetrics(Streaming):
         """Fractions from 0 to 1, of the ten nearest texts; equal texts are no nearer than each other."""
         import torch
 
-        texts, candidates = sides(torch.cat(self.kept["embeddings"]))
+        found = self.kept["embeddings"]
         places, total = [], 0.0
-        for own in torch.arange(len(texts)).split(BLOCK):
-            losses, similarities = self.contrast.compared(texts, candidates, own)
-            places.append(1 + (similarities > similarities.gather(1, own[:, None]) + TIE).sum(1))
+        for own in found.blocks(BLOCK):
+            nearer, losses = self._among(found, *_unit(own))
+            places.append(1 + nearer)
             total += losses.double().sum().item()
         place = torch.cat(places).double()
         near = place <= 10
@@ -172,6 +168,31 @@ class RetrievalMetrics(Streaming):
             "ndcg_10": (near / (place + 1).log2()).mean().item(),
             "recall_1": (place == 1).double().mean().item(),
             "recall_10": near.double().mean().item(),
-            "loss": total / len(texts),
+            "loss": total / len(found),
             "loss_count": self.sums["weights"].item(),
         }
+
+    def _among(self, found: Kept, texts: torch.Tensor, candidates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of k rows, texts [k, H] and their candidates [k, P - 1, H]: how many of all candidates are nearer than their own, and the loss."""
+        import torch
+
+        right = (texts * candidates[:, 0]).sum(-1)
+        nearer = torch.zeros(len(texts), dtype=torch.int64)
+        among_candidates, among_texts = (torch.full((len(texts),), -torch.inf) for _ in range(2))
+        for others in found.blocks(BLOCK):
+            other_texts, other_candidates = _unit(others)
+            similarities = texts @ other_candidates.flatten(0, 1).T
+            nearer += (similarities > right[:, None] + TIE).sum(1)
+            among_candidates = torch.logaddexp(among_candidates, (self.contrast.scale * similarities).logsumexp(1))
+            if self.contrast.symmetric:
+                among_texts = torch.logaddexp(among_texts, (self.contrast.scale * candidates[:, 0] @ other_texts.T).logsumexp(1))
+        losses = among_candidates - self.contrast.scale * right
+        return nearer, (losses + among_texts - self.contrast.scale * right) / 2 if self.contrast.symmetric else losses
+
+
+def _unit(embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first texts of rows [n, P, H], and the others [n, P - 1, H], of length 1."""
+    from torch.nn import functional as F
+
+    unit = F.normalize(embeddings, dim=-1)
+    return unit[:, 0], unit[:, 1:]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from ftkit.data.types import Batch, Scores
     from ftkit.recipe.spec import Generation
+    from ftkit.tasks.streaming import Kept
 
 
 class LanguageModelMetrics:
@@ -29,7 +30,7 @@ class LanguageModelMetrics:
     def __init__(self) -> None:
         import torch
 
-        self.kept: dict[str, list[torch.Tensor]] = {}
+        self.kept: dict[str, Kept] = {}
         self.sums: dict[str, torch.Tensor] = {name: torch.zeros((), dtype=torch.float64) for name in ("loss", "correct", "count")}
 
     def update(self, scores: Scores) -> None:

@@ -2,16 +2,64 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Iterable, Iterator
+from math import prod
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+from ftkit.data.ondisk import Growing
 
+if TYPE_CHECKING:
     import torch
 
     from ftkit.data.types import Scores
 
 RESAMPLES = 1000
+IN_MEMORY = 1 << 22  # numbers that are kept of a set under one name: 16 MiB; more are on disk
+
+
+class Kept:
+    """Numbers of items, float32 [k, ...] at a time, in the order in which they came."""
+
+    def __init__(self, parts: Iterable[torch.Tensor] = ()) -> None:
+        self._parts: list[torch.Tensor] = []
+        self._file: Growing | None = None
+        self._shape: tuple[int, ...] = ()  # of one item
+        self._count = 0
+        for part in parts:
+            self.append(part)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def append(self, part: torch.Tensor) -> None:
+        self._shape = tuple(part.shape[1:])
+        self._count += len(part)
+        if self._file is None and self._count * prod(self._shape) <= IN_MEMORY:
+            self._parts.append(part)
+            return
+        if self._file is None:
+            self._file = Growing("f")
+        for each in (*self._parts, part):
+            self._file.extend(array("f", each.contiguous().numpy().tobytes()))
+        self._parts = []
+
+    def blocks(self, size: int) -> Iterator[torch.Tensor]:
+        """The items, `size` at a time."""
+        import torch
+
+        if self._file is None:
+            yield from self.all().split(size) if self._count else ()
+            return
+        stored, width = self._file.stored("<f4"), prod(self._shape)
+        for numbers in stored.blocks(size * width):
+            yield torch.from_numpy(numbers.copy()).view(-1, *self._shape)
+
+    def all(self) -> torch.Tensor:
+        """All items."""
+        import torch
+
+        return torch.cat(self._parts if self._file is None else list(self.blocks(self._count)))
 
 
 class Streaming:
@@ -22,7 +70,7 @@ class Streaming:
 
         # float64: counts stay exact, and those of several processes add up
         self.sums: dict[str, torch.Tensor] = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in {**shapes, "loss": (), "weights": ()}.items()}
-        self.kept: dict[str, list[torch.Tensor]] = {}
+        self.kept: dict[str, Kept] = {}
 
     def add_loss(self, scores: Scores) -> None:
         """By weight; labels are not smoothed."""
@@ -34,13 +82,11 @@ class Streaming:
 
     def keep(self, name: str, values: torch.Tensor) -> None:
         """Numbers that only all items together make sense of, float32 [k, ...]."""
-        self.kept.setdefault(name, []).append(values.detach().float().cpu())
+        self.kept.setdefault(name, Kept()).append(values.detach().float().cpu())
 
     def all(self, name: str) -> torch.Tensor:
         """Those of all items, float64."""
-        import torch
-
-        return torch.cat(self.kept[name]).double()
+        return self.kept[name].all().double()
 
     def loss(self) -> dict[str, float]:
         """The mean loss and its denominator."""

@@ -18,6 +18,7 @@ from ftkit.methods.lora import LoRA
 from ftkit.recipe.spec import Generation, Model
 from ftkit.tasks.question_answering import QuestionAnswering, Span
 from ftkit.tasks.squad import score
+from ftkit.tasks.streaming import Kept
 
 TASK = QuestionAnswering()
 WIDE = Limits(96, "right")
@@ -270,7 +271,7 @@ def test_questions_are_measured_whole_whatever_the_batches(threshold, tokenizers
     one, other = measured(order[:3], order[3:5]), measured(order[5:], [])
     joined = task.metrics(rows, features)
     joined.sums = {name: one.sums[name] + other.sums[name] for name in one.sums}
-    joined.kept = {name: other.kept[name] + one.kept[name] for name in one.kept}
+    joined.kept = {name: Kept([other.kept[name].all(), one.kept[name].all()]) for name in one.kept}
     whole = measured([*range(len(features))])
     values = whole.compute()
     assert joined.compute() == pytest.approx(values)
@@ -281,7 +282,7 @@ def test_questions_are_measured_whole_whatever_the_batches(threshold, tokenizers
     assert [record["text"] for record in whole.records()] == texts
     assert [features.row[record["feature"]] for record in whole.records()] == list(range(len(rows)))
     assert [record["answers"] for record in whole.records()] == right
-    assert len(torch.cat(whole.kept["windows"])[0]) == 5  # of each window, whatever its length
+    assert len(whole.kept["windows"].all()[0]) == 5  # of each window, whatever its length
     assert values.keys() == {*task.metric_names, "loss_count"}
     if threshold is not None:
         assert values["exact_match_no_answer"] == np.mean([not text for text, own in zip(texts, right, strict=True) if not own])

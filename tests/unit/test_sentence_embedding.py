@@ -16,7 +16,7 @@ from ftkit.data.types import Limits, Row, RowError, Scores
 from ftkit.errors import DataError
 from ftkit.objectives.supervised import Supervised
 from ftkit.recipe.spec import Generation
-from ftkit.tasks import contrast
+from ftkit.tasks import contrast, streaming
 from ftkit.tasks.pooling import pool
 from ftkit.tasks.sentence_embedding import SentenceEmbedding
 
@@ -223,9 +223,11 @@ def test_correlations_are_those_of_scipy(loss):
     assert task.main_metric == "spearman"
 
 
+@pytest.mark.parametrize("in_memory", [0, 200, 1 << 20])
 @pytest.mark.parametrize("task", [SentenceEmbedding(), SentenceEmbedding(symmetric=True)])
-def test_retrieval_is_among_the_texts_of_the_whole_set(task, monkeypatch):
+def test_retrieval_is_among_the_texts_of_the_whole_set(task, in_memory, monkeypatch):
     monkeypatch.setattr(contrast, "BLOCK", 7)
+    monkeypatch.setattr(streaming, "IN_MEMORY", in_memory)
     torch.manual_seed(1)
     found = torch.randn(40, 3, 6)
     found[:, 1] += 0.6 * found[:, 0]
