@@ -6,11 +6,11 @@ from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftkit.data.types import Features, Items, Limits, Row, RowError
 from ftkit.instead import instead
-from ftkit.recipe.spec import Generation
+from ftkit.recipe.spec import Generation, option
 from ftkit.tasks import Column, Shape, joint, language_model
 from ftkit.tasks.joint import JointMetrics
 from ftkit.tasks.masked_text import EXAMPLES, TEXT, MaskedText
@@ -31,6 +31,10 @@ HEADS = {"seq_relationship": "seq_relationship_logits", "sop_classifier": "sop_l
 
 class SentencePairs(MaskedText):
     """Documents, lines of which become two segments; some tokens are hidden.  The loss: both means, added."""
+
+    packing: Literal["segment-pair", "sentence-pair"] = option(
+        "segment-pair", "an input is as many lines of a document as fit, or two of them", "BERT; both in RoBERTa (arXiv 1907.11692, table 2)"
+    )
 
     shapes: ClassVar[tuple[Shape, ...]] = (Shape(TEXT, asked=(TEXT, TEXT_PAIR)),)
     txt_row: ClassVar[str] = "file"
@@ -53,7 +57,7 @@ class SentencePairs(MaskedText):
         """What makes a false pair of two segments and the index of their row."""
 
     def encode(self, row: Row, tokenizer: Any, limits: Limits) -> list[Features]:
-        """As many lines of a document together as fit; each begins with the weight LINE.  What has one token only is left out."""
+        """As many lines of a document together as fit, or two; each begins with the weight LINE.  What has one token only is left out."""
         frame = self._frame(tokenizer)
         pieces = self._pieces(row, tokenizer)
         for piece in pieces:
@@ -61,8 +65,9 @@ class SentencePairs(MaskedText):
         length = limits.max_length - frame.size_of_two
         if not fits(pieces, length, frame.size_of_two, limits):
             return []
-        parts = packed(((0, part) for piece in pieces for part in cut(piece, length)), length)
-        found = [frame.around(part, two=True) for _, part in parts if len(part.input_ids) > 1]
+        groups = [pieces] if self.packing == "segment-pair" else [pieces[i : i + 2] for i in range(0, len(pieces), 2)]
+        parts = (part for group in groups for _, part in packed(((0, part) for piece in group for part in cut(piece, length)), length))
+        found = [frame.around(part, two=True) for part in parts if len(part.input_ids) > 1]
         if not found:
             raise RowError("the text is one token, which cannot be cut into two segments")
         return found

@@ -71,6 +71,17 @@ def test_a_document_is_cut_into_inputs_of_whole_lines_that_begin_with_a_mark(tok
     assert joined(part.input_ids[1:-2] for part in parts) == joined(expected)
 
 
+def test_pairs_of_sentences_are_two_lines_each(tokenizer):
+    """The last one of an odd number is alone, and is cut between words."""
+    task = SentenceOrder(packing="sentence-pair")
+    own = lines(DOCUMENTS[0], tokenizer)
+    assert [each.input_ids[1:-2] for each in task.encode(row(DOCUMENTS[0]), tokenizer, WIDE)] == [own[0] + own[1], own[2]]
+    made = features(task, tokenizer)
+    for epoch in range(20):
+        found = made.get(0, epoch)
+        assert sorted(map(len, segments(found, tokenizer))) == sorted(map(len, own[:2]))
+
+
 @pytest.mark.parametrize("kind", TASKS)
 def test_half_of_the_pairs_are_false_and_lengths_tell_nothing(kind, tokenizer):
     made = features(TASKS[kind](), tokenizer)
