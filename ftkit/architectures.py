@@ -63,6 +63,7 @@ TABLE: dict[str, set[str]] = {
     "megatron-bert": ENCODER - OWN | {PAIRS},
     "modernbert": {*USUAL, MASKED},
     "mpnet": ENCODER - OWN,
+    "reformer": BIASED - OWN - {TAGGER} | {MASKED, CAUSAL, "own head"},
     "roberta": ENCODER,
     "roberta-prelayernorm": ENCODER,
     "squeezebert": {*NEW_HEADS, MASKED, "layers", "biases", "few bits"},  # convolutions in place of linear modules

@@ -155,7 +155,8 @@ def layers_of(model: PreTrainedModel) -> list[nn.Module]:
         lists = [child for child in _stack(model.base_model).children() if isinstance(child, nn.ModuleList)]
     except Unsupported:
         return []
-    return list(lists[0]) if len(lists) == 1 and len(lists[0]) == model.config.get_text_config().num_hidden_layers else []
+    layers = list(lists[0]) if len(lists) == 1 and len(lists[0]) == model.config.get_text_config().num_hidden_layers else []
+    return [] if any(hasattr(layer, "backward_pass") for layer in layers) else layers  # those of Reformer hand on two streams of states
 
 
 def attend(

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-HIDDEN, HEADS, POSITIONS, WINDOW = 32, 2, 128, 64
+HIDDEN, HEADS, POSITIONS, WINDOW, CHUNK = 32, 2, 128, 64, 8
 NARROWEST = HIDDEN // HEADS  # width of a matrix: keys of one head
 WIDTH = re.compile(r"(^|_)(size|dim|inner|embd|model|ff)$")  # names of widths, which shrink as the hidden one does
 NO_WIDTH = {"vocab_size", "type_vocab_size", "head_dim"}
 
 # What a name on the hub contains -> its architecture, where no config is at hand; the first hit counts.
 ARCHITECTURES = {
+    "bigbird-pegasus": "bigbird_pegasus",
+    "bigbird": "big_bird",
+    "reformer": "reformer",
     "distilbert": "distilbert",
     "modernbert": "modernbert",
     "camembert": "camembert",
@@ -78,8 +82,10 @@ def miniature(config: PreTrainedConfig, layers: int, tokenizer: Any) -> PreTrain
     for name, value in settings.items():
         if isinstance(value, int) and value > 2 * HIDDEN and WIDTH.search(name) and name not in NO_WIDTH:
             setattr(text, name, max(NARROWEST, value * HIDDEN // hidden // 8 * 8))
-        elif isinstance(value, list) and len(value) == depth:
-            setattr(text, name, (list(dict.fromkeys(value)) * layers)[:layers])
+        elif isinstance(value, list | tuple) and WIDTH.search(name):
+            setattr(text, name, _narrowed(value, hidden))
+        elif isinstance(value, list | tuple) and len(value) == depth:
+            setattr(text, name, type(value)((list(dict.fromkeys(value)) * layers)[:layers]))
         elif isinstance(value, dict):
             setattr(text, name, _unscaled(value))
     grouped = settings.get("num_key_value_heads") not in (None, settings.get("num_attention_heads"))
@@ -95,6 +101,8 @@ def miniature(config: PreTrainedConfig, layers: int, tokenizer: Any) -> PreTrain
         "rotary_dim": NARROWEST,
         "max_position_embeddings": POSITIONS,
         "sliding_window": WINDOW,
+        "local_attn_chunk_length": CHUNK,
+        "lsh_attn_chunk_length": CHUNK,
     }
     for name, size in sizes.items():
         value = settings.get(names.get(name, name))
@@ -107,6 +115,12 @@ def miniature(config: PreTrainedConfig, layers: int, tokenizer: Any) -> PreTrain
     if hasattr(small, "quantization_config"):
         del small.quantization_config
     return small
+
+
+def _narrowed(widths: Sequence[int], hidden: int) -> list[int]:
+    """Widths in proportion, whose sum is so, too."""
+    shares = [width * HIDDEN // hidden for width in widths[:-1]]
+    return [*shares, sum(widths) * HIDDEN // hidden - sum(shares)]
 
 
 def _unscaled(settings: dict[str, Any]) -> dict[str, Any]:

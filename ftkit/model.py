@@ -17,7 +17,7 @@ import torch
 import transformers
 from torch import nn
 
-from ftkit import rundir, vocabulary
+from ftkit import reformer, rundir, vocabulary
 from ftkit.errors import FtkitError, HubError, MissingDependency, RecipeError
 from ftkit.exits import DISK_ERRORS
 from ftkit.methods.modules import added, base_prefix, linear_modules
@@ -242,6 +242,8 @@ def max_positions(config: transformers.PreTrainedConfig, tokenizer: Any = None) 
         positions = None
     if positions is not None and config.model_type in OFFSET_POSITIONS:
         positions -= (config.pad_token_id or 0) + 1
+    if config.model_type == reformer.KIND:
+        positions = reformer.max_positions(config)
     if tokenizer is not None and tokenizer.model_max_length < MAX_TOKENIZER_LENGTH:
         positions = min(positions or tokenizer.model_max_length, tokenizer.model_max_length)
     return positions
@@ -274,6 +276,7 @@ def skeleton(config: transformers.PreTrainedConfig, task: Task, attention: str |
     Refuses an encoder that would see the very tokens it is to predict, and attention that the architecture has not.
     """
     options = {"attn_implementation": attention} if attention else {}
+    reformer.check(config, task)
     try:
         with torch.device("meta"):
             model = model_class(config, task).from_config(config, trust_remote_code=trust_remote_code, **options, **without_pooler(config, task))
@@ -436,6 +439,7 @@ def load(
     if model.init == "random":
         built = cls.from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code, **options)
         _let_padding_learn(built, tokenizer)
+        reformer.mend(built)
         return Base(built, tokenizer, None, task, head)
     assert source is not None
     placement = {"device_map": {"": device}} if extra else {}
@@ -475,6 +479,7 @@ def load(
         vocabulary.grow(loaded, tokenizer, model.add_tokens)
         vocabulary.initialise(loaded, tokenizer, before, model.add_tokens, seed)
         loaded.name_or_path = loaded.config._name_or_path = ""
+    reformer.mend(loaded)
     base = Base(loaded, tokenizer, source, task, head, missing | resized, extra, added=planned.added)
     if method.frozen_base:
         _check_new_head(base, method)

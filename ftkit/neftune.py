@@ -36,7 +36,7 @@ class Noise:
     def _add(self, embedding: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
         if (batch := self._batch) is None:
             return None
-        if output.shape[:2] == batch.attention_mask.shape:
+        if len(output) == len(batch.attention_mask):  # Reformer pads them further
             lengths = batch.attention_mask.sum(1)[:, None, None]
         else:  # a decoder's embedding sees the rows laid end to end
             assert batch.segments is not None

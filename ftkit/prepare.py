@@ -54,7 +54,7 @@ def prepare(resolved: Resolved, report: Reporter, poll: Callable[[], None] = lam
 
     `poll` is called between rows and may raise to stop.
     """
-    from ftkit import model, optim
+    from ftkit import model, optim, reformer
     from ftkit.data.rows import load_rows
 
     recipe = resolved.recipe
@@ -77,6 +77,10 @@ def prepare(resolved: Resolved, report: Reporter, poll: Callable[[], None] = lam
     task.check(tokenizer)
     check_targets(task, config)
     limits = Limits(max_length(resolved, config, tokenizer, report.note), recipe.data.truncation)
+    if decided := reformer.undecided(config, limits.max_length + recipe.method.positions, recipe.train.seed):
+        recipe = _with_config(recipe, config, decided)
+        settings = ", ".join(f"{name}: {value}" for name, value in decided.items())
+        report.note(f"model.config: {settings}, so that LSH attention gives a row the same answer each time; in training its rotations are drawn anew")
 
     audits: dict[str, dict[str, Any]] = {}
 
@@ -95,6 +99,13 @@ def prepare(resolved: Resolved, report: Reporter, poll: Callable[[], None] = lam
         report.note(f"train.learning_rate: {rate:g}, the default of {recipe.train.learning_rate:g} lowered for the width of the model")
     train_settings = recipe.train.model_copy(update={"learning_rate": rate})
     return Prepared(recipe.model_copy(update={"data": data, "train": train_settings}), source, tokenizer, config, limits, rows, train, splits, audits)
+
+
+def _with_config(recipe: Recipe, config: Any, settings: dict[str, Any]) -> Recipe:
+    """The recipe with more settings of the model, which its config gets, too."""
+    for name, value in settings.items():
+        setattr(config, name, value)
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": recipe.model.config | settings})})
 
 
 def tokenise(

@@ -174,6 +174,10 @@ def architecture(name: str):
     if name == "llama":
         sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 160}
         return transformers.LlamaConfig(**sizes, num_key_value_heads=1), "bpe"
+    if name == "reformer":
+        sizes = {"hidden_size": 32, "num_attention_heads": 2, "attention_head_size": 16, "feed_forward_size": 64, "attn_layers": ["local", "lsh"]}
+        chunks = {"local_attn_chunk_length": 8, "lsh_attn_chunk_length": 8, "axial_pos_shape": [8, 12], "axial_pos_embds_dim": [8, 24]}
+        return transformers.ReformerConfig(**sizes, **chunks, max_position_embeddings=96), "wordpiece"
     if name in ("t5", "mt5"):
         sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
         return (transformers.T5Config if name == "t5" else transformers.MT5Config)(**sizes), "bpe"

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from ftkit.model import Base
 
 ATTENTION = re.compile(r"(attn|attention)(\.|$)", re.IGNORECASE)
-# k_proj, key, v_lin, value_proj, ...; and what gives queries, keys and values at once: c_attn, qkv_proj, query_key_value, Wqkv
-KEY_VALUE = re.compile(r"^(k|v|key|value)(_|$)|^(c_attn|in_proj)$|q_?k_?v|key_value", re.IGNORECASE)
+# k_proj, key, v_lin, value_proj, ...; and what gives queries, too, at once: c_attn, qkv_proj, query_key_value, Wqkv, query_key
+KEY_VALUE = re.compile(r"^(k|v|key|value)(_|$)|^(c_attn|in_proj)$|q_?k_?v|query_key|key_value", re.IGNORECASE)
 QUERY = re.compile(r"^q(_|$)|query", re.IGNORECASE)
 ADDED = re.compile(r"\.(lora|ia3|vera)_|\.(bottleneck|prompt|prefix)\.|\.trainable_tokens_")
 

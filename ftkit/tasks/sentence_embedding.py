@@ -225,7 +225,8 @@ class SentenceEmbedding(Spec):
 
     def lay_out(self, directory: Path, config: Any, max_length: int) -> None:
         """The files by which sentence-transformers loads the model."""
-        write_layout(directory, config.get_text_config().hidden_size, self.pooling, self.normalize, max_length)
+        streams = 2 if config.model_type == "reformer" else 1  # of states, each as wide as the model
+        write_layout(directory, streams * config.get_text_config().hidden_size, self.pooling, self.normalize, max_length)
 
     def read_off(self, model: Any, rows: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """What these files must make of inputs [L], by the names that `reload.embeddings` gives it: [H] each."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from ftkit import architectures, attention, finish, model, reload, verify
+from ftkit import architectures, attention, finish, model, reformer, reload, verify
 from ftkit.data.batches import collate
 from ftkit.data.features import FeatureSet
 from ftkit.data.types import Limits, Row
@@ -92,9 +92,10 @@ def written(tmp_path_factory):
     return tmp_path_factory.mktemp("cells")
 
 
-def small(name: str, tokenizers):
+def small(name: str, task: str, tokenizers):
     """The config of an architecture in small, and its tokenizer."""
-    tokenizer = tokenizers["bpe" if {architectures.CAUSAL, architectures.REWRITER} & architectures.TABLE[name] else "wordpiece"]
+    writes = {architectures.CAUSAL, architectures.REWRITER} & architectures.TABLE[name] and task != "masked-lm"
+    tokenizer = tokenizers["bpe" if writes else "wordpiece"]
     config = model.load_config(Model(init="random", config={"model_type": name}), None, tokenizer)
     config = miniature(config, 2, tokenizer)
     for key, value in config.to_dict().items():
@@ -103,13 +104,17 @@ def small(name: str, tokenizers):
     config.classifier_dropout = 0.0  # 0.1 where the config says nothing
     if name == "big_bird":
         config.attention_type = "original_full"
+    if name == "reformer":
+        config.is_decoder = task == "causal-lm"
+        for key, value in reformer.undecided(config, 64, 0).items():
+            setattr(config, key, value)
     config.initializer_range = 0.1
     return config, tokenizer
 
 
 @pytest.mark.parametrize(("task", "name"), CELLS)
 def test_the_table_says_what_a_method_finds(task, name, tokenizers):
-    config, tokenizer = small(name, tokenizers)
+    config, tokenizer = small(name, task, tokenizers)
     for kind, method in METHODS.items():
         if architectures.lacking(name, method, TASKS[task]):
             with pytest.raises(RecipeError):
@@ -131,7 +136,7 @@ def model_spec():
 
 @pytest.mark.parametrize(("task", "name"), CELLS)
 def test_what_is_possible_learns_and_is_saved(task, name, tokenizers, tmp_path, written):
-    config, tokenizer = small(name, tokenizers)
+    config, tokenizer = small(name, task, tokenizers)
     for key, value in TASKS[task].config_kwargs().items():
         setattr(config, key, value)
     torch.manual_seed(0)

@@ -237,6 +237,28 @@ def architecture_without_the_head(scene):
     scene.recipe["data"] = {"train": str(scene.data.text / "train.jsonl")}
 
 
+@mistake(2, r"task text-classification: .*first token, which would see no other; set model\.config: \{is_decoder: false\}")
+def reformer_whose_answer_sees_one_token(scene):
+    scene.recipe["model"] = {"name": scene.checkpoint("reformer"), "config": {"is_decoder": True}}
+
+
+@mistake(2, r"axial_pos_embds_dim: \[8, 24\] must add up to hidden_size: 64")
+def axial_positions_of_another_width(scene):
+    scene.recipe["model"] = {"name": scene.checkpoint("reformer"), "config": {"hidden_size": 64}}
+
+
+@mistake(2, r"train\.gradient_checkpointing: ReformerForSequenceClassification does not support it")
+def reversible_layers_recomputed_twice(scene):
+    scene.recipe["model"] = scene.checkpoint("reformer")
+    scene.recipe["train"]["gradient_checkpointing"] = True
+
+
+@mistake(2, r"train\.compile: ReformerForSequenceClassification has no single list of layers")
+def reversible_layers_compiled(scene):
+    scene.recipe["model"] = scene.checkpoint("reformer")
+    scene.recipe["train"]["compile"] = True
+
+
 @mistake(2, r"no safetensors weights")
 def pickled_weights(scene):
     scene.recipe["model"] = scene.model_without("*.safetensors")

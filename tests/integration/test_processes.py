@@ -13,7 +13,15 @@ import torch
 from safetensors.torch import load_file
 
 BERT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-STILL = {"bert": BERT, "bert-masked": BERT, "bert-pretrained": BERT, "electra-pretrained": BERT, "t5": {"dropout_rate": 0.0}}
+# In one chunk, so that a row does not depend on those beside it, which are others on two processes
+REFORMER = {
+    "attn_layers": ["local"],
+    "num_hidden_layers": 1,
+    "local_attn_chunk_length": 96,
+    "hidden_dropout_prob": 0.0,
+    "local_attention_probs_dropout_prob": 0.0,
+}
+STILL = {"bert": BERT, "bert-masked": BERT, "bert-pretrained": BERT, "electra-pretrained": BERT, "reformer-masked": REFORMER, "t5": {"dropout_rate": 0.0}}
 # 19 rows in batches of 6: the last batch of an epoch has one row, and the second process none
 TRAIN = {"steps": 60, "batch_size": 6, "accumulate": 2, "optimizer": "sgd", "learning_rate": 0.05, "eval_every": 20, "save_every": 20}
 
@@ -79,15 +87,24 @@ def test_two_processes_learn_what_one_learns_and_stop_and_resume_together(ftkit,
     assert_same_run(cut, two)
 
 
+LORA = {"kind": "lora", "r": 4, "dropout": 0.0}
+
+
 @pytest.mark.parametrize(
-    ("model", "rows"), [("llama", "prompts"), ("bert-masked", "masked"), ("bert-pretrained", "documents"), ("electra-pretrained", "texts")]
+    ("model", "rows", "method"),
+    [
+        ("llama", "prompts", LORA),
+        ("bert-masked", "masked", LORA),
+        ("bert-pretrained", "documents", LORA),
+        ("electra-pretrained", "texts", LORA),
+        ("reformer-masked", "masked", {"kind": "full"}),
+    ],
 )
-def test_the_loss_of_two_processes_is_weighted_by_tokens(model, rows, ftkit, of_processes, verify_here):
+def test_the_loss_of_two_processes_is_weighted_by_tokens(model, rows, method, ftkit, of_processes, verify_here):
     """Prompts and completions, or masks, of unequal lengths, so that the processes hold unequal numbers of supervised tokens; the masks are the same."""
-    lora = {"kind": "lora", "r": 4, "dropout": 0.0}
-    alone, one = of_processes(1, model, rows, "one", method=lora)
+    alone, one = of_processes(1, model, rows, "one", method=method)
     assert ftkit("train", alone).code == 0
-    path, two = of_processes(2, model, rows, "two", method=lora)
+    path, two = of_processes(2, model, rows, "two", method=method)
     outcome = ftkit("train", path)
     assert outcome.code == 0, outcome.err
     assert_alike(one, two)

@@ -30,6 +30,20 @@ FROM_NOTHING = {
     },
     "tokenizer": {"train": "data", "vocab_size": 300},
 }
+LONG_FROM_NOTHING = FROM_NOTHING | {
+    "config": {
+        "model_type": "reformer",
+        "is_decoder": True,
+        "attn_layers": ["local", "lsh"],
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "attention_head_size": 16,
+        "feed_forward_size": 64,
+        "axial_pos_embds_dim": [8, 24],
+        "local_attn_chunk_length": 8,
+        "lsh_attn_chunk_length": 8,
+    }
+}
 RUNS = {  # model, rows, method
     "bert-full": ("bert", "single", {"kind": "full"}),
     "distilbert-lora": ("distilbert", "single", {"kind": "lora", "r": 4}),
@@ -73,6 +87,9 @@ RUNS = {  # model, rows, method
     "distilbert-matched-adapter": ("distilbert", "matched", {"kind": "adapter", "reduction": 4}),
     "bert-premises-lora": ("bert", "premises", {"kind": "lora", "r": 4}),
     "bert-ranked-partial": ("bert", "ranked", {"kind": "partial", "last": 1}),
+    "reformer-asked-lora": ("reformer", "asked", {"kind": "lora", "r": 4}),
+    "reformer-masked-partial": ("reformer-masked", "masked", {"kind": "partial", "last": 1}),
+    "reformer-prompts-full": (LONG_FROM_NOTHING, "prompts", {"kind": "full"}),
     "t5-rewritten-full": ("t5", "rewritten", {"kind": "full"}),
     "bart-rewritten-lora": ("bart", "rewritten", {"kind": "lora", "r": 4}),
     "t5-rewritten-adapter": ("t5", "rewritten", {"kind": "adapter", "placement": "houlsby"}),

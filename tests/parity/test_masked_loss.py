@@ -17,7 +17,8 @@ from ftkit.objectives.supervised import Supervised
 from ftkit.recipe.spec import Model
 from ftkit.tasks.masked_lm import MaskedLM
 
-ENCODERS = [name for name, has in architectures.TABLE.items() if architectures.MASKED in has]
+# The own code of Reformer gives no gradients in eval mode, nor of rows like these in training: tests/unit/test_reformer.py
+ENCODERS = [name for name, has in architectures.TABLE.items() if architectures.MASKED in has and name != "reformer"]
 TEXTS = ["roses and tulips in the old garden", "boats near the quiet tide", "bread, butter and soup", "ropes under the small lamps of the harbour"]
 IGNORED = -100
 

@@ -247,6 +247,8 @@ def test_any_architecture_is_made_tiny(tokenizers, kind):
         if type(small) not in auto._model_mapping:
             continue
         small.pad_token_id = 0
+        if kind == "reformer":
+            small.is_decoder = auto is transformers.AutoModelForCausalLM
         model = auto.from_config(small).eval()
         assert sum(parameter.numel() for parameter in model.parameters()) < 300_000
         ids = torch.randint(1, len(tokenizers["bpe"]), (2, 100))
@@ -270,6 +272,8 @@ def test_names_tell_their_architecture():
     assert architecture("HuggingFaceTB/SmolLM2-135M-Instruct") == "llama"
     assert architecture("google-t5/t5-small") == "t5"
     assert architecture("google/mt5-small") == "mt5"
+    assert architecture("google/bigbird-roberta-base") == "big_bird"
+    assert architecture("google/reformer-crime-and-punishment") == "reformer"
     assert architecture("facebook/bart-large-cnn") == "bart"
     assert architecture("bert-fans/our-own-thing") is None
     assert all(kind in transformers.CONFIG_MAPPING for kind in ARCHITECTURES.values())
