@@ -181,7 +181,7 @@ def adopt_tokens(config: transformers.PreTrainedConfig, tokenizer: Any, given: C
 
     What a decoder begins and ends with are the same of them as before, T5's padding or BART's end of a text, unless the recipe has `given` it.
     """
-    roles = ("bos_token_id", "eos_token_id", "pad_token_id")
+    roles = ["bos_token_id", "eos_token_id", "pad_token_id", *(["sep_token_id"] if hasattr(config, "sep_token_id") else [])]
     before = {getattr(config, role, None): role for role in roles}
     for role in roles:
         setattr(config, role, getattr(tokenizer, role))

@@ -44,7 +44,7 @@ class PTuning(SoftPrompt):
         from ftkit import prompts
         from ftkit.reparametrised import LSTM, MLP
 
-        model = base.freeze()
+        model = self._freeze(base)
         width = prompts.embedding_of(model).embedding_dim
         hidden = self.encoder_hidden_size or width
         with torch.device("meta" if model.device.type == "meta" else "cpu"):  # drawn alike wherever the model is

@@ -41,6 +41,15 @@ class SoftPrompt(Quantisable):
     def miniature(self, width: int) -> Self:
         return self.model_copy(update={"num_virtual_tokens": min(self.num_virtual_tokens, 8)})
 
+    def _freeze(self, base: Base) -> Any:
+        """The base, frozen; refused where its head would take virtual tokens for what they are not."""
+        if hasattr(base.model, "prepare_question_mask"):  # BigBird's: where no answer is, it is said at position 0, which the prompt would have
+            raise RecipeError(
+                f"method {self.kind}: {type(base.model).__name__} takes all before the first separator for the question, virtual tokens, too, "
+                "and could no longer say that there is no answer; use method: lora"
+            )
+        return base.freeze()
+
     def attach(self, model: Any) -> None:
         """Let rows begin with virtual tokens."""
         from ftkit import prompts
@@ -87,7 +96,7 @@ class PromptTuning(SoftPrompt, Worded):
         labels = self._labels(base) if self.init == "labels" else []
         text = self.text_ids(base)
         values = None if base.model.device.type == "meta" else self._values(base, labels, text)
-        model = base.freeze()
+        model = self._freeze(base)
         prompt = prompts.add(model, self.num_virtual_tokens)
         if values is not None:
             with torch.no_grad():

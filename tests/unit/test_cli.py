@@ -114,6 +114,7 @@ class TestMatrix:
         assert table["sentence-embedding"]["llama"]["head"] == "no head apart from the input embedding"
         assert ("t5" in table["sentence-embedding"], "squeezebert" in table["sentence-embedding"]) == (False, False)
         assert table["text-classification"]["squeezebert"]["head/4"] == "no linear modules"
+        assert "before a separator" in table["question-answering"]["big_bird"]["prompt/4"]
         assert (table["seq2seq"]["t5"]["bitfit"], table["seq2seq"]["bart"]["bitfit"]) == ("no biases", "yes")
 
     def test_it_needs_none_of_the_heavy_modules(self) -> None:

@@ -31,6 +31,13 @@ def test_derived_settings_can_be_set():
     assert model.load_config(from_nothing(hidden_size=48, num_attention_heads=4, num_key_value_heads=2), None).num_key_value_heads == 2
 
 
+def test_a_trained_tokenizer_tells_which_token_separates(tokenizers):
+    """BigBird, asked for answers, hides what comes before it; others know of none."""
+    tokenizer = tokenizers["wordpiece"]
+    assert model.load_config(Model(init="random", config={"model_type": "big_bird"}), None, tokenizer).sep_token_id == tokenizer.sep_token_id
+    assert not hasattr(model.load_config(from_nothing(), None, tokenizers["bpe"]), "sep_token_id")
+
+
 def test_settings_go_by_the_names_that_all_models_share():
     assert model.load_config(Model(init="random", config={"model_type": "gpt2", "hidden_size": 48}), None).n_embd == 48
 
