@@ -251,6 +251,7 @@ def max_positions(config: transformers.PreTrainedConfig, tokenizer: Any = None) 
 
 def model_class(config: transformers.PreTrainedConfig, task: Task) -> Any:
     """The class with the task's head for this architecture; refused with the heads there are."""
+    reformer.check(config, task)
     auto = getattr(transformers, task.auto_class)
     if task.auto_class == "AutoModel" and config.is_encoder_decoder:
         raise RecipeError(f"task {task.kind}: {config.model_type} has two stacks of layers; name an encoder or a decoder alone")
@@ -276,7 +277,6 @@ def skeleton(config: transformers.PreTrainedConfig, task: Task, attention: str |
     Refuses an encoder that would see the very tokens it is to predict, and attention that the architecture has not.
     """
     options = {"attn_implementation": attention} if attention else {}
-    reformer.check(config, task)
     try:
         with torch.device("meta"):
             model = model_class(config, task).from_config(config, trust_remote_code=trust_remote_code, **options, **without_pooler(config, task))
@@ -297,6 +297,7 @@ def skeleton(config: transformers.PreTrainedConfig, task: Task, attention: str |
             f"task {task.kind}: the config of {type(model).__name__} does not say which token its decoder begins with; "
             "give it in model.config: {decoder_start_token_id: N}, such as that of padding for T5"
         )
+    reformer.mend(model)
     return model
 
 

@@ -35,17 +35,28 @@ DECODERS = {  # whether positions may see later ones, by the head, and why not o
 
 
 def check(config: Any, task: Task) -> None:
-    """Refuse settings that the model's own code cannot be built with, and those that a task could not learn with."""
+    """Refuse settings that the model's own code stops at, and those that a task could not learn with."""
     if config.model_type != KIND:
         return
-    if config.axial_pos_embds and sum(config.axial_pos_embds_dim) != config.hidden_size:
-        widths = list(config.axial_pos_embds_dim)
-        raise RecipeError(f"model.config.axial_pos_embds_dim: {widths} must add up to hidden_size: {config.hidden_size}")
-    if config.num_hidden_layers != len(config.attn_layers):
-        raise RecipeError(f"model.config: num_hidden_layers: {config.num_hidden_layers}, but attn_layers has {len(config.attn_layers)} entries, one a layer")
+    if flaw := _flaw(config):
+        raise RecipeError(f"model.config.{flaw}")
     is_decoder, reason = DECODERS.get(task.auto_class, (config.is_decoder, ""))
     if config.is_decoder != is_decoder:
         raise RecipeError(f"task {task.kind}: in a {type(config).__name__} as it is, {reason}; set model.config: {{is_decoder: {str(is_decoder).lower()}}}")
+
+
+def _flaw(config: Any) -> str | None:
+    kinds, buckets = list(config.attn_layers), config.num_buckets
+    if not kinds or not {"local", "lsh"}.issuperset(kinds):
+        return f"attn_layers: {kinds}: each layer is local or lsh"
+    if config.num_hidden_layers != len(kinds):
+        return f"num_hidden_layers: {config.num_hidden_layers}, but attn_layers has {len(kinds)} entries, one a layer"
+    if config.axial_pos_embds and sum(config.axial_pos_embds_dim) != config.hidden_size:
+        return f"axial_pos_embds_dim: {list(config.axial_pos_embds_dim)} must add up to hidden_size: {config.hidden_size}"
+    if buckets and any(number % 2 for number in ([buckets] if isinstance(buckets, int) else buckets)):
+        return f"num_buckets: {buckets}: hashing takes even numbers"
+    after = [f"{kind}_num_chunks_after" for kind in dict.fromkeys(kinds) if getattr(config, f"{kind}_num_chunks_after")]
+    return f"{after[0]}: a decoder sees no later chunks; set it to 0" if after and config.is_decoder else None
 
 
 def max_positions(config: Any) -> int:

@@ -110,6 +110,24 @@ def test_what_is_frozen_changes_no_gradient_of_what_learns(learning):
         torch.testing.assert_close(gradient, expected[name], rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("head", ["ForSequenceClassification", "ForQuestionAnswering", "ForMaskedLM", "ModelWithLMHead"])
+def test_every_head_learns_rows_of_several_chunks_by_heart(head):
+    ids = tokens(4, 30)
+    labels = {
+        "ForSequenceClassification": {"labels": torch.tensor([0, 1, 0, 1])},
+        "ForQuestionAnswering": {"start_positions": torch.tensor([3, 9, 17, 2]), "end_positions": torch.tensor([5, 9, 28, 4])},
+    }.get(head, {"labels": ids})
+    model = built(cls=getattr(own, f"Reformer{head}"), is_decoder=head == "ModelWithLMHead", hidden_dropout_prob=0.05).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(60):
+        losses.append(model(input_ids=ids, **labels).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert sum(losses[-5:]) / 5 < 0.5 * losses[0]
+
+
 # --- what is random ---------------------------------------------------------------------------------------
 
 
@@ -227,6 +245,10 @@ def test_only_what_a_config_leaves_open_is_decided(changes, longest, decided):
         ("AutoModelForMaskedLM", {"is_decoder": True}, r"is_decoder: false"),
         ("AutoModelForSequenceClassification", {"is_decoder": True}, r"first token.*is_decoder: false"),
         ("AutoModel", {"axial_pos_embds_dim": [8, 8]}, r"\[8, 8\] must add up to hidden_size: 32"),
+        ("AutoModel", {"attn_layers": ["local", "global"]}, r"attn_layers: \['local', 'global'\]: each layer is local or lsh"),
+        ("AutoModel", {"num_buckets": 3}, r"num_buckets: 3: hashing takes even numbers"),
+        ("AutoModel", {"num_buckets": [4, 3]}, r"num_buckets: \[4, 3\]"),
+        ("AutoModelForCausalLM", {"is_decoder": True, "lsh_num_chunks_after": 1}, r"lsh_num_chunks_after: a decoder sees no later chunks"),
     ],
 )
 def test_what_it_cannot_be_built_or_learn_with_is_refused(head, changes, message):
