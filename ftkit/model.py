@@ -17,7 +17,7 @@ import torch
 import transformers
 from torch import nn
 
-from ftkit import reformer, rundir, vocabulary
+from ftkit import big_bird, reformer, rundir, vocabulary
 from ftkit.errors import FtkitError, HubError, MissingDependency, RecipeError
 from ftkit.exits import DISK_ERRORS
 from ftkit.methods.modules import added, base_prefix, linear_modules
@@ -297,8 +297,14 @@ def skeleton(config: transformers.PreTrainedConfig, task: Task, attention: str |
             f"task {task.kind}: the config of {type(model).__name__} does not say which token its decoder begins with; "
             "give it in model.config: {decoder_start_token_id: N}, such as that of padding for T5"
         )
-    reformer.mend(model)
+    mend(model)
     return model
+
+
+def mend(model: Any) -> None:
+    """Let architectures do what runs need, where their own code does not."""
+    reformer.mend(model)
+    big_bird.mend(model)
 
 
 def _can_begin(model: transformers.PreTrainedModel) -> bool:
@@ -440,7 +446,7 @@ def load(
     if model.init == "random":
         built = cls.from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code, **options)
         _let_padding_learn(built, tokenizer)
-        reformer.mend(built)
+        mend(built)
         return Base(built, tokenizer, None, task, head)
     assert source is not None
     placement = {"device_map": {"": device}} if extra else {}
@@ -480,7 +486,7 @@ def load(
         vocabulary.grow(loaded, tokenizer, model.add_tokens)
         vocabulary.initialise(loaded, tokenizer, before, model.add_tokens, seed)
         loaded.name_or_path = loaded.config._name_or_path = ""
-    reformer.mend(loaded)
+    mend(loaded)
     base = Base(loaded, tokenizer, source, task, head, missing | resized, extra, added=planned.added)
     if method.frozen_base:
         _check_new_head(base, method)

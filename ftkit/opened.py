@@ -35,8 +35,8 @@ def open_run(target: str | Path, device: torch.device) -> Opened:
 
     Raises RecipeError if `target` is no finished run, HubError if its base is on the hub and cannot be had.
     """
-    from ftkit import reformer, reload
-    from ftkit.model import Source, hub_errors, quiet_libraries
+    from ftkit import reload
+    from ftkit.model import Source, hub_errors, mend, quiet_libraries
     from ftkit.recipe import read
 
     path = Path(target)
@@ -51,7 +51,7 @@ def open_run(target: str | Path, device: torch.device) -> Opened:
     weights = reload.base_name(directory, artifact) if artifact.get("base") else str(directory)
     with hub_errors(Source(weights, artifact.get("revision"))):
         model = _load(directory, artifact, str(device))
-    reformer.mend(model)
+    mend(model)
     with hub_errors(Source(str(directory))):
         tokenizer = reload.load_tokenizer(directory, artifact)
     assert recipe.data.max_length is not None, "a run resolves it"

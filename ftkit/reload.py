@@ -84,6 +84,15 @@ def _from_pretrained(name: str, artifact: Mapping[str, Any], revision: str | Non
     return model if getattr(model, "is_quantized", False) else model.to(device)
 
 
+def sparse(model: Any) -> Any:
+    """The module of BigBird that goes over to full attention, for good, with the first row that is short; None in other models.
+
+    Not of decoders, whose blocks would see later tokens.
+    """
+    module = next((module for module in model.modules() if hasattr(module, "set_attention_type")), None)
+    return None if module is None or module.config.is_decoder else module
+
+
 @torch.no_grad()
 def answers(model: Any, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
     """Every output of the model for each row by itself (no padding), float32, at the last positions."""
@@ -92,6 +101,8 @@ def answers(model: Any, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
         inputs = {name: values[None].to(model.device) for name, values in row.items()}
         if model.config.is_encoder_decoder and model.can_generate():  # classifiers read the row once more by themselves
             inputs["decoder_input_ids"] = inputs["input_ids"]
+        if (module := sparse(model)) is not None:
+            module.set_attention_type(module.config.attention_type)  # each row as the first one
         for name, value in model(**inputs).items():
             if isinstance(value, torch.Tensor):
                 kept = value[:, -POSITIONS:] if value.dim() == 3 else value

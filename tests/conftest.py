@@ -174,6 +174,9 @@ def architecture(name: str):
     if name == "llama":
         sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 160}
         return transformers.LlamaConfig(**sizes, num_key_value_heads=1), "bpe"
+    if name == "big_bird":  # whose blocks take rows of 15 tokens or more
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 96}
+        return transformers.BigBirdConfig(**sizes, block_size=2, num_random_blocks=1), "wordpiece"
     if name == "reformer":
         sizes = {"hidden_size": 32, "num_attention_heads": 2, "attention_head_size": 16, "feed_forward_size": 64, "attn_layers": ["local", "lsh"]}
         chunks = {"local_attn_chunk_length": 8, "lsh_attn_chunk_length": 8, "axial_pos_shape": [8, 12], "axial_pos_embds_dim": [8, 24]}

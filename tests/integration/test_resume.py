@@ -21,6 +21,7 @@ CONFIGURATIONS = {
     "generator": ("electra-pretrained", "texts", {"kind": "full"}, {"accumulate": 2}),
     "rewritten": ("t5", "rewritten", {"kind": "partial", "last": 3}, {"accumulate": 2}),
     "rotations": ("reformer", "single", {"kind": "full"}, {"accumulate": 2}),
+    "blocks": ("big_bird", "single", {"kind": "full"}, {"batch_size": 4}),
     "bucketed": ("distilbert", "single", {"kind": "partial", "last": 1}, {"layout": "bucketed", "optimizer": "sgd"}),
 }
 STEPS = {"steps": 10, "batch_size": 8, "eval_every": 3, "save_every": 2, "log_every": 1, "keep": 2}

@@ -87,6 +87,7 @@ RUNS = {  # model, rows, method
     "distilbert-matched-adapter": ("distilbert", "matched", {"kind": "adapter", "reduction": 4}),
     "bert-premises-lora": ("bert", "premises", {"kind": "lora", "r": 4}),
     "bert-ranked-partial": ("bert", "ranked", {"kind": "partial", "last": 1}),
+    "bigbird-asked-lora": ("big_bird", "asked", {"kind": "lora", "r": 4}),
     "reformer-asked-lora": ("reformer", "asked", {"kind": "lora", "r": 4}),
     "reformer-masked-partial": ("reformer-masked", "masked", {"kind": "partial", "last": 1}),
     "reformer-prompts-full": (LONG_FROM_NOTHING, "prompts", {"kind": "full"}),
