@@ -5,7 +5,8 @@ import random
 import pytest
 import torch
 
-from ftkit.data.types import Scores
+from ftkit.data.features import FeatureSet
+from ftkit.data.types import Features, Scores
 from ftkit.tasks.spans import Span, spans, tagged, types_of
 from ftkit.tasks.token_classification import TagMetrics
 
@@ -76,7 +77,8 @@ NAMES = ["O", "B-LOC", "I-LOC", "B-PER", "I-PER", "E-PER", "S-LOC"]
 
 def test_metrics_are_those_of_conlleval():
     rng = random.Random(0)
-    metrics, counts = TagMetrics(NAMES), {}
+    features = FeatureSet.of([[Features([1], [0], [1.0])]] * 300)
+    metrics, counts = TagMetrics(NAMES, features), {}
     for row in range(300):
         gold = [rng.choice(NAMES) for _ in range(rng.randint(1, 12))]
         said = [tag if rng.random() < 0.7 else rng.choice(NAMES) for tag in gold]
