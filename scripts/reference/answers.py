@@ -1,7 +1,7 @@
 """Fine-tune a model that finds answers as transformers' run_qa.py does: what ftkit is compared with.
 
 python -m reference.answers --model DIR --train rows.jsonl --validation rows.jsonl --report out.json
-Rows have `question`, `context` and `answers`, a list of {text, answer_start}.
+Rows have `question`, `context` and `answers`, a list of {text, answer_start}, or {text: [...], answer_start: [...]}.
 """
 
 from __future__ import annotations
@@ -36,13 +36,21 @@ def windows(row: dict[str, Any], tokenizer: Any, args: Any) -> Any:
     )
 
 
+def right(row: dict[str, Any]) -> list[tuple[str, int]]:
+    """The answers of a row, each with the character where it begins."""
+    given = row["answers"]
+    if isinstance(given, dict):
+        return list(zip(given["text"], given["answer_start"], strict=True))
+    return [(answer["text"], answer["answer_start"]) for answer in given]
+
+
 def training(rows: list[dict[str, Any]], tokenizer: Any, args: Any) -> Dataset:
     """A window a row, with the first and last token of the answer; those of [CLS] where the window has no answer."""
     found = []
     for row in rows:
         encoded = windows(row, tokenizer, args)
-        answer = row["answers"][0]
-        begin, end = answer["answer_start"], answer["answer_start"] + len(answer["text"])
+        text, begin = right(row)[0]
+        end = begin + len(text)
         for number, ids in enumerate(encoded["input_ids"]):
             places = [place for place, of in enumerate(encoded.sequence_ids(number)) if of == 1]
             offsets = encoded["offset_mapping"][number]
@@ -110,7 +118,7 @@ def main() -> None:
     )
     loss = trainer.evaluate(training(measured, tokenizer, args))["eval_loss"]
     said = answers(measured, tokenizer, args, trainer)
-    golds = [[answer["text"] for answer in row["answers"]] for row in measured]
+    golds = [[text for text, _ in right(row)] for row in measured]
     found = {
         "loss": loss,
         "exact_match": float(np.mean([max(words(text) == words(gold) for gold in each) for text, each in zip(said, golds, strict=True)])),
