@@ -37,7 +37,7 @@ CALL_STATE = {
 NOT_TEXT = frozenset({"label", "score", "tags", "answers", "answer_start"})
 PROGRESS_ROWS = 64  # between two reports of progress
 Numbers: TypeAlias = "np.ndarray | Stored"
-Example: TypeAlias = dict[str, Any]  # the parts of a feature: input_ids, targets, weights, token_type_ids, spans and texts; and its row
+Example: TypeAlias = dict[str, Any]  # the parts of a feature: input_ids, targets, weights, token_type_ids, spans and texts; and its row, for what changes it
 
 
 @dataclass(frozen=True)
@@ -128,10 +128,10 @@ class FeatureSet:
     def get(self, index: int, epoch: int = 0) -> Example:
         """The parts of one feature, as they are in an epoch."""
         example = self.stored(index)
-        return self.corruption.of(example, epoch, index) if self.corruption else example
+        return self.corruption.of(example | {"row": int(self.row[index])}, epoch, index) if self.corruption else example
 
     def stored(self, index: int) -> Example:
-        """Views of one feature's parts, how many tokens each of its texts has, and the index of its row."""
+        """Views of one feature's parts, and how many tokens each of its texts has."""
         tokens = slice(*self.offsets[index : index + 2].tolist())
         count = len(self._text_lengths) // len(self)
         if self.target_offsets is not None:
@@ -146,7 +146,6 @@ class FeatureSet:
             "token_type_ids": None if self.token_type_ids is None else self.token_type_ids[tokens],
             "spans": None if self.spans is None else self.spans[2 * tokens.start : 2 * tokens.stop],
             "texts": self._text_lengths[index * count : (index + 1) * count],
-            "row": int(self.row[index]),
         }
 
     def save(self, path: Path, metadata: dict[str, Any]) -> None:

@@ -163,6 +163,12 @@ class Batch:
     token_type_ids: torch.Tensor | None = None  # int64 [B, L]
     segments: Segments | None = None  # None where there is no padding
 
+    @property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """What an encoder is given: keyword arguments of its forward, [B, L] each."""
+        types = {} if self.token_type_ids is None else {"token_type_ids": self.token_type_ids}
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, **types}
+
     def to(self, device: Any) -> Batch:
         return self._with(lambda part: part.to(device, non_blocking=True))
 

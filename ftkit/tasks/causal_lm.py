@@ -144,7 +144,7 @@ class CausalLM(Spec):
     def items(self, model: Any, batch: Batch) -> Items:
         """The n supervised positions before the output head: it never sees the others."""
         mask = None if batch.segments is None else batch.attention_mask
-        return language_model.of_one_stack(batch, model, attention_mask=mask, use_cache=False, return_dict=True)
+        return language_model.of_one_stack(batch, model, input_ids=batch.input_ids, attention_mask=mask, use_cache=False, return_dict=True)
 
     def complete(self, model: Any, tokenizer: Any) -> None:
         """Generation stops at the end of a text and of a turn, whatever reads the saved model."""

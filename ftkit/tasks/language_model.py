@@ -114,17 +114,17 @@ class Ran(NamedTuple):
     output: Any
 
 
-def run(batch: Batch, model: Any, **inputs: Any) -> Ran:
-    """A model, PEFT's or plain, that has one stack of layers, of the tokens of a batch and `inputs`, up to its output head."""
+def run(model: Any, **inputs: Any) -> Ran:
+    """A model, PEFT's or plain, that has one stack of layers, of `inputs`, up to its output head."""
     outer = model.get_base_model() if hasattr(model, "get_base_model") else model
     if outer not in _trunks:
         _trunks[outer] = trunk(outer)
-    return Ran(outer, _trunks[outer], _trunks[outer](input_ids=batch.input_ids, **inputs))
+    return Ran(outer, _trunks[outer], _trunks[outer](**inputs))
 
 
 def of_one_stack(batch: Batch, model: Any, **inputs: Any) -> Items:
     """The n supervised positions of a batch before the output head of a model, PEFT's or plain, that has one stack of layers."""
-    return items(batch, *run(batch, model, **inputs), "input_ids")
+    return items(batch, *run(model, **inputs), "input_ids")
 
 
 _trunks: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # of the models that were asked

@@ -33,8 +33,7 @@ class MaskedLM(PackedText):
 
     def items(self, model: Any, batch: Batch) -> Items:
         """The n supervised positions before the output head, its dense layer included: it never sees the others."""
-        types = {} if batch.token_type_ids is None else {"token_type_ids": batch.token_type_ids}
-        return language_model.of_one_stack(batch, model, attention_mask=batch.attention_mask, **types)
+        return language_model.of_one_stack(batch, model, **batch.inputs)
 
     def metrics(self, rows: Sequence[Row], features: FeatureSet) -> MaskedMetrics:
         return MaskedMetrics()

@@ -164,8 +164,7 @@ class QuestionAnswering(Spec):
 
         from ftkit import prompts
 
-        types = {} if batch.token_type_ids is None else {"token_type_ids": batch.token_type_ids}
-        output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **types)
+        output = model(**batch.inputs)
         logits = torch.stack((output.start_logits, output.end_logits), 1)  # [B, 2, L]
         if virtual := prompts.of(model):
             logits = logits[..., virtual.length :]

@@ -116,7 +116,7 @@ class ReplacedTokenDetection(PackedText):
 
     def encode(self, row: Row, tokenizer: Any, limits: Limits) -> list[Features]:
         """As those of a masked language model; a target is a token, and a number that the generator draws by, which `corruption` gives."""
-        return [replace(each, targets=[number for token in each.targets for number in (token, 0)]) for each in super().encode(row, tokenizer, limits)]
+        return [_with_draws(each) for each in super().encode(row, tokenizer, limits)]
 
     def packed(self, features: Iterable[tuple[int, list[Features]]], tokenizer: Any, limits: Limits) -> Iterator[tuple[int, list[Features]]]:
         if self.packing != "full-sentences":
@@ -124,7 +124,7 @@ class ReplacedTokenDetection(PackedText):
             return
         plain = ((row, [replace(each, targets=each.targets[::2]) for each in parts]) for row, parts in features)
         for row, parts in super().packed(plain, tokenizer, limits):
-            yield row, [replace(each, targets=[number for token in each.targets for number in (token, 0)]) for each in parts]
+            yield row, [_with_draws(each) for each in parts]
 
     def corruption(self, features: FeatureSet, tokenizer: Any, seed: int) -> Corruption:
         """The masks of each feature, and what the generator draws by."""
@@ -141,8 +141,7 @@ class ReplacedTokenDetection(PackedText):
         import torch
 
         tokens, draws = batch.targets.unbind(-1)
-        types = {} if batch.token_type_ids is None else {"token_type_ids": batch.token_type_ids}
-        items = language_model.of_one_stack(replace(batch, targets=tokens), beside, attention_mask=batch.attention_mask, **types)
+        items = language_model.of_one_stack(replace(batch, targets=tokens), beside, **batch.inputs)
         places, true = batch.supervised, tokens.flatten()[batch.supervised]
         with torch.no_grad():
             written = _drawn(items, draws.flatten()[places])
@@ -153,8 +152,7 @@ class ReplacedTokenDetection(PackedText):
 
     def items(self, model: Any, batch: Batch) -> Items:
         """All real tokens, before the head that tells whether they were replaced."""
-        types = {} if batch.token_type_ids is None else {"token_type_ids": batch.token_type_ids}
-        ran = language_model.run(batch, model, attention_mask=batch.attention_mask, **types)
+        ran = language_model.run(model, **batch.inputs)
         return Items(
             states=ran.output.last_hidden_state.flatten(0, 1)[batch.supervised],
             head=partial(_told, *ran),
@@ -221,6 +219,11 @@ class Drawing:
         hidden = self.masks(example | {"targets": example["targets"][::2]}, rng)
         draws = rng.integers(DRAWS, size=len(hidden["targets"]), dtype=np.int32)
         return hidden | {"targets": np.stack((hidden["targets"], draws), 1).ravel()}
+
+
+def _with_draws(features: Features) -> Features:
+    """With room for a number beside each target."""
+    return replace(features, targets=[number for token in features.targets for number in (token, 0)])
 
 
 def _real(batch: Batch) -> torch.Tensor:

@@ -172,17 +172,16 @@ class SentenceEmbedding(Spec):
             )
         ]
 
-    def _embeddings(self, model: Any, inputs: Mapping[str, torch.Tensor | None]) -> torch.Tensor:
+    def _embeddings(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Of the texts in a model's inputs [B, L]: float32 [B, H]."""
         from torch.nn import functional as F
 
-        given: dict[str, Any] = {name: values for name, values in inputs.items() if values is not None}
-        pooled = pool(model(**given).last_hidden_state, given["attention_mask"], self.pooling)
+        pooled = pool(model(**inputs).last_hidden_state, inputs["attention_mask"], self.pooling)
         return F.normalize(pooled, dim=-1) if self.normalize else pooled
 
     def items(self, model: Any, batch: Batch) -> Items:
         """Every row, with the embeddings of its texts [P, H]: how they are told apart is the loss's affair, what they are depends on no other row."""
-        embeddings = self._embeddings(model, _inputs(batch))
+        embeddings = self._embeddings(model, batch.inputs)
         return Items(
             states=embeddings.unflatten(0, (len(batch.row_ids), -1)),
             head=None,
@@ -265,7 +264,7 @@ class SentenceEmbedding(Spec):
 
         batch = batch_of(rows, encode, tokenizer, model.device)
         with torch.inference_mode():
-            found = iter(self._embeddings(model, _inputs(batch)))
+            found = iter(self._embeddings(model, batch.inputs))
         answers: list[dict[str, Any]] = []
         for row in rows:
             own = torch.stack([next(found) for name in TEXTS if name in row.values])
@@ -280,10 +279,6 @@ def _told_apart(layer: nn.Module, embeddings: torch.Tensor) -> torch.Tensor:
     one, other = embeddings[:, 0], embeddings[:, 1]
     found: torch.Tensor = layer(torch.cat((one, other, (one - other).abs()), -1))
     return found
-
-
-def _inputs(batch: Batch) -> dict[str, torch.Tensor | None]:
-    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "token_type_ids": batch.token_type_ids}
 
 
 def _scores(rows: Iterable[Row]) -> Iterator[float]:

@@ -89,8 +89,7 @@ class SentencePairs(MaskedText):
 
     def items(self, model: Any, batch: Batch) -> tuple[Items, Items]:
         """The hidden tokens before the output head, and the pairs, of what the pooler gives, before theirs."""
-        types = {} if batch.token_type_ids is None else {"token_type_ids": batch.token_type_ids}
-        ran = language_model.run(batch, model, attention_mask=batch.attention_mask, **types)
+        ran = language_model.run(model, **batch.inputs)
         flat = batch.targets.flatten()[batch.supervised]
         tokens = language_model.items(replace(batch, supervised=batch.supervised[flat >= 0]), *ran, "input_ids")
         places = batch.supervised[flat < 0]

@@ -68,8 +68,7 @@ class TextTask(Spec):
 
     def items(self, model: Any, batch: Batch) -> Items:
         """Every row, with its logits [C]."""
-        types = {} if batch.token_type_ids is None else {"token_type_ids": batch.token_type_ids}
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **types).logits
+        logits = model(**batch.inputs).logits
         targets = batch.targets.view_as(logits) if self.targets == "labels" else batch.targets
         return Items(logits, None, logits.shape[1], targets, batch.weights, batch.row_ids, kind=self.targets, losses=self._problem.losses)
 

@@ -353,8 +353,7 @@ def _tag_rows(parts: Iterable[Scores]) -> Iterator[tuple[int, list[int], list[in
 
 def _logits(model: Any, batch: Batch) -> torch.Tensor:
     """Of every position: [B, L, C]."""
-    types = {} if batch.token_type_ids is None else {"token_type_ids": batch.token_type_ids}
-    found: torch.Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **types).logits
+    found: torch.Tensor = model(**batch.inputs).logits
     return found
 
 
