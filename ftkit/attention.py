@@ -360,6 +360,8 @@ def _varlen(
         n = prefix[0].shape[1]
         key, value = (_in_front(own, states, segments) for own, states in zip(prefix, (key, value), strict=True))
         bounds = bounds + n * torch.arange(len(bounds), device=bounds.device, dtype=bounds.dtype)
+    # torch 2.11 takes fewer heads of keys without a word
+    fewer_heads = {"enable_gqa": True} if query.shape[1] != key.shape[1] and "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     output: Any = varlen_attn(
         query,
         key,
@@ -370,7 +372,7 @@ def _varlen(
         max_k=n + longest,
         scale=scaling,
         window_size=(reach, 0 if causal else reach),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **fewer_heads,
     )
     return output.unsqueeze(0)
 

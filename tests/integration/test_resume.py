@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import send_at
+from stopping import send_at
 
 KILLED = multiprocessing.get_context("forkserver")
 KILLED.set_forkserver_preload(["ftkit.run", "ftkit.finish", "peft", "transformers.models.bert.modeling_bert", "conftest"])

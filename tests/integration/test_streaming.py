@@ -4,7 +4,7 @@ import json
 import signal
 
 import pytest
-from conftest import send_at
+from stopping import send_at
 
 RUNS = {
     "classification-fraction-limit": ("bert", "single", {"kind": "full"}, {"validation": 0.25, "limit": 20}, {}),
