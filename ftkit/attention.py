@@ -361,7 +361,7 @@ def _varlen(
         key, value = (_in_front(own, states, segments) for own, states in zip(prefix, (key, value), strict=True))
         bounds = bounds + n * torch.arange(len(bounds), device=bounds.device, dtype=bounds.dtype)
     # torch 2.11 takes fewer heads of keys without a word
-    fewer_heads = {"enable_gqa": True} if query.shape[1] != key.shape[1] and "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    fewer_heads: dict[str, Any] = {"enable_gqa": True} if query.shape[1] != key.shape[1] and "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     output: Any = varlen_attn(
         query,
         key,

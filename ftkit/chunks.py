@@ -78,14 +78,16 @@ def _in_chunks(items: Items, objective: Objective, size: int, learning: Sequence
     total = torch.zeros((), device=items.states.device)
     of_states = torch.empty_like(items.states)
     of_weights: dict[int, torch.Tensor] = {}
+    used = dict(enumerate(learning))
     for part in items.parts(size):
         states = items.states[part].detach().requires_grad_()
         value = objective.loss(items.scores(part, states))
-        of_states[part], *gradients = torch.autograd.grad(value, [states, *learning], allow_unused=True)
+        of_states[part], *gradients = torch.autograd.grad(value, [states, *used.values()], allow_unused=True)
         total += value.detach()
-        for place, gradient in enumerate(gradients):
+        for place, gradient in zip(used, gradients, strict=True):
             if gradient is not None:
                 of_weights[place] = of_weights[place].add_(gradient) if place in of_weights else gradient
+        used = {place: used[place] for place in of_weights}  # all parts use the same
     return total, of_states, of_weights
 
 

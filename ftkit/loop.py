@@ -53,6 +53,7 @@ class Trainee(nn.Module):
         super().__init__()
         self.model, self.task, self.objective, self.flat, self.noise, self.beside = model, task, objective, flat, noise, beside
         self.frozen: Frozen | None = None
+        self._places: list[tuple[dict[str, nn.Parameter | None], str]] = []
         self.still = {name or "the whole base": module for module in frozen_bottom(inner) for name, other in inner.named_modules() if other is module}
 
     @property
@@ -92,9 +93,19 @@ class Trainee(nn.Module):
             if judge is not None:
                 judge(chain.from_iterable(map(chunks.scores, parts)))
                 return None
-            parameters = list(self.parameters())
+            parameters = self._held()
             losses = [part.share * chunks.loss(part, self.objective, parameters) for part in parts]
             return torch.stack(losses) if len(losses) > 1 else losses[0]
+
+    def _held(self) -> list[nn.Parameter]:
+        """All parameters, each once.  To look for them in every module is a tenth of a step of many layers on a GPU, so their places are kept.
+
+        FSDP has others there while a layer is gathered.
+        """
+        if not self._places:
+            places = {id(parameter): (module._parameters, name) for module in self.modules() for name, parameter in module._parameters.items()}
+            self._places = [place for place in places.values() if place[0][place[1]] is not None]
+        return [found for own, name in self._places if (found := own[name]) is not None]
 
     def counts(self, batch: Batch) -> torch.Tensor:
         """What the sums of `forward` are divided by, of all parts of a batch on all processes together: float64 [], or [K]."""
@@ -106,6 +117,12 @@ class Trainee(nn.Module):
         for module in self.still.values() if mode else ():
             module.eval()
         return self
+
+    def learns(self) -> bool:
+        """Whether its modules are as `train` leaves them; to go through all of them takes longer."""
+        still = list(self.still.values())
+        whole = self.training and (self.model.training or any(module is self.model for module in still))
+        return whole and not any(module.training for module in still)
 
 
 def made_for_each_shape(model: nn.Module) -> bool:
@@ -212,7 +229,7 @@ def train_step(accelerator: Accelerator, trainee: nn.Module, optimizer: Any, mic
     elsewhere Diverged is raised at once.
     """
     device = accelerator.device
-    inner: Trainee = accelerator.unwrap_model(trainee)
+    inner: Trainee = trainee if isinstance(trainee, Trainee) else accelerator.unwrap_model(trainee)  # which goes through all modules
     items = accelerator.reduce(torch.stack([inner.counts(batch) for batch in micro_batches]).sum(0).to(device, non_blocking=True), "sum")
     total = torch.zeros((), dtype=torch.float64, device=device)
     parts = len(micro_batches) * accelerator.num_processes
@@ -225,7 +242,7 @@ def train_step(accelerator: Accelerator, trainee: nn.Module, optimizer: Any, mic
             accelerator.backward(loss * accelerator.num_processes)  # DDP averages over processes; the sum is wanted
         total += loss.detach().double() / (parts if whole else 1)  # each part's is that of the whole
     total = accelerator.reduce(total, "sum")
-    parameters = [p for p in trainee.parameters() if p.requires_grad]
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     norm = accelerator.clip_grad_norm_(parameters, math.inf if max_grad_norm is None else max_grad_norm)
     outcome = Outcome(total, torch.as_tensor(norm), items.sum())
     if looks_itself(optimizer, accelerator):
@@ -254,6 +271,7 @@ def check_finite(outcome: Outcome, scaling: bool = False) -> None:
 def fit(session: Session, position: Position) -> Iterator[Step]:
     """Train from `position` to the end; yields after every optimizer step, when it is safe to evaluate or save."""
     accelerator, trainee, optimizer = session.accelerator, session.wrapped, session.optimizer
+    inner: Trainee = accelerator.unwrap_model(trainee)
     train, features = session.recipe.train, session.prepared.train
     rates = [group.setdefault("initial_lr", group["lr"]) for group in optimizer.param_groups]
     unsettled: list[tuple[int, np.ndarray, Outcome]] = []
@@ -282,7 +300,8 @@ def fit(session: Session, position: Position) -> Iterator[Step]:
         if looks_itself(optimizer, accelerator):
             unsettled.append((position.step, rows, outcome))
         yield Step(outcome, int(features.lengths[rows].sum()), rows, place.epochs_done, settle)
-        trainee.train()
+        if not inner.learns():  # it was measured, or wrote
+            trainee.train()
 
 
 @contextmanager

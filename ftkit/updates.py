@@ -1,13 +1,15 @@
-"""The way into LoRA's updates: dropout and the first, narrow linear layer, of which the input and a mask are kept for the backward pass.
+"""LoRA's updates: dropout, two narrow linear layers and a sum, of which the input and a mask are kept for the backward pass.
 
 Beside a frozen layer nothing else is kept of that input, and all updates that share it keep it once.  Through
-PEFT's own modules each keeps two more tensors of its size, and on a CPU drawing the masks takes a quarter of a step.
+PEFT's own modules each keeps two more tensors of its size, and scaled products are written and read again to be added;
+on a CPU drawing the masks takes a quarter of a step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,70 +21,162 @@ from ftkit.dropout import LEVELS, drawn, kept, num_lost
 CHUNK = 1 << 18  # elements that are dropped out at a time on a CPU: they stay in its cache
 
 
-class Entry(nn.Linear):
-    """PEFT's `lora_A` with the dropout before it; weight, names and what it computes on average are the same."""
+class Updated:
+    """What PEFT's layers with updates become: one vanilla update at work is computed as below; else they are as ever."""
 
-    def __init__(self, linear: nn.Linear, p: float) -> None:
-        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
-        self.weight, self.p = linear.weight, p
-
-    @torch.compiler.disable
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weight.dtype
-        if self.training and torch.is_grad_enabled():
-            found: torch.Tensor = _Entry.apply(x, self.weight, num_lost(self.p), dtype)
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        layer: Any = self
+        active = [name for name in layer.active_adapters if name in layer.lora_A]
+        if args or kwargs or layer.disable_adapters or layer.merged or len(active) != 1 or active[0] in layer.lora_variant:
+            found: torch.Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
             return found
-        return functional.linear(functional.dropout(x.to(dtype), self.p, self.training), self.weight.to(dtype))
+        return _updated(layer, active[0], x)
 
 
-class _Entry(torch.autograd.Function):
+@torch.compiler.disable
+def _updated(layer: Any, name: str, x: torch.Tensor) -> torch.Tensor:
+    """What the base makes of x, and the update."""
+    base, kind, dropout = layer.base_layer, x.device.type, layer.lora_dropout[name]
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else a.dtype
+    frozen = _frozen(base, dtype)
+    lost = num_lost(dropout.p) if layer.training and isinstance(dropout, nn.Dropout) else 0
+    found: torch.Tensor = _Update.apply(None if frozen else base(x), x, a, b, frozen, lost, layer.scaling[name], dtype)
+    return found
+
+
+class Frozen(NamedTuple):
+    """A linear module that does not learn."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    state: Any = None  # how bitsandbytes gives back weights of 4 bits
+
+    def matrix(self, dtype: torch.dtype) -> torch.Tensor:
+        """[out, in]"""
+        if self.state is None:
+            return self.weight.to(dtype)
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(self.weight, self.state).to(dtype)
+
+
+def _frozen(base: Any, dtype: torch.dtype) -> Frozen | None:
+    """The module, where nothing but its own matrix product in `dtype` is to be computed."""
+    if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad) or base._forward_hooks or base._forward_pre_hooks:
+        return None
+    if type(base) is nn.Linear:
+        known = base.weight.is_floating_point() and (base.weight.dtype == dtype or torch.is_autocast_enabled(base.weight.device.type))
+        return Frozen(base.weight, base.bias) if known else None
+    state = getattr(base.weight, "quant_state", None)  # on a CPU, bitsandbytes packs them in another way at times
+    return Frozen(base.weight, base.bias, state) if state is not None and base.weight.is_cuda and base.compute_dtype is dtype else None
+
+
+class _Update(torch.autograd.Function):
+    """The base's product is part of it where that is `Frozen`: then no sum is a kernel of its own, forward or backward."""
+
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, lost: int, dtype: torch.dtype) -> torch.Tensor:
-        """x: [..., in], weight: [out, in] -> [..., out] in `dtype`; `lost` of LEVELS elements of x count as zero, the others for more."""
-        mask = kept(drawn(x), lost, torch.bool) if lost else None
-        ctx.save_for_backward(x, weight, mask)
-        ctx.scale, ctx.dtype = LEVELS / (LEVELS - lost), dtype
-        weight = weight.to(dtype)
-        found = [part @ weight.T for part in _dropped(x, mask, dtype)]
-        return torch.cat(found).mul_(ctx.scale).view(*x.shape[:-1], -1)
+    def forward(
+        ctx: Any,
+        result: torch.Tensor | None,
+        x: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        base: Frozen | None,
+        lost: int,
+        scale: float,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """result: [..., out], x: [..., in], a: [r, in], b: [out, r] -> [..., out]; `lost` of LEVELS elements of x count as zero, the others for more."""
+        ctx.scale, ctx.dtype, ctx.types, ctx.base = scale, dtype, (x.dtype, a.dtype, b.dtype), base
+        ctx.kept_scale = LEVELS / (LEVELS - lost)
+        a, b = a.to(dtype), b.to(dtype)
+        mask = None
+        if lost and x.device.type != "cpu":
+            dropped, mask = torch.native_dropout(x.to(dtype), lost / LEVELS, True)
+            narrow = dropped.flatten(0, -2) @ a.T
+        else:
+            mask = kept(drawn(x), lost, torch.bool) if lost else None
+            parts = [_scaled_product(part, a.T, ctx.kept_scale) for part in _masked_parts(x, mask, dtype)]
+            narrow = parts[0] if len(parts) == 1 else torch.cat(parts)
+        matrix = None
+        if base is not None:
+            matrix = base.matrix(dtype)
+            result = functional.linear(x.to(dtype), matrix, None if base.bias is None else base.bias.to(dtype))
+        assert result is not None
+        ctx.save_for_backward(x, a, b, mask, narrow, None if base is None or base.state else matrix)
+        if result.dtype != dtype or (base is None and result._is_view()):  # autograd would copy the gradient of a view
+            return (result + _scaled_product(narrow, b.T, scale).view_as(result)).to(result.dtype)
+        if base is None:
+            ctx.mark_dirty(result)
+        result.view(-1, result.shape[-1]).addmm_(narrow, b.T, alpha=scale)
+        return result
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
-        x, weight, mask = ctx.saved_tensors
-        grad = grad.flatten(0, -2).to(ctx.dtype) * ctx.scale
-        grad_weight = grad_x = None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, a, b, mask, narrow, matrix = ctx.saved_tensors
+        above = grad.flatten(0, -2).to(ctx.dtype)
+        below = _scaled_product(above, b, ctx.scale * ctx.kept_scale)
+        type_x, type_a, type_b = ctx.types
+        grad_x = grad_a = grad_b = None
         if ctx.needs_input_grad[1]:
-            grad_weight = torch.zeros_like(weight)
-            for above, part in zip(grad.split(_rows_of_a_chunk(x)), _dropped(x, mask, ctx.dtype), strict=True):
-                grad_weight += above.T @ part
-        if ctx.needs_input_grad[0]:
-            grad_x = (grad @ weight.to(ctx.dtype)).view_as(x)
-            grad_x = (grad_x if mask is None else grad_x.mul_(mask.to(grad_x.dtype))).to(x.dtype)
-        return grad_x, grad_weight, None, None
+            grad_x = below @ a
+            if mask is not None:
+                grad_x = _masked(grad_x, mask.view_as(grad_x), in_place=True)
+            if ctx.base is not None:
+                grad_x.addmm_(above, ctx.base.matrix(ctx.dtype) if matrix is None else matrix)
+            grad_x = grad_x.view_as(x).to(type_x)
+        if ctx.needs_input_grad[2]:
+            parts = [own.T @ part for own, part in zip(_parts(below, _size(x)), _masked_parts(x, mask, ctx.dtype), strict=True)]
+            grad_a = parts[0].to(type_a) if len(parts) == 1 else torch.stack(parts).sum(0, dtype=type_a)
+        if ctx.needs_input_grad[3]:
+            grad_b = _scaled_product(above.T, narrow, ctx.scale).to(type_b)
+        return None if ctx.base is not None else grad, grad_x, grad_a, grad_b, None, None, None, None
 
 
-def _dropped(x: torch.Tensor, mask: torch.Tensor | None, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+def _scaled_product(one: torch.Tensor, other: torch.Tensor, scale: float) -> torch.Tensor:
+    """As one operation."""
+    return torch.addmm(one.new_empty(1), one, other, beta=0, alpha=scale)
+
+
+def _masked(x: torch.Tensor, mask: torch.Tensor, in_place: bool = False) -> torch.Tensor:
+    """x with zeros where the mask is false."""
+    if x.device.type == "cpu":  # to multiply is many times faster there
+        return x.mul_(mask.to(x.dtype)) if in_place else x * mask.to(x.dtype)
+    found: torch.Tensor = torch.ops.aten.native_dropout_backward(x, mask, 1.0)
+    return found
+
+
+def _masked_parts(x: torch.Tensor, mask: torch.Tensor | None, dtype: torch.dtype) -> Iterator[torch.Tensor]:
     """The rows of x in `dtype`, with zeros where the mask is false, a chunk at a time: no copy of x is made."""
-    parts = x.flatten(0, -2).split(_rows_of_a_chunk(x))
+    parts = _parts(x.flatten(0, -2), _size(x))
     if mask is None:
         yield from (part.to(dtype) for part in parts)
     else:
-        yield from (part.to(dtype) * own.to(dtype) for part, own in zip(parts, mask.flatten(0, -2).split(_rows_of_a_chunk(x)), strict=True))
+        yield from (_masked(part.to(dtype), own) for part, own in zip(parts, _parts(mask.flatten(0, -2), _size(x)), strict=True))
 
 
-def _rows_of_a_chunk(x: torch.Tensor) -> int:
+def _size(x: torch.Tensor) -> int | None:
     """How many rows of x make a chunk; on other devices than a CPU they are one."""
-    return max(1, (CHUNK if x.device.type == "cpu" else x.numel()) // x.shape[-1])
+    return max(1, CHUNK // x.shape[-1]) if x.device.type == "cpu" else None
 
 
-def begin_with_entries(model: nn.Module) -> None:
-    """Let the updates of PEFT's LoRA layers begin with an `Entry`; not those of DoRA, which takes more from the dropped-out input."""
-    for module in model.modules():
-        layer: Any = module
-        for name, dropout in getattr(module, "lora_dropout", {}).items():
-            if name in layer.lora_A and name not in layer.lora_variant:
-                layer.lora_A[name] = Entry(layer.lora_A[name], dropout.p if isinstance(dropout, nn.Dropout) else 0.0)
-                layer.lora_dropout[name] = nn.Identity()
-                layer.cast_input_dtype_enabled = False  # a cast copy would be kept for each update that shares the input
+def _parts(rows: torch.Tensor, size: int | None) -> Sequence[torch.Tensor]:
+    return (rows,) if size is None else rows.split(size)
+
+
+@cache
+def _with_updates(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(kind.__name__, (Updated, kind), {"__module__": kind.__module__})
+
+
+def add_in_place(model: nn.Module) -> None:
+    """Let PEFT's LoRA layers around linear modules be `Updated`; not those of DoRA, which takes more from the dropped-out input."""
+    from peft.tuners.lora import LoraLayer
+    from transformers.pytorch_utils import Conv1D
+
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        if isinstance(layer.get_base_layer(), nn.Linear | Conv1D) and not layer.lora_variant:
+            layer.__class__ = _with_updates(type(layer))  # type: ignore[arg-type]

@@ -83,7 +83,7 @@ class LoRA(MethodSpec):
         from peft import LoraConfig, get_peft_model
 
         from ftkit.token_rows import compute_apart
-        from ftkit.updates import begin_with_entries
+        from ftkit.updates import add_in_place
 
         chosen = choose_targets(base, self.targets, self.layers)
         settings = peft_settings(base, chosen)
@@ -107,7 +107,7 @@ class LoRA(MethodSpec):
         model = get_peft_model(base.model, config)
         compute_apart(model)
         if self.recompute_dropout:
-            begin_with_entries(model)
+            add_in_place(model)
         if decomposed:
             base.initial = {name: p.detach().clone() for name, p in model.named_parameters() if ".lora_" in name}
         return model

@@ -4,13 +4,14 @@ import copy
 import json
 
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
 from stopping import send_at
 from torch.nn import functional as F
 
-from ftkit import chunks, kernels
+from ftkit import chunks, kernels, updates
 from ftkit.attention import Flat
 from ftkit.data.batches import collate, segments
 from ftkit.data.features import FeatureSet
@@ -96,6 +97,47 @@ def test_ligers_kernels_compute_what_torch_computes():
     largest = max(gradient.abs().max() for gradient in expected)
     assert 0 < max((a - b).abs().max() for a, b in zip(found, expected, strict=True)) <= 1e-4 * largest
     assert max((a - b).abs().max() for a, b in zip(again, expected, strict=True)) <= 1e-6 * largest
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_updates_are_those_of_peft(bits, tmp_path):
+    """In bfloat16 beside float32 weights that learn, as near to float32 as PEFT's own modules."""
+    path, rng = tmp_path / "model", torch.Generator().manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(CONFIGS["llama"], dtype=torch.float32).save_pretrained(path)
+    nf4 = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    ids, mask = (each.cuda() for each in rows())
+
+    def adapted(ours):
+        more = {"quantization_config": nf4} if bits == 4 else {}
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, device_map={"": 0}, **more)
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", lora_alpha=16)).train()
+        rng.manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = torch.randn(parameter.shape, generator=rng).mul_(0.05).cuda()
+        if ours:
+            updates.add_in_place(model)
+        return model
+
+    def gradients(model, dtype):
+        with torch.autocast("cuda", dtype, enabled=dtype is not torch.float32):
+            model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float().log_softmax(-1)[:, :, 5].sum().backward()
+        return torch.cat([parameter.grad.flatten() for name, parameter in model.named_parameters() if "lora_" in name])
+
+    exact, theirs, ours = gradients(adapted(False), torch.float32), gradients(adapted(False), torch.bfloat16), gradients(adapted(True), torch.bfloat16)
+    assert 0 < (ours - exact).norm() <= 1.2 * (theirs - exact).norm()
+
+
+def test_dropout_of_updates_loses_as_much_as_was_asked_for_and_the_same_in_both_passes():
+    x = torch.ones(2000, 1000, device="cuda", requires_grad=True)
+    a, b = (torch.eye(1000, device="cuda", requires_grad=True) for _ in range(2))
+    found = updates._Update.apply(torch.zeros_like(x), x, a, b, None, updates.num_lost(0.05), 1.0, torch.float32)
+    assert (found != 0).float().mean().item() == pytest.approx(0.95, abs=1e-3)
+    assert torch.allclose(found[found != 0], torch.tensor(1 / 0.95, device="cuda"), rtol=1e-3)
+    found.backward(torch.ones_like(found))
+    assert torch.allclose(x.grad, found)
+    assert torch.allclose(a.grad, found.sum(0).expand_as(a), rtol=1e-4)
+    assert torch.allclose(b.grad, found.sum(0).expand_as(b), rtol=1e-4)
 
 
 def test_the_loss_in_chunks_is_the_loss_of_all_logits(monkeypatch):

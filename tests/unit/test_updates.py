@@ -1,5 +1,6 @@
-"""Dropout that is applied again in the backward pass: the gradients of the masks it drew, without dropped-out copies."""
+"""Updates added in place, with dropout that is applied again in the backward pass: PEFT's numbers, without its copies."""
 
+import peft
 import pytest
 import torch
 import transformers
@@ -62,44 +63,60 @@ def test_without_dropout_the_gradients_are_those_of_peft(name):
     assert off(gradients, expected) < 1e-6
 
 
-class Masked(torch.nn.Linear):
-    """An `Entry` by autograd alone, with the bits that it draws."""
+class ByAutograd:
+    """An update by autograd alone, with the bits that ours draws."""
 
-    def forward(self, x):
-        lost = round(self.p * updates.LEVELS)
-        return functional.linear(x * updates.kept(updates.drawn(x), lost, x.dtype) * (updates.LEVELS / (updates.LEVELS - lost)), self.weight)
+    @staticmethod
+    def apply(result, x, a, b, base, lost, scale, dtype):
+        kept = updates.kept(updates.drawn(x), lost, x.dtype) * (updates.LEVELS / (updates.LEVELS - lost))
+        result = functional.linear(x, base.weight, base.bias) if base else result
+        return result + functional.linear(functional.linear(x * kept, a), b) * scale
+
+
+def inputs(model: torch.nn.Module) -> int:
+    """How many numbers a token is, in all modules with updates."""
+    return sum(module.in_features for module in model.modules() if isinstance(module, updates.Updated))
 
 
 @pytest.mark.parametrize("chunk", [1 << 18, 1000])
 @pytest.mark.parametrize("name", MODELS)
 def test_with_dropout_the_gradients_are_those_of_the_masks_it_drew_and_less_is_kept(name, chunk, monkeypatch):
     monkeypatch.setattr(updates, "CHUNK", chunk)
-    ours, by_autograd, theirs = (adapted(name, dropout=0.3, recompute_dropout=recompute).double() for recompute in (True, True, False))
-    entries = [module for module in by_autograd.modules() if isinstance(module, updates.Entry)]
-    for module in entries:
-        module.__class__ = Masked
-    (loss, gradients, kept), (expected_loss, expected, _), (*_, kept_there) = stepped(ours), stepped(by_autograd), stepped(theirs)
+    ours, theirs = (adapted(name, dropout=0.3, recompute_dropout=recompute).double() for recompute in (True, False))
+    (loss, gradients, kept), (*_, kept_there) = stepped(ours), stepped(theirs)
+    with monkeypatch.context() as patch:
+        patch.setattr(updates, "_Update", ByAutograd)
+        expected_loss, expected, _ = stepped(ours)
     assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-12)
     assert off(gradients, expected) < 1e-10
     assert off(gradients, stepped(ours, seed=2)[1]) > 0.01
-    inputs = sum(module.in_features for module in entries)
     # a mask of eight bytes an element and a copy became one of one byte and the input itself, which some of them share
-    assert kept_there - kept >= inputs * IDS.numel() * (8 + 8 - 1 - 8)
+    assert kept_there - kept >= inputs(ours) * IDS.numel() * (8 + 8 - 1 - 8)
+
+
+def layer(p: float, features: int = 1000) -> torch.nn.Module:
+    """A linear module with an update, both of which give what they get."""
+    config = peft.LoraConfig(r=features, lora_alpha=features, lora_dropout=p, target_modules=["0"])
+    model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(features, features, bias=False)), config)
+    updates.add_in_place(model)
+    found = model.base_model.model[0]
+    for weight in (found.base_layer.weight, found.lora_A["default"].weight, found.lora_B["default"].weight):
+        torch.nn.init.eye_(weight)
+    return found.train()
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5])
 def test_as_much_is_dropped_out_as_was_asked_for(p):
-    entry = updates.Entry(torch.nn.Linear(1000, 1000, bias=False), p).train()
-    torch.nn.init.eye_(entry.weight)
+    module = layer(p)
     torch.manual_seed(0)
-    once, again = (entry(torch.ones(600, 1000)).detach() for _ in range(2))
+    once, again = ((module(torch.ones(600, 1000)) - 1).detach() for _ in range(2))
     lost = (once == 0).float()
     assert lost.mean().item() == pytest.approx(p, abs=5 * (p * (1 - p) / 600_000) ** 0.5)
     assert lost.mean(0).std().item() == pytest.approx((p * (1 - p) / 600) ** 0.5, rel=0.2)  # in each column alike
     assert lost.mean(1).std().item() == pytest.approx((p * (1 - p) / 1000) ** 0.5, rel=0.2)
     assert ((once == 0) & (again == 0)).float().mean().item() == pytest.approx(p * p, rel=0.05)
     assert once.max().item() == pytest.approx(1 / (1 - p), rel=1e-4)
-    assert torch.equal(entry.eval()(torch.ones(2, 1000)), torch.ones(2, 1000))
+    assert torch.equal(module.eval()(torch.ones(2, 1000)), 2 * torch.ones(2, 1000))
 
 
 @pytest.mark.parametrize("arithmetic", ["autocast", "base in bfloat16"])
@@ -114,8 +131,7 @@ def test_inputs_in_few_bits_are_not_copied(arithmetic):
         with torch.autocast("cpu", torch.bfloat16, enabled=arithmetic == "autocast"):
             found.append(stepped(model))
     assert found[0][0].item() == pytest.approx(found[1][0].item(), rel=0.1)
-    inputs = sum(module.in_features for module in models[0].modules() if isinstance(module, updates.Entry))
-    assert found[1][2] - found[0][2] >= inputs * IDS.numel() * (4 + 2 - 2 - 1)  # mask and copy, input and mask
+    assert found[1][2] - found[0][2] >= inputs(models[0]) * IDS.numel() * (4 + 2 - 2 - 1)  # mask and copy, input and mask
 
 
 def test_gradient_checkpointing_draws_the_same():
@@ -138,3 +154,24 @@ def test_a_lora_of_all_layers_keeps_less_than_full_fine_tuning():
     *_, kept_in_full = stepped(transformers.AutoModelForCausalLM.from_config(MODELS["llama"]).train())
     *_, kept = stepped(adapted("llama"))
     assert kept < kept_in_full
+
+
+def test_more_adapters_than_one_are_pefts_own():
+    module = layer(0.0, features=8)
+    module.update_layer("second", 8, lora_alpha=16, config=peft.LoraConfig(init_lora_weights=False))
+    module.set_adapter(["default", "second"])
+    x = torch.randn(3, 8)
+    second = module.lora_B["second"](module.lora_A["second"](x)) * 2
+    assert torch.allclose(module(x), 2 * x + second, atol=1e-6)
+    module.enable_adapters(False)
+    assert torch.equal(module(x), x)
+
+
+def test_a_base_that_others_listen_to_is_called_and_the_sum_made_in_place():
+    module = layer(0.0, features=8)
+    x = torch.randn(2, 3, 8)
+    alone, made = module(x), []
+    module.base_layer.register_forward_hook(lambda base, args, output: made.append(output))
+    assert module(x).data_ptr() == made[0].data_ptr()
+    assert torch.equal(made[0], alone)
+    assert torch.allclose(alone, 2 * x)
