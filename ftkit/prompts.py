@@ -157,6 +157,17 @@ class Virtual:
         ends = end if isinstance(end, list) else [end]
         return torch.ones_like(input_ids) if pad is None or pad in ends else (input_ids != pad).long()
 
+    def _penalty_of_real(self, input_ids: torch.Tensor, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """`encoder_repetition_penalty` for the tokens of the vocabulary alone: transformers' own looks up the scores of all tokens of a prompt."""
+        from transformers import EncoderRepetitionPenaltyLogitsProcessor, LogitsProcessorList
+
+        config = kwargs.get("generation_config") or self.model.generation_config
+        penalty, beams, several = (kwargs.get(name, getattr(config, name)) for name in ("encoder_repetition_penalty", "num_beams", "num_return_sequences"))
+        if penalty in (None, 1.0):
+            return {}
+        ours = EncoderRepetitionPenaltyLogitsProcessor(penalty, input_ids.repeat_interleave(max(beams or 1, several or 1), 0))
+        return {"encoder_repetition_penalty": 1.0, "logits_processor": LogitsProcessorList([*(kwargs.get("logits_processor") or ()), ours])}
+
     def _generated(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """`generate` of the rows with virtual tokens in front."""
         asked = kwargs.get("input_ids", inputs)
@@ -167,6 +178,7 @@ class Virtual:
             kwargs["attention_mask"] = self._real(asked, kwargs)
         if not self.two_stacks:
             kwargs |= {name: kwargs[name] + self.length for name in ("max_length", "min_length") if kwargs.get(name) is not None}
+        kwargs |= self._penalty_of_real(asked, kwargs)
         with self.given():
             output: Any = self._generate(**kwargs | self._with_virtual(asked, kwargs))
 

@@ -124,6 +124,20 @@ def test_targets_of_whole_rows_stay_where_they_are(llama):
     assert torch.equal(longer.supervised, batch.supervised)
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_penalty_on_tokens_that_are_not_in_the_prompt_knows_those_of_the_vocabulary_only(llama, beams):
+    _, prompted = llama
+    ids = torch.tensor([ROWS[1], ROWS[2][:3]])
+    settings = {"max_new_tokens": 2, "do_sample": False, "num_beams": beams, "pad_token_id": 0}
+    made = prompted.generate(ids, encoder_repetition_penalty=1.5, output_logits=True, output_scores=True, return_dict_in_generate=True, **settings)
+    logits = made.logits[0].log_softmax(-1) if beams > 1 else made.logits[0]
+    expected = transformers.EncoderRepetitionPenaltyLogitsProcessor(1.5, ids.repeat_interleave(beams, 0))(None, logits)
+    changed = (expected != logits).sum(1)
+    assert changed.tolist() == [3] * 2 * beams
+    torch.testing.assert_close((made.scores[0] != logits).sum(1), changed)
+    torch.testing.assert_close(prompted.generate(ids[:1], encoder_repetition_penalty=1.5, **settings), made.sequences[:1])
+
+
 def test_generating_infers_padding_as_transformers_does(llama):
     plain, prompted = llama
     for model in llama:

@@ -1,5 +1,6 @@
 """Updates added in place, with dropout that is applied again in the backward pass: PEFT's numbers, without its copies."""
 
+import bitsandbytes
 import peft
 import pytest
 import torch
@@ -175,3 +176,22 @@ def test_a_base_that_others_listen_to_is_called_and_the_sum_made_in_place():
     assert module(x).data_ptr() == made[0].data_ptr()
     assert torch.equal(made[0], alone)
     assert torch.allclose(alone, 2 * x)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_base_of_four_bits_gives_what_bitsandbytes_makes_of_it(bias):
+    """On a GPU its matrix is given back here; on a CPU, where bitsandbytes packs it in another way at times, by its own module."""
+    torch.manual_seed(0)
+    base = bitsandbytes.nn.Linear4bit(64, 32, bias=bias, compute_dtype=torch.bfloat16, quant_type="nf4")
+    base.weight = bitsandbytes.nn.Params4bit(torch.randn(32, 64), requires_grad=False, quant_type="nf4", compress_statistics=True)
+    base = base.to("cpu").requires_grad_(False)
+    assert updates._frozen(base, torch.bfloat16) is None
+    x, a, b = (torch.randn(*shape, requires_grad=True) for shape in ((2, 5, 64), (8, 64), (32, 8)))
+    whole = updates.Frozen(base.weight, base.bias, base.weight.quant_state)
+    found = []
+    for given, frozen in ((base(x.bfloat16()), None), (None, whole)):
+        made = updates._Update.apply(given, x.bfloat16(), a, b, frozen, 0, 2.0, torch.bfloat16)
+        gradients = torch.autograd.grad(made.float().square().sum(), (x, a, b))
+        found.append([made.detach().float(), *gradients])
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours - theirs).norm() <= 1e-2 * theirs.norm()
