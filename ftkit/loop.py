@@ -98,14 +98,14 @@ class Trainee(nn.Module):
             return torch.stack(losses) if len(losses) > 1 else losses[0]
 
     def _held(self) -> list[nn.Parameter]:
-        """All parameters, each once.  To look for them in every module is a tenth of a step of many layers on a GPU, so their places are kept.
+        """All parameters, each once.  To look for them in all modules takes milliseconds of every step, so their places are kept.
 
         FSDP has others there while a layer is gathered.
         """
         if not self._places:
             places = {id(parameter): (module._parameters, name) for module in self.modules() for name, parameter in module._parameters.items()}
             self._places = [place for place in places.values() if place[0][place[1]] is not None]
-        return [found for own, name in self._places if (found := own[name]) is not None]
+        return [found for own, name in self._places if (found := own.get(name)) is not None]
 
     def counts(self, batch: Batch) -> torch.Tensor:
         """What the sums of `forward` are divided by, of all parts of a batch on all processes together: float64 [], or [K]."""

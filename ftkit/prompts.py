@@ -165,7 +165,8 @@ class Virtual:
         penalty, beams, several = (kwargs.get(name, getattr(config, name)) for name in ("encoder_repetition_penalty", "num_beams", "num_return_sequences"))
         if penalty in (None, 1.0):
             return {}
-        ours = EncoderRepetitionPenaltyLogitsProcessor(penalty, input_ids.repeat_interleave(max(beams or 1, several or 1), 0))
+        expanded: Any = input_ids.repeat_interleave(max(beams or 1, several or 1), 0)
+        ours = EncoderRepetitionPenaltyLogitsProcessor(penalty, expanded)
         return {"encoder_repetition_penalty": 1.0, "logits_processor": LogitsProcessorList([*(kwargs.get("logits_processor") or ()), ours])}
 
     def _generated(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:

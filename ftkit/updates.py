@@ -63,7 +63,8 @@ class Frozen(NamedTuple):
 
 def _frozen(base: Any, dtype: torch.dtype) -> Frozen | None:
     """The module, where nothing but its own matrix product in `dtype` is to be computed."""
-    if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad) or base._forward_hooks or base._forward_pre_hooks:
+    changed = "forward" in vars(base) or base._forward_hooks or base._forward_pre_hooks
+    if changed or base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
         return None
     if type(base) is nn.Linear:
         known = base.weight.is_floating_point() and (base.weight.dtype == dtype or torch.is_autocast_enabled(base.weight.device.type))
