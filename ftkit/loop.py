@@ -93,11 +93,11 @@ class Trainee(nn.Module):
             if judge is not None:
                 judge(chain.from_iterable(map(chunks.scores, parts)))
                 return None
-            parameters = self._held()
+            parameters = self.held()
             losses = [part.share * chunks.loss(part, self.objective, parameters) for part in parts]
             return torch.stack(losses) if len(losses) > 1 else losses[0]
 
-    def _held(self) -> list[nn.Parameter]:
+    def held(self) -> list[nn.Parameter]:
         """All parameters, each once.  To look for them in all modules takes milliseconds of every step, so their places are kept.
 
         FSDP has others there while a layer is gathered.
@@ -242,7 +242,7 @@ def train_step(accelerator: Accelerator, trainee: nn.Module, optimizer: Any, mic
             accelerator.backward(loss * accelerator.num_processes)  # DDP averages over processes; the sum is wanted
         total += loss.detach().double() / (parts if whole else 1)  # each part's is that of the whole
     total = accelerator.reduce(total, "sum")
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    parameters = [p for p in inner.held() if p.requires_grad]
     norm = accelerator.clip_grad_norm_(parameters, math.inf if max_grad_norm is None else max_grad_norm)
     outcome = Outcome(total, torch.as_tensor(norm), items.sum())
     if looks_itself(optimizer, accelerator):

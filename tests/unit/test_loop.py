@@ -159,6 +159,9 @@ class Fused(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(1))
 
+    def held(self):
+        return [self.weight]
+
     def counts(self, batch):
         return batch.weights.double().sum()
 
