@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from ftkit.data.features import FeatureSet
     from ftkit.data.types import Batch, Limits, Row, RowList, Scores
+    from ftkit.loop import Trainee
     from ftkit.recipe.spec import Recipe
     from ftkit.report import Reporter
     from ftkit.signals import StopRequest
@@ -36,7 +37,9 @@ class Measurable(Protocol):
     @property
     def accelerator(self) -> Accelerator: ...
     @property
-    def wrapped(self) -> nn.Module: ...  # a `Trainee` as accelerate prepared it
+    def trainee(self) -> Trainee: ...
+    @property
+    def wrapped(self) -> nn.Module: ...  # the trainee as accelerate prepared it
     @property
     def tokenizer(self) -> Any: ...
     @property
@@ -169,7 +172,7 @@ def _written(session: Measurable, name: str, report: Reporter, stop: StopRequest
     accelerator, recipe = session.accelerator, session.recipe
     own = list(features.rows())[:first][accelerator.process_index :: accelerator.num_processes]
     order = sorted(own, key=lambda row: len(str(rows[row].values)))  # rows of like length are written together
-    model: Any = accelerator.unwrap_model(session.wrapped)
+    model: Any = session.trainee
     was_training = model.training
     model.eval()
     said: list[tuple[int, dict[str, Any]]] = []

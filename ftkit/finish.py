@@ -204,7 +204,7 @@ def _release(session: Session) -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     session.accelerator.free_memory()
-    session.wrapped = session.learner = session.beside = session.optimizer = None  # type: ignore[assignment]
+    session.wrapped = session.trainee = session.learner = session.beside = session.optimizer = None  # type: ignore[assignment]
     session.base.model = None  # type: ignore[assignment]
     device.free_memory()
 

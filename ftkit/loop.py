@@ -222,27 +222,28 @@ def batches(sampler: Sampler, position: Position, num_steps: int) -> Iterator[tu
         number, begun = number + 1, 0
 
 
-def train_step(accelerator: Accelerator, trainee: nn.Module, optimizer: Any, micro_batches: list[Batch], max_grad_norm: float | None) -> Outcome:
-    """One optimizer step over `micro_batches`.  The weights do not change where loss or norm is not finite.
+def train_step(
+    accelerator: Accelerator, trainee: Trainee, wrapped: nn.Module, optimizer: Any, micro_batches: list[Batch], max_grad_norm: float | None
+) -> Outcome:
+    """One optimizer step over `micro_batches`; `wrapped`: the trainee as accelerate prepared it.  The weights do not change where loss or norm is not finite.
 
     Where the optimizer can look for itself, nothing waits for the device, and `Step.settle` tells later;
     elsewhere Diverged is raised at once.
     """
     device = accelerator.device
-    inner: Trainee = trainee if isinstance(trainee, Trainee) else accelerator.unwrap_model(trainee)  # which goes through all modules
-    items = accelerator.reduce(torch.stack([inner.counts(batch) for batch in micro_batches]).sum(0).to(device, non_blocking=True), "sum")
+    items = accelerator.reduce(torch.stack([trainee.counts(batch) for batch in micro_batches]).sum(0).to(device, non_blocking=True), "sum")
     total = torch.zeros((), dtype=torch.float64, device=device)
     parts = len(micro_batches) * accelerator.num_processes
-    whole = parts > 1 and inner.coupled
-    places = together.places(accelerator, trainee, micro_batches) if whole else []
+    whole = parts > 1 and trainee.coupled
+    places = together.places(accelerator, wrapped, micro_batches) if whole else []
     for number, batch in enumerate(micro_batches):
         last = number == len(micro_batches) - 1
-        with nullcontext() if last else accelerator.no_sync(trainee):  # gradients are added up over processes once
-            loss = (trainee(batch.to(device), **({"among": places[number]} if whole else {})) / items.float()).sum()
+        with nullcontext() if last else accelerator.no_sync(wrapped):  # gradients are added up over processes once
+            loss = (wrapped(batch.to(device), **({"among": places[number]} if whole else {})) / items.float()).sum()
             accelerator.backward(loss * accelerator.num_processes)  # DDP averages over processes; the sum is wanted
         total += loss.detach().double() / (parts if whole else 1)  # each part's is that of the whole
     total = accelerator.reduce(total, "sum")
-    parameters = [p for p in inner.held() if p.requires_grad]
+    parameters = [p for p in trainee.held() if p.requires_grad]
     norm = accelerator.clip_grad_norm_(parameters, math.inf if max_grad_norm is None else max_grad_norm)
     outcome = Outcome(total, torch.as_tensor(norm), items.sum())
     if looks_itself(optimizer, accelerator):
@@ -270,8 +271,7 @@ def check_finite(outcome: Outcome, scaling: bool = False) -> None:
 
 def fit(session: Session, position: Position) -> Iterator[Step]:
     """Train from `position` to the end; yields after every optimizer step, when it is safe to evaluate or save."""
-    accelerator, trainee, optimizer = session.accelerator, session.wrapped, session.optimizer
-    inner: Trainee = accelerator.unwrap_model(trainee)
+    accelerator, trainee, wrapped, optimizer = session.accelerator, session.trainee, session.wrapped, session.optimizer
     train, features = session.recipe.train, session.prepared.train
     rates = [group.setdefault("initial_lr", group["lr"]) for group in optimizer.param_groups]
     unsettled: list[tuple[int, np.ndarray, Outcome]] = []
@@ -288,7 +288,7 @@ def fit(session: Session, position: Position) -> Iterator[Step]:
                 check_finite(outcome)
         unsettled.clear()
 
-    trainee.train()
+    wrapped.train()
     for rows, place, micro_batches in ahead(make, batches(session.sampler, position, session.num_steps)):
         if position.epoch != epoch:
             epoch, waiting = position.epoch, session.waiting(position.epoch)
@@ -296,12 +296,12 @@ def fit(session: Session, position: Position) -> Iterator[Step]:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * session.schedule(position.step - 1)
         with _located(position.step, rows), _frozen(waiting):
-            outcome = train_step(accelerator, trainee, optimizer, micro_batches, train.max_grad_norm)
+            outcome = train_step(accelerator, trainee, wrapped, optimizer, micro_batches, train.max_grad_norm)
         if looks_itself(optimizer, accelerator):
             unsettled.append((position.step, rows, outcome))
         yield Step(outcome, int(features.lengths[rows].sum()), rows, place.epochs_done, settle)
-        if not inner.learns():  # it was measured, or wrote
-            trainee.train()
+        if not trainee.learns():  # it was measured, or wrote
+            wrapped.train()
 
 
 @contextmanager

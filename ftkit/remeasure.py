@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ftkit.data.features import FeatureSet
     from ftkit.data.types import Limits, RowList
     from ftkit.evaluate import Measured
+    from ftkit.loop import Trainee
     from ftkit.opened import Opened
     from ftkit.prepare import Prepared
     from ftkit.recipe.spec import Recipe
@@ -32,6 +33,7 @@ class _Run(NamedTuple):
 
     recipe: Recipe
     accelerator: Accelerator
+    trainee: Trainee
     wrapped: nn.Module
     tokenizer: Any
     limits: Limits
@@ -87,7 +89,7 @@ def _measure_run(target: str, data: str | None, split: str | None, report: Repor
     beside = recipe.task.read_beside(base, run.path / "model") if hasattr(recipe.task, "read_beside") else None
     trainee = Trainee(run.model, base.base_model, recipe.task, recipe.objective, beside=beside and beside.to(here))
     wrapped = accelerator.prepare_model(trainee, evaluation_mode=True)
-    subject = _Run(recipe, accelerator, wrapped, run.tokenizer, run.limits, _encoded(rows, recipe, run.tokenizer, run.limits, report))
+    subject = _Run(recipe, accelerator, trainee, wrapped, run.tokenizer, run.limits, _encoded(rows, recipe, run.tokenizer, run.limits, report))
     measured = measure(subject, subject.splits, report, StopRequest(), keep_records=True)
     details = details_of(measured, report)
     files = [file for name, result in measured.items() for file in _write(run.path / "eval" / name, name, result, details[name], subject.splits[name])]

@@ -45,7 +45,8 @@ class Session:
     base: Base
     learner: nn.Module  # the base with the method applied
     beside: nn.Module | None  # what learns with it and is no part of it
-    wrapped: nn.Module  # the learner with task and objective (`Trainee`), as accelerate prepared it: what everything calls
+    trainee: Trainee  # the learner with task and objective
+    wrapped: nn.Module  # the trainee as accelerate prepared it: what everything calls
     optimizer: Any
     parameters: dict[str, dict[str, int]]  # trainable and total, by group
     precision: str
@@ -97,21 +98,19 @@ class Session:
             return
         if (corruption := self.prepared.train.corruption) and (corruption.anew or self.beside):  # a generator learns, and writes other tokens
             return
-        trainee: Any = self.wrapped  # on one process accelerate wraps it in nothing
         sets = [self.prepared.train, *(features for _, features in self.splits.values())]
-        self.frozen = frozen.choose(trainee, self.base.model, sets, directory, self.pad_token_id, report.note, layout.DTYPES[self.precision])
+        self.frozen = frozen.choose(self.trainee, self.base.model, sets, directory, self.pad_token_id, report.note, layout.DTYPES[self.precision])
         if self.frozen is None:
             return
-        trainee.eval()
+        self.trainee.eval()
         with report.stage("computing the frozen layers", sum(map(len, sets))) as stage, torch.no_grad():
-            for done in self.frozen.record(sets, frozen.passing(trainee), self.recipe.eval.batch_size, self.pad_token_id):
+            for done in self.frozen.record(sets, frozen.passing(self.trainee), self.recipe.eval.batch_size, self.pad_token_id):
                 stage.advance(done)
                 poll()
 
     def release(self) -> None:
         """Leave the model as its own code has it, for saving and comparing."""
-        trainee: Any = self.accelerator.unwrap_model(self.wrapped)
-        for part in (self.flat, self.frozen, self.liger, trainee.noise):
+        for part in (self.flat, self.frozen, self.liger, self.trainee.noise):
             if part is not None:
                 part.remove()
         if self.recipe.train.compile:
@@ -120,7 +119,7 @@ class Session:
             self.used.restore()
         device.use_tf32(False)
         self.flat = self.frozen = self.liger = self.used = None
-        trainee.flat = trainee.frozen = trainee.noise = None
+        self.trainee.flat = self.trainee.frozen = self.trainee.noise = None
 
 
 def together_with(learner: nn.Module, beside: nn.Module | None) -> nn.Module:
@@ -213,6 +212,7 @@ def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any]
         base=base,
         learner=learner,
         beside=beside,
+        trainee=trainee,
         wrapped=wrapped,
         optimizer=prepared_optimizer,
         parameters=parameters,

@@ -41,7 +41,10 @@ def _updated(layer: Any, name: str, x: torch.Tensor) -> torch.Tensor:
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else a.dtype
     frozen = _frozen(base, dtype)
     lost = num_lost(dropout.p) if layer.training and isinstance(dropout, nn.Dropout) else 0
-    found: torch.Tensor = _Update.apply(None if frozen else base(x), x, a, b, frozen, lost, layer.scaling[name], dtype)
+    result = None if frozen else base(x)
+    if result is not None and base._forward_hooks:
+        result = result.clone()  # the update is added in place, and a hook may keep what the base gave
+    found: torch.Tensor = _Update.apply(result, x, a, b, frozen, lost, layer.scaling[name], dtype)
     return found
 
 
@@ -173,11 +176,11 @@ def _with_updates(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def add_in_place(model: nn.Module) -> None:
-    """Let PEFT's LoRA layers around linear modules be `Updated`; not those of DoRA, which takes more from the dropped-out input."""
+    """Let PEFT's LoRA layers around linear modules be `Updated`."""
     from peft.tuners.lora import LoraLayer
     from transformers.pytorch_utils import Conv1D
 
     layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
     for layer in layers:
-        if isinstance(layer.get_base_layer(), nn.Linear | Conv1D) and not layer.lora_variant:
+        if isinstance(layer.get_base_layer(), nn.Linear | Conv1D):
             layer.__class__ = _with_updates(type(layer))  # type: ignore[arg-type]

@@ -78,7 +78,7 @@ class Keep:
 def step(case, parts: list[np.ndarray]) -> tuple[tuple[float, float, float], dict[str, torch.Tensor]]:
     keep = Keep(case.trainee.train())
     micro_batches = [collate(case.features, part, case.pad) for part in parts]
-    outcome = loop.train_step(Accelerator(cpu=True, mixed_precision="no"), case.trainee, keep, micro_batches, None)
+    outcome = loop.train_step(Accelerator(cpu=True, mixed_precision="no"), case.trainee, case.trainee, keep, micro_batches, None)
     return tuple(value.item() for value in outcome), keep.gradients
 
 

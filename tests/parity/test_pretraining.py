@@ -101,7 +101,7 @@ def test_parts_of_a_batch_add_up_to_its_gradient(case, parts):
     def step(pieces):
         keep = Keep(case.trainee.train())
         micro_batches = [collate(case.features, piece, case.pad) for piece in pieces]
-        outcome = loop.train_step(Accelerator(cpu=True, mixed_precision="no"), case.trainee, keep, micro_batches, None)
+        outcome = loop.train_step(Accelerator(cpu=True, mixed_precision="no"), case.trainee, case.trainee, keep, micro_batches, None)
         return outcome.loss.item(), keep.gradients
 
     batch = np.arange(11)

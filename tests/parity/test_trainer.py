@@ -109,6 +109,7 @@ def ours(case, accumulate: int, monkeypatch) -> tuple[list[tuple[float, float]],
     trainee = Trainee(learner, base.inner(), case.task, Supervised())
     session = SimpleNamespace(
         accelerator=Accelerator(cpu=True, mixed_precision="no"),
+        trainee=trainee,
         wrapped=trainee,
         optimizer=optim.build(learner, TRAIN, torch.device("cpu")),
         schedule=optim.schedule(TRAIN, TRAIN.steps),

@@ -181,7 +181,7 @@ def test_a_step_that_is_not_finite_changes_nothing(later, monkeypatch):
         return SimpleNamespace(weights=torch.ones(1), targets=torch.tensor([target]), to=lambda device: batch(target))
 
     def step(target):
-        return loop.train_step(accelerator, trainee, optimizer, [batch(target)], 1.0)
+        return loop.train_step(accelerator, trainee, trainee, optimizer, [batch(target)], 1.0)
 
     loop.check_finite(step(2.0))
     before = trainee.weight.item()
