@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--warm-up", type=int, default=3, metavar="STEPS", help="leave the first ones out")
     parser.add_argument("--steps", type=int, default=3, help="how many are looked at")
+    parser.add_argument("--trace", metavar="FILE", help="keep what happened when, for ui.perfetto.dev; packed if it ends in .gz")
     args = parser.parse_args()
 
     cuda = torch.cuda.is_available()
@@ -56,6 +57,8 @@ def main() -> None:
         steps = len(list(islice(training, args.steps)))
         wait()
         seconds = time.monotonic() - began
+    if args.trace:
+        profiler.export_chrome_trace(args.trace)
     print(json.dumps(summary(profiler.key_averages(), seconds, steps, cuda)))
 
 

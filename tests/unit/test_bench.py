@@ -156,3 +156,12 @@ def test_without_a_device_the_code_is_that_of_the_environment(bench: Any, monkey
         bench.main()
     assert stopped.value.code == 4
     assert "needs a CUDA device" in capsys.readouterr().err
+
+
+def test_a_trace_is_of_a_profile(bench: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr("sys.argv", ["bench", "--trace", "trace.json.gz"])
+    with pytest.raises(SystemExit):
+        bench.options()
+    assert "--trace goes with --profile" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["bench", "--gpu", "--trace", "trace.json.gz"])  # which profiles the first workload
+    assert bench.options().trace == Path("trace.json.gz")
