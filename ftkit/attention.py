@@ -66,6 +66,7 @@ class Flat:
             raise Unsupported("its positions cannot be given")
         self._gives_positions = "position_ids" in names
         self._segments: Segments | None = None
+        self._at_work = False  # inside `rows`
         self.fast_dropout, self.fast_attention, self.round_batches = fast_dropout, fast_attention, round_batches
         self.model, self._before = model, model.config._attn_implementation
         use(model)
@@ -78,11 +79,11 @@ class Flat:
     @contextmanager
     def rows(self, segments: Segments | None) -> Iterator[None]:
         """What is called herein gets batches whose real tokens are there; None: batches without padding, or any."""
-        self._segments = segments
+        self._segments, self._at_work = segments, True
         try:
             yield
         finally:
-            self._segments = None
+            self._segments, self._at_work = None, False
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -101,10 +102,16 @@ class Flat:
         self.model.set_attn_implementation(self._before)
 
     def _unmask(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Spare the base the making of masks: it passes on one of four dimensions as it is, and `attend` needs none."""
-        if self._segments is None:
+        """Spare the base the making of masks: it passes on one of four dimensions as it is, and `attend` needs none.
+
+        A batch without padding gets one that `_made_mask` knows.
+        """
+        if self._segments is not None:
+            return args, kwargs | {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self._segments.index.device)}
+        tokens = next((kwargs[name] for name in ("inputs_embeds", "input_ids") if kwargs.get(name) is not None), None)
+        if not self._at_work or tokens is None or kwargs.get("attention_mask") is not None:
             return None
-        return args, kwargs | {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self._segments.index.device)}
+        return args, kwargs | {"attention_mask": torch.ones((), dtype=torch.bool, device=tokens.device).expand(tokens.shape[:2])}
 
     def _gather(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if (segments := self._segments) is None:
@@ -135,8 +142,18 @@ class Flat:
 def use(model: PreTrainedModel) -> None:
     """Let the layers of a model compute attention by `attend`."""
     AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, _made_mask)
     model.set_attn_implementation(NAME)
+
+
+def _made_mask(*sizes: Any, attention_mask: torch.Tensor | None = None, **other: Any) -> torch.Tensor | None:
+    """transformers' own for `sdpa`, which is not shown a mask [B, L] that is one element, repeated: nothing is padding there.
+
+    It would look whether all elements are true, and wait for a GPU; without any mask, decoders look at the positions, and wait too.
+    """
+    if attention_mask is not None and not any(attention_mask.stride()):
+        attention_mask = None
+    return sdpa_mask(*sizes, attention_mask=attention_mask, **other)
 
 
 def _stack(base: nn.Module) -> nn.Module:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AlbertConfig,
     BertConfig,
@@ -210,6 +211,33 @@ def test_gradient_checkpointing_recomputes_the_same(name, batch):
         logits.log_softmax(-1)[:, 0].sum().backward()
         found.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
     assert difference(found[1], found[0]) < 1e-6
+
+
+class Read(TorchDispatchMode):
+    """Counts how often a number is read off a tensor, for which a program waits for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", [*ENCODERS, *DECODERS])
+def test_nothing_waits_for_what_is_in_a_mask(name, padded, batch):
+    config = (ENCODERS | DECODERS)[name]
+    model = built(transformers.AutoModel, config)
+    ids, mask = batch if padded else (batch[0][:1], None)
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask).last_hidden_state
+        with Flat(model).rows(segments(mask.numpy()) if padded else None), Read() as read:
+            found = model(input_ids=ids, attention_mask=mask).last_hidden_state
+    real = slice(None) if mask is None else mask > 0
+    assert difference([found[real]], [expected[real]]) < 1e-5
+    assert read.count == 0
 
 
 @pytest.mark.parametrize("name", OTHERS)
