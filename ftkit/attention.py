@@ -146,14 +146,14 @@ def use(model: PreTrainedModel) -> None:
     model.set_attn_implementation(NAME)
 
 
-def _made_mask(*sizes: Any, attention_mask: torch.Tensor | None = None, **other: Any) -> torch.Tensor | None:
+def _made_mask(attention_mask: torch.Tensor | None = None, **other: Any) -> torch.Tensor | None:
     """transformers' own for `sdpa`, which is not shown a mask [B, L] that is one element, repeated: nothing is padding there.
 
     It would look whether all elements are true, and wait for a GPU; without any mask, decoders look at the positions, and wait too.
     """
     if attention_mask is not None and not any(attention_mask.stride()):
         attention_mask = None
-    return sdpa_mask(*sizes, attention_mask=attention_mask, **other)
+    return sdpa_mask(attention_mask=attention_mask, **other)
 
 
 def _stack(base: nn.Module) -> nn.Module:

@@ -165,3 +165,12 @@ def test_a_trace_is_of_a_profile(bench: Any, monkeypatch: pytest.MonkeyPatch, ca
     assert "--trace goes with --profile" in capsys.readouterr().err
     monkeypatch.setattr("sys.argv", ["bench", "--gpu", "--trace", "trace.json.gz"])  # which profiles the first workload
     assert bench.options().trace == Path("trace.json.gz")
+
+
+def test_full_rows_are_ftkits_alone_unless_others_are_asked_for(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "find_spec", lambda name: None)  # TRL is not installed
+    for given, full, chats in (([], ["ftkit"], ["Trainer", "ftkit"]), (["--sides", "Trainer", "TRL"], ["Trainer"], ["Trainer"])):
+        monkeypatch.setattr("sys.argv", ["bench", "--gpu", *given])
+        args = bench.options()
+        assert bench.sides(args, {"full_length": True}) == full
+        assert bench.sides(args, {"full_length": False}) == chats
