@@ -8,8 +8,9 @@ batches as ever.  In between, `attend` lets each row attend to itself alone, and
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -357,6 +358,12 @@ def _mask(lengths: torch.Tensor | None, longest: int, window: int | None, causal
     return real & band | torch.eye(longest, dtype=torch.bool, device=device)
 
 
+@cache  # to look takes as long as to start a kernel
+def _must_be_told(varlen: Callable[..., Any]) -> bool:
+    """Whether it must be told that there are fewer heads of keys; torch 2.11 takes them without a word."""
+    return "enable_gqa" in inspect.signature(varlen).parameters
+
+
 def _varlen(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -377,8 +384,7 @@ def _varlen(
         n = prefix[0].shape[1]
         key, value = (_in_front(own, states, segments) for own, states in zip(prefix, (key, value), strict=True))
         bounds = bounds + n * torch.arange(len(bounds), device=bounds.device, dtype=bounds.dtype)
-    # torch 2.11 takes fewer heads of keys without a word
-    fewer_heads: dict[str, Any] = {"enable_gqa": True} if query.shape[1] != key.shape[1] and "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    fewer_heads: dict[str, Any] = {"enable_gqa": True} if query.shape[1] != key.shape[1] and _must_be_told(varlen_attn) else {}
     output: Any = varlen_attn(
         query,
         key,

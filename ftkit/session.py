@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 
-from ftkit import compiled, device, dropout, embeddings, frozen, kernels, launch, layout, model, optim, recompute
+from ftkit import compiled, device, dropout, embeddings, frozen, kernels, launch, layout, model, optim, recompute, updates
 from ftkit.data.batches import Sampler, collate, largest_micro_batch
 from ftkit.errors import MissingDependency, RecipeError
 from ftkit.loop import Trainee
@@ -173,7 +173,8 @@ def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any]
     trainee = Trainee(learner, base.inner(), recipe.task, recipe.objective, layout.flat(asked, otherwise, recipe, base.model, report), noise, beside)
     if train.parallel == "ddp":  # FSDP takes weights from main memory
         trainee.to(here)
-    laid_out = layout.tried(asked, otherwise, trainee, prepared.train, prepared.tokenizer.pad_token_id, precision, report)
+    with updates.sharing(learner):
+        laid_out = layout.tried(asked, otherwise, trainee, prepared.train, prepared.tokenizer.pad_token_id, precision, report)
     sampler = Sampler(prepared.train.lengths, train.batch_size, train.batch_tokens, laid_out, train.seed)
     num_steps = train.steps or sampler.steps(train.epochs or 0)
     accumulate = max(1, -(-train.accumulate // world.size))

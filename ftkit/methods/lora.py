@@ -36,7 +36,9 @@ class LoRA(MethodSpec):
     dora: bool = option(False, "learn the magnitude of each weight row apart from its direction (arXiv 2402.09353)")
     rslora: bool = option(False, "scale by alpha / sqrt(r), stable at high rank (arXiv 2312.03732)")
     reuse: bool = option(True, "compute layers below the first one with updates once for each row, not in every epoch again; the result is the same")
-    recompute_dropout: bool = option(True, "apply dropout again in the backward pass instead of keeping dropped-out copies; false: PEFT's own modules")
+    recompute_dropout: bool = option(
+        True, "apply dropout again in the backward pass and the same to layers of one input, instead of keeping dropped-out copies; false: PEFT's own modules"
+    )
     init: Literal["default", "pissa", "olora"] = option(
         "default",
         "default: updates start at zero; pissa: from the principal components of the weights (arXiv 2404.02948); "

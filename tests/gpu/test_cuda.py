@@ -131,7 +131,7 @@ def test_updates_are_those_of_peft(bits, tmp_path):
 def test_dropout_of_updates_loses_as_much_as_was_asked_for_and_the_same_in_both_passes():
     x = torch.ones(2000, 1000, device="cuda", requires_grad=True)
     a, b = (torch.eye(1000, device="cuda", requires_grad=True) for _ in range(2))
-    found = updates._Update.apply(torch.zeros_like(x), x, a, b, None, updates.num_lost(0.05), 1.0, torch.float32)
+    (found,) = updates._Update.apply(x, torch.zeros_like(x), [None], [1.0], updates.num_lost(0.05), torch.float32, a, b)
     assert (found != 0).float().mean().item() == pytest.approx(0.95, abs=1e-3)
     assert torch.allclose(found[found != 0], torch.tensor(1 / 0.95, device="cuda"), rtol=1e-3)
     found.backward(torch.ones_like(found))

@@ -1,5 +1,7 @@
 """Updates added in place, with dropout that is applied again in the backward pass: PEFT's numbers, without its copies."""
 
+from types import SimpleNamespace
+
 import bitsandbytes
 import peft
 import pytest
@@ -11,6 +13,7 @@ from ftkit import updates
 from ftkit.methods.lora import LoRA
 from ftkit.model import Base, Source
 from ftkit.tasks.causal_lm import CausalLM
+from ftkit.updates import _Update
 
 LLAMA = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 MODELS = {
@@ -20,13 +23,17 @@ MODELS = {
 IDS = torch.arange(3 * 40).view(3, 40) % 97
 
 
-def adapted(name: str, **fields) -> torch.nn.Module:
+def adapted(name: str, shared: bool = True, **fields) -> torch.nn.Module:
+    """With updates that are not zero; `shared`: layers of one input are computed together."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(MODELS[name])
     adapter = LoRA(**fields).apply(Base(model, None, Source("somewhere"), CausalLM(), [], set()))
     for key, parameter in adapter.named_parameters():
         if "lora_B" in key:  # they start at zero, and no gradient would reach what is before them
             torch.nn.init.normal_(parameter)
+    if shared:
+        with updates.sharing(adapter), torch.no_grad():
+            adapter(input_ids=IDS)
     return adapter.train()
 
 
@@ -55,35 +62,41 @@ def off(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> fl
     return max((found[key] - gradient).abs().max().item() for key, gradient in expected.items()) / scale.item()
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_without_dropout_the_gradients_are_those_of_peft(name):
-    ours, theirs = adapted(name, dropout=0.0), adapted(name, dropout=0.0, recompute_dropout=False)
+def test_without_dropout_the_gradients_are_those_of_peft(name, shared):
+    ranks = {{"llama": "k_proj", "gpt2": "c_fc"}[name]: 3}
+    ours, theirs = (adapted(name, shared, dropout=0.0, rank_pattern=ranks, recompute_dropout=recompute).double() for recompute in (True, False))
     assert [key for key, _ in ours.named_parameters()] == [key for key, _ in theirs.named_parameters()]
     (loss, gradients, _), (expected_loss, expected, _) = stepped(ours), stepped(theirs)
-    assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-6)
-    assert off(gradients, expected) < 1e-6
+    assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-12)
+    assert off(gradients, expected) < 1e-10
 
 
 class ByAutograd:
     """An update by autograd alone, with the bits that ours draws."""
 
     @staticmethod
-    def apply(result, x, a, b, base, lost, scale, dtype):
+    def apply(x, result, bases, scales, lost, dtype, *weights):
         kept = updates.kept(updates.drawn(x), lost, x.dtype) * (updates.LEVELS / (updates.LEVELS - lost))
-        result = functional.linear(x, base.weight, base.bias) if base else result
-        return result + functional.linear(functional.linear(x * kept, a), b) * scale
+        layers = zip(bases, scales, weights[: len(bases)], weights[len(bases) :], strict=True)
+        made = [functional.linear(functional.linear(x * kept, a), b) * scale for _, scale, a, b in layers]
+        return [(functional.linear(x, base.weight, base.bias) if base else result) + more for base, more in zip(bases, made, strict=True)]
 
 
-def inputs(model: torch.nn.Module) -> int:
-    """How many numbers a token is, in all modules with updates."""
-    return sum(module.in_features for module in model.modules() if isinstance(module, updates.Updated))
+def inputs(model: torch.nn.Module, shared: bool = False) -> int:
+    """How many numbers a token is, in all modules with updates; those that `shared` leaves out get the input of another one."""
+    layers = [module for module in model.modules() if isinstance(module, updates.Updated)]
+    left_out = {follower for layer in layers for follower in layer.followers} if shared else set()
+    return sum(layer.in_features for layer in layers if layer not in left_out)
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("chunk", [1 << 18, 1000])
 @pytest.mark.parametrize("name", MODELS)
-def test_with_dropout_the_gradients_are_those_of_the_masks_it_drew_and_less_is_kept(name, chunk, monkeypatch):
+def test_with_dropout_the_gradients_are_those_of_the_masks_it_drew_and_less_is_kept(name, chunk, shared, monkeypatch):
     monkeypatch.setattr(updates, "CHUNK", chunk)
-    ours, theirs = (adapted(name, dropout=0.3, recompute_dropout=recompute).double() for recompute in (True, False))
+    ours, theirs = (adapted(name, shared, dropout=0.3, recompute_dropout=recompute).double() for recompute in (True, False))
     (loss, gradients, kept), (*_, kept_there) = stepped(ours), stepped(theirs)
     with monkeypatch.context() as patch:
         patch.setattr(updates, "_Update", ByAutograd)
@@ -92,7 +105,7 @@ def test_with_dropout_the_gradients_are_those_of_the_masks_it_drew_and_less_is_k
     assert off(gradients, expected) < 1e-10
     assert off(gradients, stepped(ours, seed=2)[1]) > 0.01
     # a mask of eight bytes an element and a copy became one of one byte and the input itself, which some of them share
-    assert kept_there - kept >= inputs(ours) * IDS.numel() * (8 + 8 - 1 - 8)
+    assert kept_there - kept >= (inputs(ours) * (8 + 8 - 8) - inputs(ours, shared)) * IDS.numel()
 
 
 def layer(p: float, features: int = 1000) -> torch.nn.Module:
@@ -157,6 +170,37 @@ def test_a_lora_of_all_layers_keeps_less_than_full_fine_tuning():
     assert kept < kept_in_full
 
 
+def names(model: torch.nn.Module) -> dict[str, list[str]]:
+    """The followers of the layers that have any, by the ends of their names, in one layer of the model."""
+    ends = {module: name.rpartition(".")[2] for name, module in model.named_modules()}
+    return {ends[module]: [ends[follower] for follower in module.followers] for module in model.modules() if getattr(module, "followers", ())}
+
+
+def test_layers_of_one_input_are_those_that_got_it():
+    assert names(adapted("llama")) == {"q_proj": ["k_proj", "v_proj"], "gate_proj": ["up_proj"]}
+    assert names(adapted("llama", shared=False)) == names(adapted("gpt2")) == {}
+
+
+def test_a_follower_that_cannot_be_computed_ahead_is_computed_when_it_is_called(monkeypatch):
+    """One with another adapter at work, as when it is looked at alone; and one that gets something else for once."""
+    model = adapted("llama", dropout=0.3)
+    attention = model.base_model.model.model.layers[0].self_attn
+    together = []
+    monkeypatch.setattr(
+        updates, "_Update", SimpleNamespace(apply=lambda x, result, bases, *rest: together.append(len(bases)) or _Update.apply(x, result, bases, *rest))
+    )
+    x, y = torch.randn(2, 1, 3, 64)
+    for layer, given in ((attention.q_proj, x), (attention.k_proj, x), (attention.v_proj, y)):
+        layer(given)
+    assert together == [3, 1]
+    together.clear()
+    attention.v_proj.enable_adapters(False)
+    for layer in (attention.q_proj, attention.k_proj, attention.v_proj):
+        layer(x)
+    assert together == [1, 1]
+    assert torch.equal(attention.v_proj(x), attention.v_proj.base_layer(x))
+
+
 def test_more_adapters_than_one_are_pefts_own():
     module = layer(0.0, features=8)
     module.update_layer("second", 8, lora_alpha=16, config=peft.LoraConfig(init_lora_weights=False))
@@ -190,7 +234,7 @@ def test_a_base_of_four_bits_gives_what_bitsandbytes_makes_of_it(bias):
     whole = updates.Frozen(base.weight, base.bias, base.weight.quant_state)
     found = []
     for given, frozen in ((base(x.bfloat16()), None), (None, whole)):
-        made = updates._Update.apply(given, x.bfloat16(), a, b, frozen, 0, 2.0, torch.bfloat16)
+        (made,) = updates._Update.apply(x.bfloat16(), given, [frozen], [2.0], 0, torch.bfloat16, a, b)
         gradients = torch.autograd.grad(made.float().square().sum(), (x, a, b))
         found.append([made.detach().float(), *gradients])
     for ours, theirs in zip(*found, strict=True):
