@@ -115,7 +115,19 @@ def test_rows_leave_room_for_virtual_tokens(methods: Any) -> None:
 def test_a_refusal_ends_the_search(methods: Any) -> None:
     refused = record(methods.Run("enko_chat", "bitfit", 1e-3, 42), None, code=2, reason="no biases")
     plan = methods.Plan(methods.Known([refused]), DEFAULTS, guess=True)
-    assert {run.dataset for run in plan.steps if run.method == "bitfit"} == {"cola", "sst2"}
+    assert {run.dataset for run in plan.steps if run.method == "bitfit"} == {"cola", "sst2", *methods.OTHERS["MiniLM"]}
+
+
+def test_other_tasks_are_tried_once_at_the_rate_of_the_search(methods: Any) -> None:
+    known = methods.Known(searched(methods, {"lora": LORA}))
+    lora = [run for run, what in methods.Plan(known, DEFAULTS).steps.items() if what == "other task" and run.method == "lora"]
+    assert {(run.dataset, run.learning_rate, run.seed) for run in lora} == {(dataset, 3e-3, 42) for dataset in methods.OTHERS["MiniLM"]}
+    for run in lora:
+        known.add(record(run, 0.25))
+    assert methods.others(methods.Plan(known, DEFAULTS), ("wnut17", "tydiqa_en"), ("cola", "sst2")).splitlines()[2:] == [
+        "| before training |  | 0.5000 | 0.5000 |",
+        "| lora | 0.003 | 0.2500 | 0.2500 |",
+    ]
 
 
 def test_the_two_kinds_of_lora_have_equally_many_parameters(methods: Any) -> None:
