@@ -30,13 +30,13 @@ class Updated:
     ahead: tuple[torch.Tensor, torch.Tensor] | None = None  # an input, and what was made of it together with other layers
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        layer: Any = self
-        if args or kwargs or (update := _vanilla(layer)) is None:
+        if (ahead := vars(self).pop("ahead", None)) is not None and ahead[0] is x:
+            made: torch.Tensor = ahead[1]
+            return made
+        if args or kwargs or (update := _vanilla(self)) is None:
             found: torch.Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
             return found
-        if (ahead := vars(layer).pop("ahead", None)) is not None and ahead[0] is x:
-            return ahead[1]
-        return _updated(layer, update, x)
+        return _updated(self, update, x)
 
 
 class Update(NamedTuple):

@@ -117,6 +117,9 @@ def test_updates_are_those_of_peft(bits, tmp_path):
                 parameter.data = torch.randn(parameter.shape, generator=rng).mul_(0.05).cuda()
         if ours:
             updates.add_in_place(model)
+            with updates.sharing(model), torch.no_grad():
+                model(input_ids=ids)
+            assert sum(bool(module.followers) for module in model.modules() if isinstance(module, updates.Updated)) == 2 * model.config.num_hidden_layers
         return model
 
     def gradients(model, dtype):
