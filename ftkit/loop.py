@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ftkit.objectives import Objective
     from ftkit.session import Session
     from ftkit.tasks import Task
+    from ftkit.teachers import Teacher
 
 
 class Trainee(nn.Module):
@@ -53,6 +54,7 @@ class Trainee(nn.Module):
         super().__init__()
         self.model, self.task, self.objective, self.flat, self.noise, self.beside = model, task, objective, flat, noise, beside
         self.frozen: Frozen | None = None
+        self.teacher: Teacher | None = None  # whom the objective compares with; no module of this one, for it does not learn
         self._places: list[tuple[dict[str, nn.Parameter | None], str]] = []
         self.still = {name or "the whole base": module for module in frozen_bottom(inner) for name, other in inner.named_modules() if other is module}
 
@@ -73,17 +75,8 @@ class Trainee(nn.Module):
         if hasattr(self.task, "prior"):
             batch, items = self.task.prior(self.beside, batch)
             earlier.append(items)
-        with prompts.given(self.model, batch) as batch:  # heads are asked without any
-            if self.flat and self.flat.round_batches and made_for_each_shape(self.model):
-                batch = rounded(batch, positions=judge is None, widths=self.flat.fast_attention)
-            with ExitStack() as stack:
-                if self.flat:
-                    stack.enter_context(self.flat.rows(batch.segments))
-                if self.noise and self.training:
-                    stack.enter_context(self.noise.rows(batch))
-                if self.frozen:
-                    stack.enter_context(self.frozen.rows(batch, flat=self.flat is not None))
-                items = self.task.items(self.model, batch)
+        with prompts.given(self.model, batch) as extended:  # heads are asked without any
+            items = self.items(extended, positions=judge is None)
             if among is not None:
                 assert not isinstance(items, tuple), "rows that learn from each other have one loss"
                 items = among(items)
@@ -93,9 +86,24 @@ class Trainee(nn.Module):
             if judge is not None:
                 judge(chain.from_iterable(map(chunks.scores, parts)))
                 return None
+            if self.teacher is not None:
+                parts = [replace(part, teacher=self.teacher.answers(batch, part)) for part in parts]
             parameters = self.held()
             losses = [part.share * chunks.loss(part, self.objective, parameters) for part in parts]
             return torch.stack(losses) if len(losses) > 1 else losses[0]
+
+    def items(self, batch: Batch, positions: bool) -> Items | tuple[Items, ...]:
+        """What the task makes of the model's states; `positions`: their number may be rounded up, by ones of weight 0."""
+        if self.flat and self.flat.round_batches and made_for_each_shape(self.model):
+            batch = rounded(batch, positions=positions, widths=self.flat.fast_attention)
+        with ExitStack() as stack:
+            if self.flat:
+                stack.enter_context(self.flat.rows(batch.segments))
+            if self.noise and self.training:
+                stack.enter_context(self.noise.rows(batch))
+            if self.frozen:
+                stack.enter_context(self.frozen.rows(batch, flat=self.flat is not None))
+            return self.task.items(self.model, batch)
 
     def held(self) -> list[nn.Parameter]:
         """All parameters, each once.  To look for them in all modules takes milliseconds of every step, so their places are kept.

@@ -45,6 +45,7 @@ BUILTIN: dict[str, dict[str, str]] = {
     },
     "objective": {
         "supervised": "ftkit.objectives.supervised:Supervised",
+        "distill": "ftkit.objectives.distill:Distill",
     },
 }
 

@@ -67,7 +67,10 @@ def check(resolved: Resolved, report: Reporter) -> list[FtkitError]:
     if rows is None or task is None:
         return problems
     if length is not None:
-        attempt(_try_rows, rows, task, tokenizer, Limits(length, recipe.data.truncation), recipe.data.on_bad_rows)
+        limits = Limits(length, recipe.data.truncation)
+        attempt(_try_rows, rows, task, tokenizer, limits, recipe.data.on_bad_rows)
+        if hasattr(recipe.objective, "check"):
+            attempt(recipe.objective.check, task, tokenizer, limits)
     config = model.load_config(recipe.model, found.source, tokenizer)
     planned = attempt(model.plan, recipe.model, found.source, config, tokenizer, task, recipe.method, recipe.train.precision)
     if planned is not None and attempt(recipe.method.apply, planned) is not None:

@@ -77,6 +77,8 @@ def prepare(resolved: Resolved, report: Reporter, poll: Callable[[], None] = lam
     task.check(tokenizer)
     check_targets(task, config)
     limits = Limits(max_length(resolved, config, tokenizer, report.note), recipe.data.truncation)
+    if hasattr(recipe.objective, "check"):
+        recipe.objective.check(task, tokenizer, limits)
     if decided := reformer.undecided(config, limits.max_length + recipe.method.positions, recipe.train.seed):
         recipe = _with_config(recipe, config, decided)
         settings = ", ".join(f"{name}: {value}" for name, value in decided.items())

@@ -10,7 +10,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftkit import checkpoint, launch, model, rundir, signals, trackers
+from ftkit import checkpoint, launch, model, rundir, signals, teachers, trackers
 from ftkit.errors import Diverged, RecipeError
 from ftkit.evaluate import measure, samples
 from ftkit.finish import finish
@@ -76,6 +76,7 @@ def _train(resolved: Resolved, stop: signals.StopRequest, resume: bool, overwrit
         with Manifest(output, before | describe(session), main) as manifest:
             position = _restore(session, output, report, resume)
             session.compute_frozen(output, report, stop.poll)
+            teachers.assign(session, report, stop.poll)
             once = len(session.frozen.layers) if session.frozen else 0
             if before.get("layers_computed_once", once) != once:  # memory or disk have room for other things than before
                 report.warn(f"not bit for bit as without the interruption: layers computed once were {before['layers_computed_once']} and are {once}")

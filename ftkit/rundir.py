@@ -46,6 +46,7 @@ MAY_ROUND = {
     "train.liger",
     "train.compile",
     "objective.in_chunks",
+    "objective.cache",
     "eval.batch_size",
 }
 
@@ -105,6 +106,8 @@ def spare(output: Path, prepared: Prepared) -> None:
     sets = data.validation.values() if isinstance(data.validation, dict) else [data.validation]
     start = prepared.source
     sources = [*((start.name, start.adapter) if start else ()), *([data.train] if isinstance(data.train, str) else data.train), *sets, data.test]
+    if hasattr(prepared.recipe.objective, "teacher"):
+        sources.append(str(Path(prepared.recipe.objective.teacher) / "model"))
     ours = [(output / name).resolve() for name in CONTENTS]
     for source in sources:
         if isinstance(source, str) and Path(source).exists() and any(Path(source).resolve().is_relative_to(path) for path in ours):

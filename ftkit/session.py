@@ -119,7 +119,7 @@ class Session:
             self.used.restore()
         device.use_tf32(False)
         self.flat = self.frozen = self.liger = self.used = None
-        self.trainee.flat = self.trainee.frozen = self.trainee.noise = None
+        self.trainee.flat = self.trainee.frozen = self.trainee.noise = self.trainee.teacher = None
 
 
 def together_with(learner: nn.Module, beside: nn.Module | None) -> nn.Module:

@@ -21,6 +21,7 @@ from ftkit.data.rows import load_rows
 from ftkit.data.types import Row, Rows
 from ftkit.errors import HubError, MissingDependency, RecipeError
 from ftkit.miniature import NARROWEST, POSITIONS, architecture, miniature
+from ftkit.objectives.supervised import Supervised
 from ftkit.recipe import Resolved, dump, read
 from ftkit.recipe.spec import Model, TrainedTokenizer
 from ftkit.report import Reporter
@@ -50,6 +51,8 @@ def rehearse(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     with _offline(), Reporter(None) as report:
         resolved = shrink(read(path, overrides), report)
         output = Path(resolved.recipe.output)
+        if hasattr(resolved.recipe.objective, "teacher"):
+            train(str(output / WORKSHOP / "teacher.yaml"))
         summary = train(str(output / WORKSHOP / "recipe.yaml"), overwrite=True) | {"smoke": True}
         adapter = summary["verification"]["loads_with"] != "transformers"
         if adapter and resolved.recipe.method.mergeable:
@@ -98,6 +101,11 @@ def shrink(resolved: Resolved, report: Reporter) -> Resolved:
             "output": str(output),
         }
     )
+    if teacher := getattr(recipe.objective, "teacher", None):
+        report.note(f"substituted: a tiny model, trained first, stands for the teacher {teacher}")
+        taught = {"output": str(workshop / "teacher"), "objective": Supervised()}
+        rundir.write_text(workshop / "teacher.yaml", dump(small.model_copy(update=taught)))
+        small = small.model_copy(update={"objective": recipe.objective.model_copy(update={"teacher": taught["output"]})})
     rundir.write_text(workshop / "recipe.yaml", dump(small))
     return read(workshop / "recipe.yaml")
 

@@ -151,7 +151,7 @@ def check_objective(objective: Objective, scores: Scores | None = None) -> None:
     logits = scores.logits.detach().clone().requires_grad_(True)
     weights = scores.weights.clone()
     weights[::2] = 0
-    objective.loss(Scores(logits, scores.targets, weights, scores.rows)).backward()
+    objective.loss(replace(scores, logits=logits, weights=weights)).backward()
     gradient = logits.grad
     assert gradient is not None
     _require(not gradient[::2].any(), f"{_name(objective)}.loss: items of weight 0 have a gradient")
@@ -162,7 +162,7 @@ def check_objective(objective: Objective, scores: Scores | None = None) -> None:
     nothing = objective.loss(empty)
     _require(nothing.item() == 0, f"{_name(objective)}.loss of no item is {nothing.item()}, not 0")
     _require(nothing.requires_grad, f"{_name(objective)}.loss of no item has no gradient: a process without rows could not take part in the step")
-    half_precision = objective.loss(Scores(scores.logits.detach().bfloat16(), scores.targets, scores.weights, scores.rows))
+    half_precision = objective.loss(replace(scores, logits=scores.logits.detach().bfloat16()))
     _require(half_precision.dtype == torch.float32, f"{_name(objective)}.loss of bfloat16 logits is {half_precision.dtype}: compute it in float32")
 
 
@@ -485,11 +485,13 @@ def _random_scores() -> Scores:
         targets=torch.randint(7, (12,), generator=generator),
         weights=torch.rand(12, generator=generator) + 0.1,
         rows=torch.arange(12),
+        teacher=torch.randn(12, 7, generator=generator),
     )
 
 
 def _part(scores: Scores, items: slice) -> Scores:
-    return replace(scores, logits=scores.logits[items], targets=scores.targets[items], weights=scores.weights[items], rows=scores.rows[items])
+    parts = {name: getattr(scores, name)[items] for name in ("logits", "targets", "weights", "rows")}
+    return replace(scores, **parts, teacher=None if scores.teacher is None else scores.teacher[items])
 
 
 def _weighted(scores: Scores, weights: torch.Tensor) -> Scores:

@@ -110,7 +110,7 @@ def capture(model: Any, tokenizer: Any, rows: Sequence[reload.Row], directory: P
         answers=answers,
         digests=digests,
         facts=reload.facts(model, tokenizer, texts, artifact),
-        files=_file_digests(directory),
+        files=file_digests(directory),
         tolerance=tolerance(artifact["load_kwargs"]["dtype"], model.config, answers),
         base_sha256=None if unknown else base_sha256(digests, learned),
         device=str(model.device),
@@ -144,7 +144,7 @@ def check(directory: Path, artifact: Mapping[str, Any], expected: Expected) -> d
     Raises VerificationFailed, naming files, tensors, settings and rows that differ and by how much.
     """
     failure, found, answers = _reloaded(directory, artifact, expected)
-    problems = [f"{name} is not as it was written" for name in _differing(expected.files, _file_digests(directory))]
+    problems = [f"{name} is not as it was written" for name in _differing(expected.files, file_digests(directory))]
     if failure:
         problems.append(f"it cannot be loaded: {failure}")
         raise VerificationFailed(_message(directory, problems))
@@ -217,7 +217,8 @@ def _reloaded(directory: Path, artifact: Mapping[str, Any], expected: Expected) 
         shutil.rmtree(request, ignore_errors=True)
 
 
-def _file_digests(directory: Path) -> dict[str, str]:
+def file_digests(directory: Path) -> dict[str, str]:
+    """sha256 of each file of a model's directory."""
     digests = {}
     for path in sorted(directory.rglob("*")):
         if path.is_file() and WORKPLACE not in path.relative_to(directory).parts:

@@ -196,6 +196,7 @@ class Scores:
     kind: Targets = "classes"
     losses: Losses | None = None  # other ones than those of the kind
     part: int = 0  # of the loss, where that is a sum of several
+    teacher: torch.Tensor | None = None  # float [n, C]: a teacher's logits, where the objective asks one
 
 
 @dataclass(slots=True)
@@ -214,6 +215,7 @@ class Items:
     losses: Losses | None = None  # as those of the scores
     part: int = 0  # of the loss, where that is a sum of several, each divided by weights of its own
     share: float = 1.0  # what that part's mean is multiplied by
+    teacher: Items | None = None  # the same ones, as a teacher has them
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -223,7 +225,8 @@ class Items:
         states = self.states[part] if states is None else states
         counted = None if self.counted is None else self.counted[part]
         logits = self.head(states) if self.head else states
-        return Scores(logits, self.targets[part], self.weights[part], self.rows[part], counted, self.kind, self.losses, self.part)
+        teacher = None if self.teacher is None else self.teacher.scores(part).logits
+        return Scores(logits, self.targets[part], self.weights[part], self.rows[part], counted, self.kind, self.losses, self.part, teacher)
 
     def parts(self, size: int) -> Iterator[slice]:
         """Slices of `size` items; one, if there are no items."""

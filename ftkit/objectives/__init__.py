@@ -28,7 +28,11 @@ def losses(scores: Scores, label_smoothing: float = 0.0) -> torch.Tensor:
 
 
 class Objective(Protocol):
-    """A loss over supervised items."""
+    """A loss over supervised items.
+
+    One that compares with a teacher has `teacher`, the run that this is: its scores of the items lie beside the model's in training.
+    One that asks something of the task or the rows has `check(task, tokenizer, limits)`, which raises RecipeError before anything is loaded.
+    """
 
     kind: str
     in_chunks: bool  # output head and loss see some of the supervised items at a time

@@ -13,10 +13,12 @@ from ftkit.objectives.supervised import Supervised
 from ftkit.recipe.spec import Spec, option
 from ftkit.testing import check_objective
 
+SETTINGS = {"distill": {"teacher": "runs/teacher"}}
+
 
 @pytest.mark.parametrize("kind", plugins.BUILTIN["objective"])
 def test_an_objective_keeps_the_contract(kind):
-    check_objective(plugins.find("objective", kind)())
+    check_objective(plugins.find("objective", kind)(**SETTINGS.get(kind, {})))
 
 
 def test_smoothed_labels_keep_the_contract():

@@ -9,6 +9,7 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -597,6 +598,94 @@ def half_an_adapter_as_the_model(scene):
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
     scene.recipe["model"] = str(adapter)
+
+
+TOPICS = ["garden", "harbour", "kitchen"]
+
+
+def teach(scene: Scene, task: dict[str, Any], model: str = "bert", status: str = "finished") -> None:
+    """As much of a finished run as is read before its weights are, and let the recipe learn from it."""
+    run = scene.path / "teacher"
+    shutil.copytree(scene.checkpoint(model), run / "model")
+    kwargs = {"dtype": "float32", "num_labels": len(task.get("labels", ()))}
+    artifact = {"loads_with": "transformers", "auto_class": "AutoModelForSequenceClassification", "load_kwargs": kwargs}
+    manifest = {"status": status, "artifact": artifact, "verification": {"base_sha256": None}, "parameters": {"total": 10**6}}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    scene.file("teacher/recipe.yaml", yaml.safe_dump(scene.recipe | {"task": task, "data": scene.recipe["data"] | {"max_length": 96}}))
+    scene.recipe["objective"] = {"kind": "distill", "teacher": str(run)}
+
+
+@mistake(2, r"objective\.teacher: .*gone does not exist; train the teacher with ftkit first, then name its run")
+def no_teacher(scene):
+    scene.recipe["objective"] = {"kind": "distill", "teacher": "gone"}
+
+
+@mistake(2, r"objective\.teacher: .* is no run directory; train the teacher")
+def a_teacher_that_ftkit_did_not_train(scene):
+    scene.recipe["objective"] = {"kind": "distill", "teacher": scene.checkpoint("bert")}
+
+
+@mistake(2, r"missing required key `objective\.teacher`: run directory of the trained teacher")
+def distillation_without_a_teacher(scene):
+    scene.recipe["objective"] = "distill"
+
+
+@mistake(2, r"teacher has no model yet: its run is preempted")
+def a_teacher_that_still_learns(scene):
+    teach(scene, {"kind": "text-classification", "labels": TOPICS}, status="preempted")
+
+
+@mistake(2, r"teacher was trained for token-classification, and this run is for text-classification")
+def a_teacher_of_another_task(scene):
+    teach(scene, {"kind": "token-classification"})
+
+
+@mistake(2, r"teacher was trained for problem: multi-label, and this run is for single-label")
+def a_teacher_of_another_problem(scene):
+    teach(scene, {"kind": "text-classification", "problem": "multi-label", "labels": TOPICS})
+
+
+@mistake(2, r"teacher has other labels: bad, good; this run has garden, harbour, kitchen\. Give them in task\.labels as the teacher has them")
+def a_teacher_of_other_labels(scene):
+    teach(scene, {"kind": "text-classification", "problem": "single-label", "labels": ["bad", "good"]})
+
+
+@mistake(2, r"teacher has the same labels in another order: kitchen, harbour, garden; this run has garden, harbour, kitchen")
+def a_teacher_with_its_labels_in_another_order(scene):
+    teach(scene, {"kind": "text-classification", "problem": "single-label", "labels": TOPICS[::-1]})
+
+
+@mistake(2, r"teacher has another tokenizer, and token-classification compares scores token by token, .*; use a student with the teacher's tokenizer")
+def a_teacher_of_other_tokens(scene):
+    scene.recipe |= {"task": {"kind": "token-classification", "labels": ["O", "B-X"]}}
+    scene.train("t.conll", "old O\nboats B-X\n")
+    del scene.recipe["data"]["validation"]
+    teach(scene, scene.recipe["task"], "gpt2")
+
+
+@mistake(2, r"data\.max_length: 150, but objective\.teacher: .*teacher has 96 positions; give 96 or fewer")
+def rows_longer_than_the_teacher_reads(scene):
+    teach(scene, {"kind": "text-classification", "problem": "single-label", "labels": TOPICS})
+    scene.recipe["model"] = {"name": scene.recipe["model"], "config": {"max_position_embeddings": 150}, "init": "random"}
+    scene.recipe["data"]["max_length"] = 150
+
+
+@mistake(2, r"objective distill: text-classification with numbers has no scores of classes that could be softened; use objective: supervised")
+def a_teacher_of_numbers(scene):
+    scene.recipe |= {"task": {"kind": "text-classification", "problem": "regression"}, "objective": {"kind": "distill", "teacher": "gone"}}
+    scene.recipe["data"] = {"train": str(scene.data.scored / "train.csv")}
+
+
+@mistake(7, r"the scores that the teacher gives 32 items, 3 each, take 384 .*, and the cache may hold 100 .*; set FTKIT_CACHE_LIMIT higher, or let the teacher")
+def a_cache_too_small_for_what_the_teacher_says(scene):
+    teach(scene, {"kind": "text-classification", "problem": "single-label", "labels": TOPICS})
+    scene.monkeypatch.setenv("FTKIT_CACHE_LIMIT", "100")
+
+
+@mistake(7, r"the scores that the teacher gives 32 items, 3 each, take 384 .*, and .*cache.* has 100 .*; set FTKIT_CACHE to another place, or let the teacher")
+def a_disk_too_full_for_what_the_teacher_says(scene):
+    teach(scene, {"kind": "text-classification", "problem": "single-label", "labels": TOPICS})
+    scene.monkeypatch.setattr("ftkit.teachers.shutil.disk_usage", lambda path: SimpleNamespace(free=100))
 
 
 @pytest.mark.parametrize("name", MISTAKES)

@@ -110,6 +110,20 @@ def test_the_loss_of_two_processes_is_weighted_by_tokens(model, rows, method, ft
     assert_alike(one, two)
 
 
+@pytest.mark.parametrize("cache", [True, False])
+def test_two_processes_learn_from_a_teacher_what_one_learns(cache, ftkit, of_processes, verify_here, monkeypatch, tmp_path):
+    path, teacher = of_processes(1, "bert", "single", "teacher")
+    assert ftkit("train", path, "train.steps=4").code == 0
+    objective = {"kind": "distill", "teacher": str(teacher), "cache": cache}
+    alone, one = of_processes(1, "bert", "single", "one", objective=objective)
+    assert ftkit("train", alone, "train.steps=12").code == 0
+    monkeypatch.setenv("FTKIT_CACHE", str(tmp_path / "cache"))  # where the two have to ask for themselves
+    path, two = of_processes(2, "bert", "single", "two", objective=objective)
+    outcome = ftkit("train", path, "train.steps=12")
+    assert outcome.code == 0, outcome.err
+    assert_alike(one, two)
+
+
 def test_rows_learn_from_those_of_the_other_process(ftkit, of_processes, verify_here):
     alone, one = of_processes(1, "bert", "matched", "one")
     assert ftkit("train", alone, "train.accumulate=1", "train.steps=12").code == 0

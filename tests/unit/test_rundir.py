@@ -14,9 +14,10 @@ def write_manifest(directory, **facts):
     (directory / "manifest.json").write_text(json.dumps(facts))
 
 
-def prepared(model=None, train="train.csv", validation=None):
+def prepared(model=None, train="train.csv", validation=None, **objective):
     data = SimpleNamespace(train=train, validation=validation, test=None)
-    return SimpleNamespace(source=model and SimpleNamespace(name=str(model), adapter=None), recipe=SimpleNamespace(data=data))
+    recipe = SimpleNamespace(data=data, objective=SimpleNamespace(**objective))
+    return SimpleNamespace(source=model and SimpleNamespace(name=str(model), adapter=None), recipe=recipe)
 
 
 @pytest.mark.parametrize("overwrite", [True, False])
@@ -45,4 +46,6 @@ def test_a_run_is_not_written_over_what_it_starts_from(tmp_path):
         rundir.spare(tmp_path / "run", prepared(model=tmp_path / "run" / "model"))
     with pytest.raises(RecipeError, match="which it starts from"):
         rundir.spare(tmp_path / "run", prepared(validation={"mine": str(rows)}))
+    with pytest.raises(RecipeError, match="which it starts from"):
+        rundir.spare(tmp_path / "run", prepared(teacher=str(tmp_path / "run")))
     rundir.spare(tmp_path / "other", prepared(model=tmp_path / "run" / "model", train=[str(rows)]))

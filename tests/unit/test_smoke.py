@@ -113,6 +113,17 @@ def test_every_method_is_rehearsed_for_every_task(smoke, data, tmp_path, task, m
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("task", "method"), [("text-classification", "full"), ("masked-lm", "full"), ("causal-lm", "lora")])
+def test_a_tiny_teacher_is_trained_first(smoke, data, task, method):
+    model, kinds = MODELS[task]
+    train = str(next(getattr(data, kinds[0]).glob("train.*")))
+    objective = {"kind": "distill", "teacher": "runs/large"}
+    done = smoke({"model": model, "task": task, "method": method, "objective": objective, "data": {"train": train, "validation": 0.2}})
+    assert done.code == 0, done.err
+    assert re.search("substituted: a tiny model, trained first, stands for the teacher .*runs/large", done.err)
+    assert "its teacher" in done.err
+
+
 HALF = {"name": "google/flan-t5-small", "dtype": "float16"}  # T5 keeps some of its weights in float32 all the same
 
 

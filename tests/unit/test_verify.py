@@ -179,7 +179,7 @@ def test_one_changed_element_of_an_adapter_is_seen(tmp_path, model, tokenizer, v
 
 def written_so(directory, expected):
     """The files are digested again, as if the save itself had gone wrong."""
-    expected.files = verify._file_digests(directory)
+    expected.files = verify.file_digests(directory)
     return expected
 
 

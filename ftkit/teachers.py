@@ -1,0 +1,329 @@
+"""Teachers: finished runs, which an objective compares its own model with.
+
+What a teacher makes of a row changes in no epoch, unless the row does.  Computed once, it lies in the cache under the hash of
+teacher and rows, and the teacher is not loaded again: all logits where there are few classes, else those of the most likely
+ones and of the others together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from ftkit import chunks, layout, prepare, prompts, reload, rundir, verify
+from ftkit.data import cache
+from ftkit.data.batches import by_length, collate
+from ftkit.data.ondisk import Stored
+from ftkit.device import free_memory
+from ftkit.errors import DiskError, RecipeError
+from ftkit.loop import Trainee
+from ftkit.model import Source, hub_errors, max_positions, num_values
+from ftkit.opened import open_run
+from ftkit.quantities import size
+from ftkit.recipe import read
+
+if TYPE_CHECKING:
+    from ftkit.data.features import FeatureSet, Numbers
+    from ftkit.data.types import Batch, Items, Limits
+    from ftkit.objectives.distill import Distill
+    from ftkit.report import Reporter
+    from ftkit.session import Session
+    from ftkit.tasks import Task
+
+SCORED = ("classes", "labels", "positions")  # targets that logits are softened over
+
+
+class Teacher(Protocol):
+    """What a trainee asks."""
+
+    def answers(self, batch: Batch, student: Items) -> Items:
+        """The student's items of a batch as the teacher has them, in the same order."""
+        ...
+
+
+# --- before anything is loaded ----------------------------------------------------------------------------
+
+
+def check(path: str, task: Task, tokenizer: Any, limits: Limits) -> None:
+    """Refuse a teacher that is no finished run, or one of another task, of other labels, tokens or lengths; without its weights."""
+    if task.targets not in SCORED or getattr(task, "coupled", False) or hasattr(task, "counts"):
+        raise RecipeError(f"objective distill: {task.kind} with {task.targets} has no scores of classes that could be softened; use objective: supervised")
+    run, told = Path(path), f"objective.teacher: {path}"
+    if not rundir.is_run(run):
+        what = "is no run directory" if run.exists() else "does not exist"
+        raise RecipeError(f"{told} {what}; train the teacher with ftkit first, then name its run")
+    artifact, theirs = rundir.finished(run)["artifact"], read(run / "recipe.yaml").recipe.task
+    if theirs.kind != task.kind:
+        raise RecipeError(f"{told} was trained for {theirs.kind}, and this run is for {task.kind}")
+    if (own := getattr(task, "problem", None)) != (other := getattr(theirs, "problem", None)):
+        raise RecipeError(f"{told} was trained for problem: {other}, and this run is for {own}")
+    labels, others = (list(getattr(each, "labels", None) or ()) for each in (task, theirs))
+    if labels != others:
+        what = "the same labels in another order" if sorted(labels) == sorted(others) else "other labels"
+        raise RecipeError(f"{told} has {what}: {', '.join(others)}; this run has {', '.join(labels)}. Give them in task.labels as the teacher has them")
+    if not _reads(run, artifact, tokenizer):
+        if task.targets == "positions" or not _of_rows(task):
+            raise RecipeError(
+                f"{told} has another tokenizer, and {task.kind} compares scores token by token, which are not the same ones; "
+                "use a student with the teacher's tokenizer"
+            )
+    elif (positions := max_positions(config_of(run))) is not None and positions < limits.max_length:
+        raise RecipeError(f"data.max_length: {limits.max_length}, but {told} has {positions} positions; give {positions} or fewer")
+
+
+def _of_rows(task: Task) -> bool:
+    """Whether a row as a whole is scored."""
+    return task.auto_class == "AutoModelForSequenceClassification"
+
+
+def _reads(run: Path, artifact: dict[str, Any], tokenizer: Any) -> bool:
+    """Whether a tokenizer gives the tokens that a run's model knows."""
+    return bool(reload.load_tokenizer(run / "model", artifact).get_vocab() == tokenizer.get_vocab())
+
+
+def config_of(run: Path) -> Any:
+    """That of a run's model, without its weights."""
+    from transformers import AutoConfig
+
+    artifact = rundir.finished(run)["artifact"]
+    name = reload.base_name(run / "model", artifact) if artifact.get("base") else str(run / "model")
+    with hub_errors(Source(name, artifact.get("revision"))):
+        return AutoConfig.from_pretrained(name, revision=artifact.get("revision"))
+
+
+# --- asked in each step -----------------------------------------------------------------------------------
+
+
+def assign(session: Session, report: Reporter, poll: Callable[[], None]) -> None:
+    """Give the trainee of a session the teacher that its objective names, if it names one: what that says is cached, unless rows change in each epoch.
+
+    `poll` may raise to stop.
+    """
+    objective: Distill = session.recipe.objective
+    if not hasattr(objective, "teacher"):
+        return
+    trainee, features = session.trainee, session.prepared.train
+    _say_sizes(Path(objective.teacher), trainee, report)
+    lessons = _lessons(session, report, poll)
+    if objective.cache and features.corruption is None:
+        trainee.teacher = _cached(session, lessons, report, poll)
+        return
+    if objective.cache:
+        report.note("objective.cache: rows are masked anew in each epoch, so that the teacher is asked in each step")
+    trainee.teacher = Live(_open(session, report), lessons)
+
+
+def _say_sizes(run: Path, student: Trainee, report: Reporter) -> None:
+    own, other = sum(map(num_values, student.held())), rundir.finished(run)["parameters"]["total"]
+    told = f"the student has {own:,} parameters, its teacher {other:,}"
+    report.note(told) if own < other else report.warn(f"{told}: it is no smaller")
+
+
+class Lessons(NamedTuple):
+    """The training rows as the teacher reads them."""
+
+    features: FeatureSet
+    place: np.ndarray | None  # int64 [n]: which one each of the student's features is; None: they are the student's own
+    pad_token_id: int
+
+    def batch(self, indices: np.ndarray) -> Batch:
+        return collate(self.features, indices, self.pad_token_id)
+
+
+def _lessons(session: Session, report: Reporter, poll: Callable[[], None]) -> Lessons:
+    """Rows as a whole are read by the teacher's own tokenizer."""
+    run, own = Path(session.recipe.objective.teacher), session.prepared.train
+    artifact = rundir.finished(run)["artifact"]
+    if _reads(run, artifact, session.tokenizer):
+        return Lessons(own, None, session.pad_token_id)
+    tokenizer, theirs = reload.load_tokenizer(run / "model", artifact), read(run / "recipe.yaml").recipe
+    limits = session.limits._replace(max_length=theirs.data.max_length or session.limits.max_length, truncation="right")
+    rows = session.prepared.rows.train
+    done = prepare.tokenise("train, for the teacher,", rows, session.recipe.task, tokenizer, limits, session.recipe.data.on_bad_rows, report, poll)
+    place = np.searchsorted(done.features.row[:], own.row[:])
+    assert (done.features.row[:][place] == own.row[:]).all(), "no tokenizer leaves rows out"
+    return Lessons(done.features, place, tokenizer.pad_token_id)
+
+
+def _open(session: Session, report: Reporter) -> Trainee:
+    """The teacher, frozen and in eval mode, in the dtype or the bits that it is stored in."""
+    recipe = session.recipe
+    with report.stage("loading the teacher"), torch.random.fork_rng():  # whether it is loaded or cached, the student draws the same
+        opened = open_run(recipe.objective.teacher, session.accelerator.device)
+    model = opened.model.requires_grad_(False)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    asked = "auto" if recipe.train.layout == "flat" else recipe.train.layout
+    teacher = Trainee(model, base.base_model, recipe.task, recipe.objective, layout.flat(asked, "bucketed", recipe, base, report)).eval()
+    layout.tried(asked, "bucketed", teacher, session.prepared.train, session.pad_token_id, session.precision, report)
+    return teacher
+
+
+class Live(NamedTuple):
+    """A teacher that is asked in each step."""
+
+    trainee: Trainee
+    lessons: Lessons
+
+    def answers(self, batch: Batch, student: Items) -> Items:
+        if self.lessons.place is not None:
+            batch = self.lessons.batch(self.lessons.place[batch.source[1]]).to(student.states.device)
+        items = _asked(self.trainee, batch)
+        return replace(items, states=_as_many(items.states, len(student)))
+
+
+@torch.no_grad()
+def _asked(teacher: Trainee, batch: Batch) -> Items:
+    """The items of a batch, before the head."""
+    with prompts.given(teacher.model, batch) as extended:
+        items = teacher.items(extended, positions=False)
+    assert not isinstance(items, tuple), "`check` refuses losses of several parts"
+    virtual = prompts.of(teacher.model)
+    return items if virtual is None or items.head is None else replace(items, head=virtual.given()(items.head))
+
+
+def _as_many(states: torch.Tensor, count: int) -> torch.Tensor:
+    """Filled up to as many as the student has, whose batch may be filled up by items of weight 0; none in a batch that has no weight at all."""
+    missing = max(0, count - len(states))
+    return torch.cat((states[:count], states.new_zeros(missing, *states.shape[1:]))) if missing else states[:count]
+
+
+# --- asked once -------------------------------------------------------------------------------------------
+
+
+class Cached(NamedTuple):
+    """What a teacher said of all training rows: N items in the order of its features."""
+
+    lessons: Lessons
+    offsets: np.ndarray  # int64 [m + 1]: feature i has the items from offsets[i] to offsets[i + 1]
+    scores: torch.Tensor  # float32 [N, C]: logits; or of the k most likely classes and, in the last place, of each other one, [N, k + 1]
+    classes: torch.Tensor | None  # int32 [N, k]: which these are
+    num_classes: int  # C
+
+    def answers(self, batch: Batch, student: Items) -> Items:
+        features = batch.source[1] if self.lessons.place is None else self.lessons.place[batch.source[1]]
+        places = torch.from_numpy(np.concatenate([np.arange(self.offsets[i], self.offsets[i + 1]) for i in features]))
+        parts = [self.scores[places]] if self.classes is None else [self.scores[places], self.classes[places].float()]  # which is exact up to 2^24
+        states = _as_many(torch.cat(parts, 1), len(student)).to(student.states.device)
+        if self.classes is None:
+            return replace(student, states=states[:, : student.num_classes] if student.kind == "positions" else states, head=None, layer=None)
+        return replace(student, states=states, head=self._whole, layer=None)
+
+    def _whole(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits [m, C] of scores and classes side by side, [m, 2 k + 1]."""
+        k = states.shape[1] // 2
+        return states[:, k : k + 1].repeat(1, self.num_classes).scatter(1, states[:, k + 1 :].long(), states[:, :k])
+
+
+def _cached(session: Session, lessons: Lessons, report: Reporter, poll: Callable[[], None]) -> Cached:
+    """As it lies in the cache, or as the teacher says now."""
+    objective: Distill = session.recipe.objective
+    key = cache.key_of(
+        teacher=_sha256(Path(objective.teacher)),
+        rows=_content(lessons.features),
+        top_k=objective.top_k,
+        temperature=objective.temperature,
+        precision=session.precision,
+    )
+    computed = []
+
+    def compute() -> dict[str, torch.Tensor]:
+        computed.append(key)
+        return _said(session, lessons, report, poll)
+
+    tensors = cache.cached(key, compute, load_file, lambda value, path: save_file(value, path), report.note, poll)
+    if not computed:
+        report.note(f"what the teacher says of {len(tensors['scores']):,} items is in the cache: it is not loaded")
+    return Cached(lessons, tensors["offsets"].numpy(), tensors["scores"], tensors.get("classes"), int(tensors["num_classes"]))
+
+
+def _said(session: Session, lessons: Lessons, report: Reporter, poll: Callable[[], None]) -> dict[str, torch.Tensor]:
+    """What `Cached` holds, by its names.  Says what disk that takes; raises DiskError where it is not there."""
+    objective: Distill = session.recipe.objective
+    features, device = lessons.features, session.accelerator.device
+    teacher = _open(session, report)
+    with torch.no_grad(), session.accelerator.autocast():
+        longest = _asked(teacher, lessons.batch(np.argmax(features.lengths, keepdims=True)).to(device))
+        width, supervised = longest.num_classes, _supervised(features)
+        counts = supervised * (len(longest) // supervised[np.argmax(features.lengths)])  # a question has two items
+        offsets = np.concatenate(([0], counts.cumsum()))
+        k = objective.top_k if longest.kind == "classes" and width > 2 * objective.top_k else 0
+        told = f"those of the {k} most likely of {width:,} classes each" if k else f"{width:,} each"
+        _check_room(int(offsets[-1]) * 4 * (2 * k + 1 if k else width), f"the scores that the teacher gives {offsets[-1]:,} items, {told}", report)
+        found = {"scores": torch.full((int(offsets[-1]), k + 1 if k else width), -torch.inf)}
+        if k:
+            found["classes"] = torch.zeros(int(offsets[-1]), k, dtype=torch.int32)
+        with report.stage("asking the teacher", len(features)) as stage:
+            for indices in by_length(features.lengths, session.recipe.eval.batch_size):
+                places = torch.from_numpy(np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in indices]))
+                items = _asked(teacher, lessons.batch(indices).to(device))
+                for part in items.parts(chunks.chunk_size(items)):
+                    logits = items.scores(part).logits.float()
+                    if k:
+                        logits, which = _most_likely(logits, k, objective.temperature)
+                        found["classes"][places[part]] = which.int().cpu()
+                    found["scores"][places[part], : logits.shape[1]] = logits.cpu()
+                stage.advance(len(indices))
+                poll()
+    del teacher
+    free_memory()
+    return found | {"offsets": torch.from_numpy(offsets), "num_classes": torch.tensor(width)}
+
+
+def _most_likely(logits: torch.Tensor, k: int, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of logits [m, C] other ones of the k most likely classes, and of each of the rest alike, [m, k + 1], and which they are, int64 [m, k].
+
+    At the temperature these have the probabilities that the teacher gives them, and the rest has what is left.
+    """
+    likely, which = (logits / temperature).log_softmax(-1).topk(k)
+    rest = torch.log1p(-likely.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-7)) - np.log(logits.shape[1] - k)
+    return temperature * torch.cat((likely, rest), 1), which
+
+
+def _supervised(features: FeatureSet) -> np.ndarray:
+    """int64 [n]: supervised targets of each feature."""
+    weighed = np.concatenate([block != 0 for block in _blocks(features.weights)])
+    if features.per_row:
+        return weighed.astype(np.int64)
+    bounds = (features.offsets if features.target_offsets is None else features.target_offsets)[:]
+    return np.diff(np.concatenate(([0], weighed.cumsum()))[bounds])
+
+
+def _check_room(needed: int, what: str, report: Reporter) -> None:
+    directory, most = cache.directory().absolute(), cache.limit()
+    free = shutil.disk_usage(next(path for path in (directory, *directory.parents) if path.exists())).free
+    otherwise = "or let the teacher be asked in each step (objective.cache: false)"
+    if needed > most:
+        raise DiskError(f"{what}, take {size(needed)}, and the cache may hold {size(most)}; set FTKIT_CACHE_LIMIT higher, {otherwise}")
+    if needed > free:
+        raise DiskError(f"{what}, take {size(needed)}, and {directory} has {size(free)}; set FTKIT_CACHE to another place, {otherwise}")
+    report.note(f"not in the cache yet: {what}, take {size(needed)} in {directory}")
+
+
+def _sha256(run: Path) -> str:
+    """Of a run's model, and of what it stands on."""
+    manifest = rundir.finished(run)
+    return cache.key_of(files=verify.file_digests(run / "model"), base=manifest["verification"]["base_sha256"], artifact=manifest["artifact"])
+
+
+def _content(features: FeatureSet) -> str:
+    """sha256 of what a teacher reads, and of which targets are supervised."""
+    digest = hashlib.sha256()
+    for part in (features.input_ids, features.offsets, features.token_type_ids, features.target_offsets, features.targets if features.apart else None):
+        for block in _blocks(part) if part is not None else ():
+            digest.update(np.ascontiguousarray(block).tobytes())
+        digest.update(b"end of a part")
+    for block in _blocks(features.weights):
+        digest.update((block != 0).tobytes())
+    return digest.hexdigest()
+
+
+def _blocks(numbers: Numbers) -> Iterable[np.ndarray]:
+    return numbers.blocks() if isinstance(numbers, Stored) else [numbers]

@@ -1,0 +1,120 @@
+"""Distillation end to end: a student learns from a teacher that is asked in each step, and the same from what it said once."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from ftkit import teachers
+
+SMALLER = {  # the lower one of the two layers of the tests' models
+    "bert": {"num_hidden_layers": 1},
+    "gpt2": {"n_layer": 1},
+    "llama": {"num_hidden_layers": 1},
+    "t5": {"num_layers": 1, "num_decoder_layers": 1},
+    "bert-masked": {"num_hidden_layers": 1},
+}
+
+
+@pytest.fixture
+def distil(ftkit, recipe, checkpoint, verify_here, tmp_path):
+    """distil(model, rows) trains a teacher and gives a function, student(name, objective settings), that trains one of it: its run, and what was told."""
+
+    def teach(taught: str, rows: str, train: dict | None = None, **sections):
+        teacher = tmp_path / "teacher"
+        path = recipe(taught, rows, train or {"steps": 2}, "teacher.yaml", output=str(teacher), **sections)
+        outcome = ftkit("train", path, "--overwrite")
+        assert outcome.code == 0, outcome.err
+
+        def student(name: str, of: str = taught, smaller: bool = True, train: dict | None = None, **objective) -> tuple[Path, str]:
+            model = {"name": checkpoint(of), "config": SMALLER[of] if smaller else {}}
+            settings = {"kind": "distill", "teacher": str(teacher)} | objective
+            path = recipe(model, rows, train, f"{name}.yaml", output=str(tmp_path / name), **sections | {"objective": settings})
+            outcome = ftkit("train", path)
+            assert outcome.code == 0, outcome.err
+            return tmp_path / name, outcome.err
+
+        return student
+
+    return teach
+
+
+def losses(run: Path) -> list[float]:
+    return [step["loss"] for step in map(json.loads, (run / "log.jsonl").read_text().splitlines()) if "split" not in step]
+
+
+@pytest.mark.parametrize(
+    ("model", "rows"),
+    [
+        ("bert", "single"),
+        ("bert", "pairs"),
+        ("gpt2", "labelled"),
+        ("bert", "tagged"),
+        ("bert", "asked"),
+        ("gpt2", "prompts"),
+        ("llama", "chats"),
+        ("t5", "rewritten"),
+    ],
+)
+def test_a_cached_teacher_says_what_a_live_one_says(model, rows, distil, monkeypatch):
+    student = distil(model, rows)
+    live, _ = student("live", cache=False)
+    cached, told = student("cached", top_k=1000)
+    assert "not in the cache yet: the scores that the teacher gives" in told
+    assert losses(cached) == pytest.approx(losses(live), rel=1e-5)
+    monkeypatch.setattr(teachers, "open_run", None)
+    again, told = student("again", top_k=1000)
+    assert "is in the cache: it is not loaded" in told
+    assert losses(again) == losses(cached)
+
+
+def test_another_teacher_is_asked_anew(distil):
+    student = distil("bert", "single")
+    student("one")
+    _, told = student("two", train={"steps": 1})
+    assert "is in the cache" in told
+    distil("bert", "single", {"steps": 3})
+    _, told = student("three")
+    assert "not in the cache yet" in told
+
+
+def test_a_teacher_with_other_tokens_reads_rows_in_its_own(distil):
+    """A decoder teaches an encoder, each with a tokenizer of its own."""
+    student = distil("gpt2", "single")
+    live, cached = (losses(student(str(cache), of="bert", cache=cache)[0]) for cache in (False, True))
+    assert cached == pytest.approx(live, rel=1e-5)
+
+
+def test_a_student_that_is_no_smaller_is_warned_of(distil):
+    _, told = distil("bert", "single")("run", smaller=False)
+    assert re.search(r"warning: the student has [\d,]+ parameters, its teacher [\d,]+: it is no smaller", told)
+
+
+def test_the_same_batch_has_the_same_loss_to_the_bit(distil):
+    student = distil("bert", "single")
+    once = {"steps": 1, "batch_size": 32, "layout": "padded"}
+    live, cached = (losses(student(str(cache), train=once, cache=cache)[0]) for cache in (False, True))
+    assert live == cached
+
+
+def test_the_most_likely_tokens_tell_nearly_all(distil):
+    student = distil("gpt2", "prompts", {"steps": 60, "learning_rate": 1e-2})
+    every = losses(student("all", cache=False, train={"steps": 1}, temperature=1.0)[0])
+    few = losses(student("few", top_k=32, train={"steps": 1}, temperature=1.0)[0])
+    assert few != every
+    assert few == pytest.approx(every, rel=1e-3)
+
+
+def test_rows_masked_anew_are_asked_about_in_each_step(distil):
+    student = distil("bert-masked", "masked")
+    run, told = student("run")
+    assert "objective.cache: rows are masked anew in each epoch, so that the teacher is asked in each step" in told
+    assert len(losses(run)) == 4
+
+
+def test_the_datas_own_targets_alone_are_supervised(distil, ftkit, recipe, checkpoint, tmp_path):
+    run, _ = distil("bert", "single")("run", alpha=1.0)
+    smaller = {"name": checkpoint("bert"), "config": SMALLER["bert"]}
+    assert ftkit("train", recipe(smaller, "single", output=str(tmp_path / "supervised"))).code == 0
+    assert losses(run) == losses(tmp_path / "supervised")
