@@ -9,7 +9,7 @@ import json
 import logging
 from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +17,7 @@ import torch
 import transformers
 from torch import nn
 
-from ftkit import big_bird, reformer, rundir, vocabulary
+from ftkit import big_bird, reformer, rundir, students, vocabulary
 from ftkit.errors import FtkitError, HubError, MissingDependency, RecipeError
 from ftkit.exits import DISK_ERRORS
 from ftkit.methods.modules import added, base_prefix, linear_modules
@@ -66,11 +66,12 @@ class Base:
     load_kwargs: dict[str, Any] = field(default_factory=dict)  # JSON-able: what the method added to from_pretrained
     initial: dict[str, torch.Tensor] = field(default_factory=dict)  # what a method's save needs of the state that its apply made
     added: list[int] = field(default_factory=list)  # tokens that the stored weights do not know
+    cut: bool = False  # a part of the stored weights
 
     @property
     def stored(self) -> bool:
-        """Whether these weights lie somewhere as they are: not random ones, not those with an adapter merged, and not those with tokens added."""
-        return self.source is not None and self.source.adapter is None and not self.added
+        """Whether these weights lie somewhere as they are: not random ones, not those with an adapter merged, tokens added, or layers left out."""
+        return self.source is not None and self.source.adapter is None and not self.added and not self.cut
 
     @property
     def new_modules(self) -> list[str]:
@@ -173,7 +174,7 @@ def load_config(model: Model, source: Source | None, tokenizer: Any = None) -> t
     if model.config:
         with _config_errors():  # its own checks speak now, not when the trained model is saved
             config.validate()
-    return config
+    return students.config_of(config, model)
 
 
 def adopt_tokens(config: transformers.PreTrainedConfig, tokenizer: Any, given: Container[str] = ()) -> None:
@@ -376,7 +377,7 @@ def plan(model: Model, source: Source | None, config: Any, tokenizer: Any, task:
             "name another one in model.tokenizer"
         )
     extra = method.load_kwargs(head, precision)
-    base = Base(plain, tokenizer, None if model.init == "random" else source, task, head, load_kwargs=extra, added=added)
+    base = Base(plain, tokenizer, None if model.init == "random" else source, task, head, load_kwargs=extra, added=added, cut=model.cut)
     _check_bits(model, base, method)
     return base
 
@@ -398,6 +399,8 @@ def _check_bits(model: Model, base: Base, method: Method) -> None:
         raise RecipeError(f"{asked}; with init: random there are none (train them first, then name that run)")
     if base.added:
         raise RecipeError(f"{asked}, where no tokens can be added; train these first (model.add_tokens), then name that run")
+    if base.cut:
+        raise RecipeError(f"{asked}, where nothing can be left out; train the student first (model.layers, model.convert), then name that run")
     if base.source.adapter:
         raise RecipeError(f"{asked}, and {model.name} holds an adapter: merge it first: ftkit merge-adapter {model.name} -o DIR")
     if base.model.config.model_type in TURNS_STATES_INTO_BYTES:
@@ -449,6 +452,10 @@ def load(
         mend(built)
         return Base(built, tokenizer, None, task, head)
     assert source is not None
+    if model.cut:
+        plain = model.model_copy(update={"layers": None, "convert": None})
+        whole = load(plain, source, load_config(plain, source, tokenizer), tokenizer, task, method, dtype, seed, device, precision)
+        return _part(model, whole, planned, cls.from_config(planned.model.config, dtype=dtype, trust_remote_code=model.trust_remote_code, **options))
     placement = {"device_map": {"": device}} if extra else {}
     with hub_errors(source):
         start = {"state_dict": _merged_weights(source, device)} if source.adapter else source.kwargs
@@ -491,6 +498,18 @@ def load(
     if method.frozen_base:
         _check_new_head(base, method)
     return base
+
+
+def _part(model: Model, whole: Base, planned: Base, student: transformers.PreTrainedModel) -> Base:
+    """The part of a loaded model that was planned, as this student, which is random so far."""
+    names = students.take(student, whole.model, model)
+    if student.can_generate():
+        student.generation_config = whole.model.generation_config
+    student.name_or_path = student.config._name_or_path = ""  # nowhere else are these weights
+    _let_padding_learn(student, whole.tokenizer)
+    mend(student)
+    random = {names[name] for name in whole.new if name in names} | (student.state_dict().keys() - set(names.values()))
+    return replace(whole, model=student, head=planned.head, new=random, cut=True)
 
 
 def _check_new_head(base: Base, method: Method) -> None:

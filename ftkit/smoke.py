@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from ftkit import device, kernels, model, prepare, rundir
+from ftkit import device, kernels, model, prepare, rundir, students
 from ftkit.data import formats, hub
 from ftkit.data.rows import load_rows
 from ftkit.data.types import Row, Rows
@@ -103,7 +103,8 @@ def shrink(resolved: Resolved, report: Reporter) -> Resolved:
     )
     if teacher := getattr(recipe.objective, "teacher", None):
         report.note(f"substituted: a tiny model, trained first, stands for the teacher {teacher}")
-        taught = {"output": str(workshop / "teacher"), "objective": Supervised()}
+        whole = small.model.model_copy(update={"layers": None, "convert": None})
+        taught = {"model": whole, "output": str(workshop / "teacher"), "objective": Supervised()}
         rundir.write_text(workshop / "teacher.yaml", dump(small.model_copy(update=taught)))
         small = small.model_copy(update={"objective": recipe.objective.model_copy(update={"teacher": taught["output"]})})
     rundir.write_text(workshop / "recipe.yaml", dump(small))
@@ -223,9 +224,10 @@ def _data(data: Data, rows: Rows, directory: Path, max_length: int) -> Data:
 def _model(recipe: Recipe, task: Task, rows: Rows, report: Reporter) -> tuple[Model, Any, Any]:
     """What the recipe says of the model, without its name; the tiny config; the tokenizer."""
     spec, method = recipe.model, recipe.method.miniature(NARROWEST)
+    stored = spec.model_copy(update={"layers": None, "convert": None})
     source = model.locate(spec)
     try:
-        config = model.load_config(spec, source)
+        config = model.load_config(stored, source)
     except HubError as error:
         kind = architecture(spec.name or "")
         if kind is None:
@@ -251,11 +253,11 @@ def _model(recipe: Recipe, task: Task, rows: Rows, report: Reporter) -> tuple[Mo
         report.note("model.attention: left to the model, since flash_attention_2 needs a GPU")
         spec = spec.model_copy(update={"attention": None})
     depth = config.get_text_config().num_hidden_layers
-    for layers in (LAYERS, depth):
+    for layers in (max(LAYERS, 1 + max(spec.layers or [0])), depth):
         small = miniature(config, layers, tokenizer)
         try:
             named = recipe.model.model_copy(update={"attention": spec.attention})
-            method.apply(model.plan(named, source, miniature(config, layers, tokenizer), tokenizer, task, method))
+            method.apply(model.plan(named, source, students.config_of(small, spec), tokenizer, task, method))
         except RecipeError:  # the method may name a layer that is not there
             if layers == depth:
                 raise

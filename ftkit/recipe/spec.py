@@ -107,6 +107,10 @@ class Model(Spec):
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = option(None, "attention implementation; the model's own choice if empty")
     init: Literal["pretrained", "random"] = option("pretrained", "start from stored weights, or from random ones of the same shape")
     config: dict[str, Any] = option({}, "overrides of the model's config; with init: random it may be the whole config")
+    layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = option(
+        None, "keep these layers of a stored model, counted from 0, with its embeddings, pooler and head; all if empty", "DistilBERT (arXiv 1910.01108, 3)"
+    )
+    convert: Literal["distilbert"] | None = option(None, "make of a stored BERT a DistilBERT, which has no second kind of text and no pooler")
     add_tokens: AddedTokens | None = option(None, "new tokens, which begin as something known, and learn: {tokens, file, init}")
     trust_remote_code: bool = option(False, "run Python code from the model's repository; needs a pinned revision (40 hex digits)")
 
@@ -116,9 +120,18 @@ class Model(Spec):
             raise ValueError("give model.name, or init: random with config: {model_type: ...}")
         if self.add_tokens and (self.init == "random" or isinstance(self.tokenizer, TrainedTokenizer)):
             raise ValueError("add_tokens is for a stored model; with init: random the tokenizer can be trained with all tokens that are wanted")
+        if self.cut and self.init == "random":
+            raise ValueError("layers and convert are for a stored model; with init: random give the config of the student in model.config")
+        if self.layers is not None and len(set(self.layers)) < len(self.layers):
+            raise ValueError("layers: one of them is there twice")
         if self.trust_remote_code and not (self.revision and len(self.revision) == 40 and set(self.revision) <= set("0123456789abcdef")):
             raise ValueError("trust_remote_code needs revision: a full commit of 40 hex digits, so that the code cannot change later")
         return self
+
+    @property
+    def cut(self) -> bool:
+        """Whether the model is a part of the stored one."""
+        return self.layers is not None or self.convert is not None
 
 
 class Data(Spec):

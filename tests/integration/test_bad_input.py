@@ -688,6 +688,36 @@ def a_disk_too_full_for_what_the_teacher_says(scene):
     scene.monkeypatch.setattr("ftkit.teachers.shutil.disk_usage", lambda path: SimpleNamespace(free=100))
 
 
+@mistake(2, r"model\.layers: there is no layer 2: bert has 2, counted from 0")
+def a_layer_that_is_not_there(scene):
+    scene.recipe["model"] = {"name": scene.recipe["model"], "layers": [0, 2]}
+
+
+@mistake(2, r"layers: one of them is there twice")
+def a_layer_twice(scene):
+    scene.recipe["model"] = {"name": scene.recipe["model"], "layers": [1, 1]}
+
+
+@mistake(2, r"layers and convert are for a stored model; with init: random give the config of the student in model\.config")
+def layers_of_nothing(scene):
+    scene.recipe["model"] = {"name": scene.recipe["model"], "layers": [1], "init": "random"}
+
+
+@mistake(2, r"model\.convert: distilbert is made of a BERT, and this is gpt2; leave it out")
+def a_distilbert_of_a_decoder(scene):
+    scene.recipe["model"] = {"name": scene.checkpoint("gpt2"), "convert": "distilbert"}
+
+
+@mistake(2, r"method qlora loads stored weights in few bits, where nothing can be left out; train the student first")
+def layers_in_few_bits(scene):
+    scene.recipe |= {"model": {"name": scene.recipe["model"], "layers": [1]}, "method": "qlora"}
+
+
+@mistake(2, r"model\.layers: the layers of Reformer\w+ cannot be told from its other modules; leave it out")
+def layers_of_two_streams(scene):
+    scene.recipe["model"] = {"name": scene.checkpoint("reformer"), "layers": [1]}
+
+
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_told_and_costs_nothing(name, scene, ftkit):
     spoil, code, message = MISTAKES[name]

@@ -91,6 +91,32 @@ def test_a_student_that_is_no_smaller_is_warned_of(distil):
     assert re.search(r"warning: the student has [\d,]+ parameters, its teacher [\d,]+: it is no smaller", told)
 
 
+@pytest.mark.parametrize(
+    ("model", "rows", "asked", "method"),
+    [
+        ("bert", "single", {"layers": [1]}, {"kind": "full"}),
+        ("bert-masked", "masked", {"layers": [0], "convert": "distilbert"}, {"kind": "full"}),
+        ("bert", "single", {"convert": "distilbert"}, {"kind": "lora", "r": 4}),
+        ("gpt2", "prompts", {"layers": [1, 0]}, {"kind": "lora", "r": 4}),
+    ],
+)
+def test_a_part_of_a_run_learns_without_a_teacher(model, rows, asked, method, ftkit, recipe, verify_here, tmp_path):
+    outcome = ftkit("train", recipe(model, rows, {"steps": 2}, output=str(tmp_path / "whole")))
+    assert outcome.code == 0, outcome.err
+    part = recipe({"name": str(tmp_path / "whole")} | asked, rows, {"steps": 2}, method=method)
+    assert ftkit("check", part).code == 0
+    shown = json.loads(ftkit("show", part, "--json").out)
+    outcome = ftkit("train", part)
+    assert outcome.code == 0, outcome.err
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["parameters"]["total"] == sum(group["total"] for group in shown["parameters"].values())
+    assert manifest["model"]["architecture"].startswith("DistilBert") is ("convert" in asked)
+    assert (tmp_path / "run" / "model" / "base").is_dir() is (method["kind"] == "lora")  # they are nowhere else
+    outcome = ftkit("eval", tmp_path / "run", "--json")
+    assert outcome.code == 0, outcome.err
+    assert json.loads(outcome.out)["metrics"]["test"] == pytest.approx(json.loads((tmp_path / "run" / "metrics.json").read_text())["test"], rel=1e-4)
+
+
 def test_the_same_batch_has_the_same_loss_to_the_bit(distil):
     student = distil("bert", "single")
     once = {"steps": 1, "batch_size": 32, "layout": "padded"}

@@ -124,6 +124,13 @@ def test_a_tiny_teacher_is_trained_first(smoke, data, task, method):
     assert "its teacher" in done.err
 
 
+def test_a_part_of_a_model_and_its_teacher_are_tiny(smoke, data):
+    model = {"name": "google-bert/bert-base-uncased", "layers": [1, 4, 11], "convert": "distilbert"}
+    done = smoke(classify(model, data.single / "train.csv", objective={"kind": "distill", "teacher": "runs/large"}))
+    assert done.code == 0, done.err
+    assert json.loads((Path(json.loads(done.out)["output"]) / "manifest.json").read_text())["model"]["architecture"].startswith("DistilBert")
+
+
 HALF = {"name": "google/flan-t5-small", "dtype": "float16"}  # T5 keeps some of its weights in float32 all the same
 
 
