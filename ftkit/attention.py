@@ -196,10 +196,12 @@ def attend(
 
     query, key, value: [1, heads, N, head_dim]; returns [1, N, heads, head_dim].  With segments comes the `flat` they
     are given by; without, it is transformers' own `sdpa`.  Of a module with a `prefix`, every position also attends to
-    that: keys and values [heads of keys, n, head_dim] each.  Raises Unsupported for what would change the result and is
-    not implemented.
+    that: keys and values [heads of keys, n, head_dim] each.  Of one with a `watch`, that is shown what is compared.
+    Raises Unsupported for what would change the result and is not implemented.
     """
     prefix = getattr(module, "prefix", None)
+    if watch := getattr(module, "watch", None):
+        watch(query, key, value)
     if segments is None or flat is None:
         if attention_mask is not None and attention_mask.shape == (1, 1, 1, 1) and key.shape[2] > 1:  # `Flat` is at work
             raise Unsupported("its layers do not pass on to attention which tokens belong together")

@@ -21,12 +21,14 @@ from ftkit import chunks, prompts, together
 from ftkit.data.batches import Sampler, ahead, collate, rounded, split
 from ftkit.data.types import Batch, Items, Scores
 from ftkit.errors import Diverged
+from ftkit.intermediate import token_weights
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from ftkit.attention import Flat
     from ftkit.frozen import Frozen
+    from ftkit.intermediate import Watch
     from ftkit.neftune import Noise
     from ftkit.objectives import Objective
     from ftkit.session import Session
@@ -54,6 +56,8 @@ class Trainee(nn.Module):
         super().__init__()
         self.model, self.task, self.objective, self.flat, self.noise, self.beside = model, task, objective, flat, noise, beside
         self.frozen: Frozen | None = None
+        self.watch: Watch | None = None  # of the layers, where they are compared with a teacher's
+        self.difference: Callable[[Batch], torch.Tensor] | None = None  # how far they are from these, summed over tokens
         self.teacher: Teacher | None = None  # whom the objective compares with; no module of this one, for it does not learn
         self._places: list[tuple[dict[str, nn.Parameter | None], str]] = []
         self.still = {name or "the whole base": module for module in frozen_bottom(inner) for name, other in inner.named_modules() if other is module}
@@ -76,7 +80,7 @@ class Trainee(nn.Module):
             batch, items = self.task.prior(self.beside, batch)
             earlier.append(items)
         with prompts.given(self.model, batch) as extended:  # heads are asked without any
-            items = self.items(extended, positions=judge is None)
+            items = self.items(extended, judged=judge is not None)
             if among is not None:
                 assert not isinstance(items, tuple), "rows that learn from each other have one loss"
                 items = among(items)
@@ -90,12 +94,14 @@ class Trainee(nn.Module):
                 parts = [replace(part, teacher=self.teacher.answers(batch, part)) for part in parts]
             parameters = self.held()
             losses = [part.share * chunks.loss(part, self.objective, parameters) for part in parts]
+            if self.difference is not None:
+                losses.append(self.difference(batch))
             return torch.stack(losses) if len(losses) > 1 else losses[0]
 
-    def items(self, batch: Batch, positions: bool) -> Items | tuple[Items, ...]:
-        """What the task makes of the model's states; `positions`: their number may be rounded up, by ones of weight 0."""
+    def items(self, batch: Batch, judged: bool = False) -> Items | tuple[Items, ...]:
+        """What the task makes of the model's states: there may be more of weight 0, to a round number, and layers are watched, unless it is `judged`."""
         if self.flat and self.flat.round_batches and made_for_each_shape(self.model):
-            batch = rounded(batch, positions=positions, widths=self.flat.fast_attention)
+            batch = rounded(batch, positions=not judged, widths=self.flat.fast_attention)
         with ExitStack() as stack:
             if self.flat:
                 stack.enter_context(self.flat.rows(batch.segments))
@@ -103,6 +109,8 @@ class Trainee(nn.Module):
                 stack.enter_context(self.noise.rows(batch))
             if self.frozen:
                 stack.enter_context(self.frozen.rows(batch, flat=self.flat is not None))
+            if self.watch and not judged:
+                stack.enter_context(self.watch.rows(batch))
             return self.task.items(self.model, batch)
 
     def held(self) -> list[nn.Parameter]:
@@ -117,7 +125,10 @@ class Trainee(nn.Module):
 
     def counts(self, batch: Batch) -> torch.Tensor:
         """What the sums of `forward` are divided by, of all parts of a batch on all processes together: float64 [], or [K]."""
-        return self.task.counts(batch) if hasattr(self.task, "counts") else batch.weights.double().sum()
+        if hasattr(self.task, "counts"):
+            return self.task.counts(batch)
+        items = batch.weights.double().sum()
+        return items if self.difference is None else torch.stack((items, token_weights(batch).double().sum()))
 
     def train(self, mode: bool = True) -> Trainee:
         """Training mode, except for frozen modules below the first one that learns: dropout there only adds noise."""

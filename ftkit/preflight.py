@@ -75,7 +75,7 @@ def check(resolved: Resolved, report: Reporter) -> list[FtkitError]:
     planned = attempt(model.plan, recipe.model, found.source, config, tokenizer, task, recipe.method, recipe.train.precision)
     if planned is not None and attempt(recipe.method.apply, planned) is not None:
         attempt(model.check_added, planned, recipe.method)
-        attempt(session.beside_of, recipe.train, planned)
+        attempt(session.beside_of, recipe.model_copy(update={"task": task}), planned)
         if recipe.train.gradient_checkpointing:
             attempt(session.check_checkpointing, planned, recipe.train)
         num_processes = attempt(launch.processes, recipe.train) or 1
@@ -130,8 +130,9 @@ def forecast(resolved: Resolved) -> Forecast:
     added = vocabulary.grow(plain, tokenizer, spec.add_tokens) if spec.add_tokens else []
     base = model.Base(plain, tokenizer, source if spec.init == "pretrained" else None, task, model.head_of(plain), added=added)
     learner = recipe.method.apply(base)
-    beside = session.beside_of(recipe.train, base)
-    parameters = model.parameters_by_group(learner, base.head) | session.parameters_beside(task, learner, beside)
+    recipe = recipe.model_copy(update={"task": task})
+    beside = session.beside_of(recipe, base)
+    parameters = model.parameters_by_group(learner, base.head) | session.parameters_beside(recipe, learner, beside)
     return Forecast(parameters, *layout.foreseen(recipe, plain), optim.learning_rate(resolved, config))
 
 

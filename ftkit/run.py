@@ -75,8 +75,8 @@ def _train(resolved: Resolved, stop: signals.StopRequest, resume: bool, overwrit
             rundir.write_text(output / "recipe.yaml", dump(prepared.recipe))
         with Manifest(output, before | describe(session), main) as manifest:
             position = _restore(session, output, report, resume)
-            session.compute_frozen(output, report, stop.poll)
             teachers.assign(session, report, stop.poll)
+            session.compute_frozen(output, report, stop.poll)
             once = len(session.frozen.layers) if session.frozen else 0
             if before.get("layers_computed_once", once) != once:  # memory or disk have room for other things than before
                 report.warn(f"not bit for bit as without the interruption: layers computed once were {before['layers_computed_once']} and are {once}")

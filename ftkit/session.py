@@ -96,6 +96,8 @@ class Session:
         """
         if not self.recipe.method.reuse or self.accelerator.num_processes > 1 or self.num_steps <= self.sampler.steps(1):
             return
+        if self.trainee.watch is not None:  # layers that are not run cannot be watched
+            return
         if (corruption := self.prepared.train.corruption) and (corruption.anew or self.beside):  # a generator learns, and writes other tokens
             return
         sets = [self.prepared.train, *(features for _, features in self.splits.values())]
@@ -110,7 +112,7 @@ class Session:
 
     def release(self) -> None:
         """Leave the model as its own code has it, for saving and comparing."""
-        for part in (self.flat, self.frozen, self.liger, self.trainee.noise):
+        for part in (self.trainee.watch, self.flat, self.frozen, self.liger, self.trainee.noise):
             if part is not None:
                 part.remove()
         if self.recipe.train.compile:
@@ -118,8 +120,11 @@ class Session:
         if self.used is not None:
             self.used.restore()
         device.use_tf32(False)
+        if not hasattr(self.recipe.task, "beside"):  # an objective's is of no use without its teacher
+            self.beside = self.trainee.beside = None
         self.flat = self.frozen = self.liger = self.used = None
-        self.trainee.flat = self.trainee.frozen = self.trainee.noise = self.trainee.teacher = None
+        self.trainee.flat = self.trainee.frozen = self.trainee.noise = None
+        self.trainee.watch = self.trainee.difference = self.trainee.teacher = None
 
 
 def together_with(learner: nn.Module, beside: nn.Module | None) -> nn.Module:
@@ -151,7 +156,7 @@ def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any]
             report.note(f"{model.share_in_few_bits(base.model):.0%} of the base's weights are in few bits, those of its linear modules")
         torch.manual_seed(train.seed)
         learner = method.apply(base)
-        beside = beside_of(train, base)
+        beside = beside_of(recipe, base)
     model.check_added(base, method)
     whole = together_with(learner, beside)
     for parameter in whole.parameters():
@@ -188,7 +193,7 @@ def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any]
         compiled.compile_layers(base.model)
         report.note("layers are compiled in the first steps, which takes a minute or more")
     schedule = optim.schedule(train, num_steps)
-    parameters = model.parameters_by_group(learner, base.head) | parameters_beside(base.task, learner, beside)
+    parameters = model.parameters_by_group(learner, base.head) | parameters_beside(recipe, learner, beside)
     used = _used_embeddings(prepared, base, world.size, precision, report)
     factor = method.lr_factor(base)
     optimizer = optim.build(
@@ -230,26 +235,31 @@ def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any]
     return session
 
 
-def beside_of(train: Train, base: Base) -> nn.Module | None:
-    """What the task lets learn beside the model, after `Method.apply`."""
-    task: Any = base.task
-    beside: nn.Module | None = task.beside(base.model) if hasattr(task, "beside") else None
+def beside_of(recipe: Recipe, base: Base) -> nn.Module | None:
+    """What the task, or else the objective, lets learn beside the model, after `Method.apply`."""
+    owner = _owner(recipe)
+    beside: nn.Module | None = owner.beside(base.model) if owner is not None else None
     if beside is None:
         return None
-    if train.parallel == "fsdp":
-        raise RecipeError(f"task {task.kind}: a {task.companion} learns beside the model, which alone train.parallel: fsdp shares out; use parallel: ddp")
-    if train.fast_dropout:
+    if recipe.train.parallel == "fsdp":
+        raise RecipeError(f"{owner.kind}: a {owner.companion} learns beside the model, which alone train.parallel: fsdp shares out; use parallel: ddp")
+    if recipe.train.fast_dropout:
         dropout.quicken(beside)
     return beside.to(base.model.device)
 
 
-def parameters_beside(task: Any, learner: nn.Module, beside: nn.Module | None) -> dict[str, dict[str, int]]:
+def _owner(recipe: Recipe) -> Any:
+    """Task or objective, whichever has something beside the model."""
+    return next((each for each in (recipe.task, recipe.objective) if hasattr(each, "beside")), None)
+
+
+def parameters_beside(recipe: Recipe, learner: nn.Module, beside: nn.Module | None) -> dict[str, dict[str, int]]:
     """Trainable and total parameters of what is beside the learner, without those that the two share."""
     if beside is None:
         return {}
     shared = {id(parameter) for parameter in learner.parameters()}
     own = [parameter for parameter in beside.parameters() if id(parameter) not in shared]
-    return {task.companion: {"trainable": sum(num_values(each) for each in own if each.requires_grad), "total": sum(map(num_values, own))}}
+    return {_owner(recipe).companion: {"trainable": sum(num_values(each) for each in own if each.requires_grad), "total": sum(map(num_values, own))}}
 
 
 def check_waiting(method: Method, base: Base, num_processes: int) -> None:

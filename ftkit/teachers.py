@@ -24,6 +24,7 @@ from ftkit.data.batches import by_length, collate
 from ftkit.data.ondisk import Stored
 from ftkit.device import free_memory
 from ftkit.errors import DiskError, RecipeError
+from ftkit.intermediate import Watch
 from ftkit.loop import Trainee
 from ftkit.model import Source, hub_errors, max_positions, num_values
 from ftkit.opened import open_run
@@ -52,8 +53,11 @@ class Teacher(Protocol):
 # --- before anything is loaded ----------------------------------------------------------------------------
 
 
-def check(path: str, task: Task, tokenizer: Any, limits: Limits) -> None:
-    """Refuse a teacher that is no finished run, or one of another task, of other labels, tokens or lengths; without its weights."""
+def check(path: str, task: Task, tokenizer: Any, limits: Limits, inside: bool) -> None:
+    """Refuse a teacher that is no finished run, or one of another task, of other labels, tokens or lengths; without its weights.
+
+    `inside`: the two are compared layer by layer.
+    """
     if task.targets not in SCORED or getattr(task, "coupled", False) or hasattr(task, "counts"):
         raise RecipeError(f"objective distill: {task.kind} with {task.targets} has no scores of classes that could be softened; use objective: supervised")
     run, told = Path(path), f"objective.teacher: {path}"
@@ -70,18 +74,13 @@ def check(path: str, task: Task, tokenizer: Any, limits: Limits) -> None:
         what = "the same labels in another order" if sorted(labels) == sorted(others) else "other labels"
         raise RecipeError(f"{told} has {what}: {', '.join(others)}; this run has {', '.join(labels)}. Give them in task.labels as the teacher has them")
     if not _reads(run, artifact, tokenizer):
-        if task.targets == "positions" or not _of_rows(task):
+        if inside or task.auto_class != "AutoModelForSequenceClassification":
+            what = "layers are compared" if inside else f"{task.kind} compares scores"
             raise RecipeError(
-                f"{told} has another tokenizer, and {task.kind} compares scores token by token, which are not the same ones; "
-                "use a student with the teacher's tokenizer"
+                f"{told} has another tokenizer, and {what} token by token, which are not the same ones; use a student with the teacher's tokenizer"
             )
     elif (positions := max_positions(config_of(run))) is not None and positions < limits.max_length:
         raise RecipeError(f"data.max_length: {limits.max_length}, but {told} has {positions} positions; give {positions} or fewer")
-
-
-def _of_rows(task: Task) -> bool:
-    """Whether a row as a whole is scored."""
-    return task.auto_class == "AutoModelForSequenceClassification"
 
 
 def _reads(run: Path, artifact: dict[str, Any], tokenizer: Any) -> bool:
@@ -113,12 +112,40 @@ def assign(session: Session, report: Reporter, poll: Callable[[], None]) -> None
     trainee, features = session.trainee, session.prepared.train
     _say_sizes(Path(objective.teacher), trainee, report)
     lessons = _lessons(session, report, poll)
-    if objective.cache and features.corruption is None:
+    why = "layers are compared" if objective.looks_inside else "rows are masked anew in each epoch" if features.corruption is not None else None
+    if objective.cache and why is None:
         trainee.teacher = _cached(session, lessons, report, poll)
         return
     if objective.cache:
-        report.note("objective.cache: rows are masked anew in each epoch, so that the teacher is asked in each step")
-    trainee.teacher = Live(_open(session, report), lessons)
+        report.note(f"objective.cache: {why}, so the teacher is asked in each step")
+    teacher = _open(session, report)
+    trainee.teacher = Live(teacher, lessons)
+    if objective.looks_inside:
+        _compare(session, teacher)
+
+
+def _compare(session: Session, teacher: Trainee) -> None:
+    """Let the layers of the student be compared with those of its teacher."""
+    recipe, trainee = session.recipe, session.trainee
+    objective: Distill = recipe.objective
+    train = recipe.train
+    others = {
+        "train.gradient_checkpointing": train.gradient_checkpointing,
+        "train.compile": train.compile,
+        "train.parallel: fsdp": train.parallel == "fsdp",
+        f"method {recipe.method.kind}, whose virtual tokens the teacher has not": recipe.method.positions,
+    }
+    if reason := next((reason for reason, given in others.items() if given), None):
+        raise RecipeError(f"objective distill: layers cannot be compared with {reason}; leave it out, or compare scores alone")
+    compared = bool(objective.attention or objective.relations)
+    own, theirs = Watch(session.base.model, compared), Watch(_plain(teacher.model), compared)
+    trainee.watch, teacher.watch = own, theirs
+    trainee.difference = lambda batch: objective.difference(own.seen(), theirs.seen(), batch, trainee.beside)
+
+
+def _plain(model: Any) -> Any:
+    """Without the adapter around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _say_sizes(run: Path, student: Trainee, report: Reporter) -> None:
@@ -159,7 +186,7 @@ def _open(session: Session, report: Reporter) -> Trainee:
     with report.stage("loading the teacher"), torch.random.fork_rng():  # whether it is loaded or cached, the student draws the same
         opened = open_run(recipe.objective.teacher, session.accelerator.device)
     model = opened.model.requires_grad_(False)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = _plain(model)
     asked = "auto" if recipe.train.layout == "flat" else recipe.train.layout
     teacher = Trainee(model, base.base_model, recipe.task, recipe.objective, layout.flat(asked, "bucketed", recipe, base, report)).eval()
     layout.tried(asked, "bucketed", teacher, session.prepared.train, session.pad_token_id, session.precision, report)
@@ -183,7 +210,7 @@ class Live(NamedTuple):
 def _asked(teacher: Trainee, batch: Batch) -> Items:
     """The items of a batch, before the head."""
     with prompts.given(teacher.model, batch) as extended:
-        items = teacher.items(extended, positions=False)
+        items = teacher.items(extended)
     assert not isinstance(items, tuple), "`check` refuses losses of several parts"
     virtual = prompts.of(teacher.model)
     return items if virtual is None or items.head is None else replace(items, head=virtual.given()(items.head))
@@ -252,7 +279,7 @@ def _said(session: Session, lessons: Lessons, report: Reporter, poll: Callable[[
     with torch.no_grad(), session.accelerator.autocast():
         longest = _asked(teacher, lessons.batch(np.argmax(features.lengths, keepdims=True)).to(device))
         width, supervised = longest.num_classes, _supervised(features)
-        counts = supervised * (len(longest) // supervised[np.argmax(features.lengths)])  # a question has two items
+        counts = supervised * (2 if longest.kind == "positions" else 1)  # where an answer begins, and where it ends
         offsets = np.concatenate(([0], counts.cumsum()))
         k = objective.top_k if longest.kind == "classes" and width > 2 * objective.top_k else 0
         told = f"those of the {k} most likely of {width:,} classes each" if k else f"{width:,} each"
@@ -265,11 +292,12 @@ def _said(session: Session, lessons: Lessons, report: Reporter, poll: Callable[[
                 places = torch.from_numpy(np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in indices]))
                 items = _asked(teacher, lessons.batch(indices).to(device))
                 for part in items.parts(chunks.chunk_size(items)):
-                    logits = items.scores(part).logits.float()
+                    own = places[part]  # behind them are items of weight 0
+                    logits = items.scores(part).logits[: len(own)].float()
                     if k:
                         logits, which = _most_likely(logits, k, objective.temperature)
-                        found["classes"][places[part]] = which.int().cpu()
-                    found["scores"][places[part], : logits.shape[1]] = logits.cpu()
+                        found["classes"][own] = which.int().cpu()
+                    found["scores"][own, : logits.shape[1]] = logits.cpu()
                 stage.advance(len(indices))
                 poll()
     del teacher

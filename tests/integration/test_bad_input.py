@@ -688,6 +688,56 @@ def a_disk_too_full_for_what_the_teacher_says(scene):
     scene.monkeypatch.setattr("ftkit.teachers.shutil.disk_usage", lambda path: SimpleNamespace(free=100))
 
 
+def compare(scene: Scene, **objective: Any) -> None:
+    """With a teacher layer by layer."""
+    teach(scene, {"kind": "text-classification", "problem": "single-label", "labels": TOPICS})
+    scene.recipe["objective"] |= objective
+
+
+@mistake(2, r"objective\.layer_map: there is no layer 7: the teacher has 2, counted from 0")
+def a_layer_that_the_teacher_has_not(scene):
+    compare(scene, hidden=1, layer_map=[0, 7])
+
+
+@mistake(2, r"objective\.layer_map: it names 1 layers, one for each of the student's, which has 2")
+def a_layer_map_of_another_student(scene):
+    compare(scene, hidden=1, layer_map=[1])
+
+
+@mistake(2, r"layer_map has no effect without hidden, cosine, attention or relations; leave it out")
+def a_layer_map_for_nothing(scene):
+    compare(scene, layer_map="last")
+
+
+@mistake(2, r"objective\.attention: the student has 4 heads in a layer, the teacher 2; use relations, which need no equal heads")
+def other_heads_than_the_teachers(scene):
+    compare(scene, attention=1)
+    scene.recipe["model"] = {"name": scene.recipe["model"], "config": {"num_attention_heads": 4}}
+
+
+@mistake(2, r"objective\.relation_heads: 32 numbers, as wide as keys are, cannot be cut into 12 heads; give a divisor")
+def relations_that_cannot_be_cut(scene):
+    compare(scene, relations=1)
+
+
+@mistake(2, r"objective distill: layers cannot be compared with train\.gradient_checkpointing; leave it out, or compare scores alone")
+def layers_compared_and_recomputed(scene):
+    compare(scene, hidden=1)
+    scene.recipe["train"]["gradient_checkpointing"] = True
+
+
+@mistake(2, r"objective distill: layers cannot be compared with method prompt, whose virtual tokens the teacher has not; leave it out")
+def layers_compared_behind_a_prompt(scene):
+    compare(scene, hidden=1)
+    scene.recipe["method"] = {"kind": "prompt", "num_virtual_tokens": 4}
+
+
+@mistake(2, r"teacher has another tokenizer, and layers are compared token by token, which are not the same ones; use a student with")
+def layers_of_other_tokens(scene):
+    teach(scene, {"kind": "text-classification", "problem": "single-label", "labels": TOPICS}, "gpt2")
+    scene.recipe["objective"]["hidden"] = 1
+
+
 @mistake(2, r"model\.layers: there is no layer 2: bert has 2, counted from 0")
 def a_layer_that_is_not_there(scene):
     scene.recipe["model"] = {"name": scene.recipe["model"], "layers": [0, 2]}

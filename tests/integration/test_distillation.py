@@ -2,9 +2,11 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from ftkit import teachers
 
@@ -27,8 +29,8 @@ def distil(ftkit, recipe, checkpoint, verify_here, tmp_path):
         outcome = ftkit("train", path, "--overwrite")
         assert outcome.code == 0, outcome.err
 
-        def student(name: str, of: str = taught, smaller: bool = True, train: dict | None = None, **objective) -> tuple[Path, str]:
-            model = {"name": checkpoint(of), "config": SMALLER[of] if smaller else {}}
+        def student(name: str, model: dict | None = None, train: dict | None = None, **objective) -> tuple[Path, str]:
+            model = {"name": checkpoint(taught), "config": SMALLER[taught]} | (model or {})
             settings = {"kind": "distill", "teacher": str(teacher)} | objective
             path = recipe(model, rows, train, f"{name}.yaml", output=str(tmp_path / name), **sections | {"objective": settings})
             outcome = ftkit("train", path)
@@ -79,15 +81,16 @@ def test_another_teacher_is_asked_anew(distil):
     assert "not in the cache yet" in told
 
 
-def test_a_teacher_with_other_tokens_reads_rows_in_its_own(distil):
+def test_a_teacher_with_other_tokens_reads_rows_in_its_own(distil, checkpoint):
     """A decoder teaches an encoder, each with a tokenizer of its own."""
     student = distil("gpt2", "single")
-    live, cached = (losses(student(str(cache), of="bert", cache=cache)[0]) for cache in (False, True))
+    bert = {"name": checkpoint("bert"), "config": SMALLER["bert"]}
+    live, cached = (losses(student(str(cache), bert, cache=cache)[0]) for cache in (False, True))
     assert cached == pytest.approx(live, rel=1e-5)
 
 
 def test_a_student_that_is_no_smaller_is_warned_of(distil):
-    _, told = distil("bert", "single")("run", smaller=False)
+    _, told = distil("bert", "single")("run", {"config": {}})
     assert re.search(r"warning: the student has [\d,]+ parameters, its teacher [\d,]+: it is no smaller", told)
 
 
@@ -135,7 +138,7 @@ def test_the_most_likely_tokens_tell_nearly_all(distil):
 def test_rows_masked_anew_are_asked_about_in_each_step(distil):
     student = distil("bert-masked", "masked")
     run, told = student("run")
-    assert "objective.cache: rows are masked anew in each epoch, so that the teacher is asked in each step" in told
+    assert "objective.cache: rows are masked anew in each epoch, so the teacher is asked in each step" in told
     assert len(losses(run)) == 4
 
 
@@ -144,3 +147,40 @@ def test_the_datas_own_targets_alone_are_supervised(distil, ftkit, recipe, check
     smaller = {"name": checkpoint("bert"), "config": SMALLER["bert"]}
     assert ftkit("train", recipe(smaller, "single", output=str(tmp_path / "supervised"))).code == 0
     assert losses(run) == losses(tmp_path / "supervised")
+
+
+INSIDE = {"hidden": 1.0, "cosine": 1.0, "embeddings": 0.5, "attention": 0.5, "relations": 0.5, "relation_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("model", "rows", "layout"),
+    [("bert", "single", "flat"), ("bert", "tagged", "padded"), ("bert-masked", "masked", "flat"), ("gpt2", "prompts", "flat"), ("llama", "chats", "bucketed")],
+)
+def test_layers_are_compared(model, rows, layout, distil):
+    run, told = distil(model, rows)("run", train={"layout": layout}, **INSIDE)
+    assert "objective.cache: layers are compared, so the teacher is asked in each step" in told
+    assert all(loss > 0.1 for loss in losses(run))
+
+
+def test_a_narrower_student_has_projections_that_no_one_else_needs(distil, ftkit, tmp_path, assert_same_run):
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    student = distil("bert", "single")
+    narrow = {"init": "random", "config": sizes}
+    weights = {"hidden": 1.0, "embeddings": 1.0, "cache": False}
+    run, _ = student("run", model=narrow, train={"steps": 6}, **weights)
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["parameters"]["groups"]["projection"] == {"trainable": 2 * 16 * 32, "total": 2 * 16 * 32}
+    assert not any("states" in name or "beside" in name for name in load_file(run / "model" / "model.safetensors"))
+    cut, _ = student("cut", model=narrow, train={"steps": 6}, **weights)
+    shutil.rmtree(cut / "checkpoints" / "step-6")
+    (cut / "manifest.json").write_text(json.dumps(manifest | {"status": "preempted"}))
+    assert ftkit("train", tmp_path / "cut.yaml", "--resume").code == 0
+    assert_same_run(cut, run)
+
+
+def test_parts_of_a_batch_are_the_batch(distil):
+    """Rows without anything supervised are in either."""
+    student = distil("bert-masked", "masked")
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    whole, parts = (losses(student(str(count), {"config": still}, {"accumulate": count}, **INSIDE)[0]) for count in (1, 3))
+    assert parts == pytest.approx(whole, rel=1e-5)

@@ -110,11 +110,11 @@ def test_the_loss_of_two_processes_is_weighted_by_tokens(model, rows, method, ft
     assert_alike(one, two)
 
 
-@pytest.mark.parametrize("cache", [True, False])
-def test_two_processes_learn_from_a_teacher_what_one_learns(cache, ftkit, of_processes, verify_here, monkeypatch, tmp_path):
+@pytest.mark.parametrize("settings", [{"cache": True}, {"cache": False}, {"hidden": 1.0, "relations": 1.0, "relation_heads": 4}])
+def test_two_processes_learn_from_a_teacher_what_one_learns(settings, ftkit, of_processes, verify_here, monkeypatch, tmp_path):
     path, teacher = of_processes(1, "bert", "single", "teacher")
     assert ftkit("train", path, "train.steps=4").code == 0
-    objective = {"kind": "distill", "teacher": str(teacher), "cache": cache}
+    objective = {"kind": "distill", "teacher": str(teacher)} | settings
     alone, one = of_processes(1, "bert", "single", "one", objective=objective)
     assert ftkit("train", alone, "train.steps=12").code == 0
     monkeypatch.setenv("FTKIT_CACHE", str(tmp_path / "cache"))  # where the two have to ask for themselves
