@@ -93,13 +93,14 @@ def evaluate(
     split: Annotated[str | None, typer.Option("--split", metavar="NAME", help="Measure on one of the recipe's sets.")] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", metavar="FILE", help="Measure the untuned model too, with this text before each row.")] = None,
     shots: Annotated[int, typer.Option("--shots", metavar="N", min=0, help="Measure the untuned model too, with N answered training rows before each.")] = 0,
+    against: Annotated[str | None, typer.Option("--against", metavar="RUN", help="Compare score, answers, size and latency with another run's.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a run on its own sets or on other rows, or beside a prompt."""
+    """Measure a run on its own sets or on other rows, beside a prompt or another run."""
     with redirect_stdout(sys.stderr):
         from ftkit.remeasure import evaluate
 
-        summary = evaluate(target, data=data, split=split, prompt=prompt, shots=shots)
+        summary = evaluate(target, data=data, split=split, prompt=prompt, shots=shots, against=against)
     _print_summary(summary, as_json)
 
 

@@ -47,42 +47,74 @@ class Lead(NamedTuple):
     shots: int
 
 
-def evaluate(target: str, data: str | None = None, split: str | None = None, prompt: str | None = None, shots: int = 0) -> dict[str, Any]:
+def evaluate(
+    target: str, data: str | None = None, split: str | None = None, prompt: str | None = None, shots: int = 0, against: str | None = None
+) -> dict[str, Any]:
     """Measure a run on its validation and test sets, on one of them, or on the rows of another file.
 
     With the text in the file `prompt`, or with `shots`, the untuned model is measured too, reading these before each row.
     What comes out is also written to RUN/eval/NAME, NAME being that of the set, or other/NAME after another
     file.  A recipe's untrained base is measured likewise, on one process, and nothing is written.  Returns
-    the summary: {"output": ..., "metrics": {split: {metric: value}}, "details": {split: ...}}.
+    the summary: {"output": ..., "metrics": {split: {metric: value}}, "details": {split: ...}}, and `against`, what
+    `ftkit.against.compare` says of it and that other run, which is also written to RUN/eval/against/NAME.
     """
     from ftkit.report import Reporter
 
     if data and split and Path(data).is_file():
         raise RecipeError(f"--split: {data} is one file: it has no splits; leave --split out")
+    if against and not rundir.is_run(target):
+        raise RecipeError(f"--against compares two finished runs, and {target} is none")
     lead = Lead(_text(prompt) if prompt else "", shots) if prompt or shots else None
     with Reporter(None) as report:
         if not rundir.is_run(target):
             return _measure_base(target, data, split, report, lead)
         base = _measure_base(str(Path(target) / "recipe.yaml"), data, split, report, lead)["metrics"] if lead else {}
-        tuned = _measure_run(target, data, split, report)
+        tuned = _measure_run(target, data, split, report, against)
         return tuned | {"metrics": base | tuned["metrics"]}
 
 
-def _measure_run(target: str, data: str | None, split: str | None, report: Reporter) -> dict[str, Any]:
+def _measure_run(target: str, data: str | None, split: str | None, report: Reporter, other: str | None) -> dict[str, Any]:
+    from ftkit import against
+    from ftkit.evaluate import details_of
+
+    run = _opened(target, report)
+    theirs = _opened(other, report) if other else None
+    if theirs:
+        against.check(run.recipe, theirs.recipe, str(other))
+    rows = _rows(run.recipe, data, split, report, run.manifest["data"]["sha256"])
+    subject, measured = _measured(run, rows, report)
+    details = details_of(measured, report)
+    files = [file for name, result in measured.items() for file in _write(run.path / "eval" / name, name, result, details[name], subject.splits[name])]
+    summary = {"output": str(run.path), "metrics": _values(measured), "details": details, "files": files}
+    if theirs:
+        own, others = against.side(subject, measured), against.side(*_measured(theirs, rows, report))
+        found = against.compare(own, others, run.recipe.task, str(theirs.path))
+        path = run.path / "eval" / "against" / theirs.path.resolve().name / "comparison.json"  # no set of a run can be called so
+        rundir.write_json(path, found)
+        summary |= {"against": found, "files": [*files, [str(path), path.stat().st_size]]}
+    return summary
+
+
+def _opened(target: str, report: Reporter) -> Opened:
+    from ftkit import device
+
+    device.use_all_cores()
+    with report.stage("loading the model"):
+        return open_run(target, device.pick())
+
+
+def _measured(run: Opened, rows: dict[str, RowList], report: Reporter) -> tuple[_Run, dict[str, Measured]]:
+    """A run on these rows."""
     from accelerate import Accelerator
 
     from ftkit import device
-    from ftkit.evaluate import details_of, measure
+    from ftkit.evaluate import measure
     from ftkit.loop import Trainee
     from ftkit.prepare import check_packages
 
     here = device.pick()
-    device.use_all_cores()
-    with report.stage("loading the model"):
-        run = open_run(target, here)
     recipe, precision = run.recipe, _precision(run, here, report)
     check_packages(recipe)
-    rows = _rows(recipe, data, split, report, run.manifest["data"]["sha256"])
     device.use_tf32(precision == "tf32")
     accelerator = Accelerator(mixed_precision=device.autocast_to(precision), cpu=here.type == "cpu")
     base = run.model.get_base_model() if hasattr(run.model, "get_base_model") else run.model
@@ -90,10 +122,7 @@ def _measure_run(target: str, data: str | None, split: str | None, report: Repor
     trainee = Trainee(run.model, base.base_model, recipe.task, recipe.objective, beside=beside and beside.to(here))
     wrapped = accelerator.prepare_model(trainee, evaluation_mode=True)
     subject = _Run(recipe, accelerator, trainee, wrapped, run.tokenizer, run.limits, _encoded(rows, recipe, run.tokenizer, run.limits, report))
-    measured = measure(subject, subject.splits, report, StopRequest(), keep_records=True)
-    details = details_of(measured, report)
-    files = [file for name, result in measured.items() for file in _write(run.path / "eval" / name, name, result, details[name], subject.splits[name])]
-    return {"output": str(run.path), "metrics": _values(measured), "details": details, "files": files}
+    return subject, measure(subject, subject.splits, report, StopRequest(), keep_records=True)
 
 
 def _text(file: str) -> str:

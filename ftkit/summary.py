@@ -19,11 +19,14 @@ LOWER_IS_BETTER = {"loss", "perplexity", "ece", "mse"}
 
 def print_summary(summary: Mapping[str, Any]) -> None:
     """Print what there is of: metrics and details (as in metrics.json and details.json), baselines (name -> accuracy on the first set),
-    parameters, seconds, tokens_per_second, peak_memory_bytes, verification, notes, output, files.
+    parameters, seconds, tokens_per_second, peak_memory_bytes, verification, notes, output, files, against (as in comparison.json).
     """
     console = open_console(sys.stdout)
     if metrics := summary.get("metrics"):
         console.print(_table(metrics, {split: found.get("intervals", {}) for split, found in summary.get("details", {}).items()}))
+        console.print()
+    if against := summary.get("against"):
+        console.print(_comparison(against))
         console.print()
     for line in _facts(summary):
         print_line(console, line)
@@ -67,6 +70,30 @@ def _table(metrics: Mapping[str, Mapping[str, Any]], intervals: Mapping[str, Map
             cells = [Text(number(value), style="bold green" if value == best else "") for value in row.values()]
             between = (Text(interval(found), style="dim") for found in (intervals.get(split, {}).get(metric),) if found)
             table.add_row(f"  {metric}{denominator(values[columns[-1]]) if metric == 'loss' else ''}", *cells, *between)
+    return table
+
+
+def _comparison(against: Mapping[str, Any]) -> Table:
+    """This run beside another: scores, size, time, and what share of the other's each is."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for name in ("own", Path(against["run"]).name, "share", "agreement"):
+        table.add_column(name, justify="right", no_wrap=True)
+
+    def share(pair: Mapping[str, float]) -> str:
+        return f"{pair['own'] / pair['other']:.1%}"
+
+    for split, found in against["sets"].items():
+        kept, agreement = (f"{found[name]:.1%}" if found[name] is not None else "-" for name in ("kept", "agreement"))
+        table.add_row(f"{split} {against['metric']}", number(found["own"]), number(found["other"]), kept, agreement)
+    for name, show in (("parameters", number), ("bytes", size)):
+        pair = against[name]
+        table.add_row(name, show(pair["own"]), show(pair["other"]), share(pair))
+    for rows, pair in against["latency_seconds"].items():
+        table.add_row(f"milliseconds for {rows} rows", *(f"{1000 * pair[name]:.2f}" for name in ("own", "other")), share(pair))
     return table
 
 

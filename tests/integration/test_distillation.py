@@ -184,3 +184,39 @@ def test_parts_of_a_batch_are_the_batch(distil):
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     whole, parts = (losses(student(str(count), {"config": still}, {"accumulate": count}, **INSIDE)[0]) for count in (1, 3))
     assert parts == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize(("model", "rows"), [("bert", "single"), ("gpt2", "labelled"), ("bert", "tagged"), ("bert", "asked"), ("gpt2", "prompts")])
+def test_a_student_beside_its_teacher(model, rows, distil, ftkit, tmp_path):
+    student, _ = distil(model, rows, {"steps": 12})("student", train={"steps": 12})
+    done = ftkit("eval", student, "--against", tmp_path / "teacher", "--json")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)["against"]
+    assert json.loads((student / "eval" / "against" / "teacher" / "comparison.json").read_text()) == found
+    teacher = tmp_path / "teacher"
+    for name, values in found["sets"].items():
+        for side, run in (("own", student), ("other", teacher)):
+            assert values[side] == pytest.approx(json.loads((run / "metrics.json").read_text())[name][found["metric"]], rel=1e-4)
+        if rows == "single":
+            said, theirs = ([line["prediction"] for line in map(json.loads, (run / "predictions" / f"{name}.jsonl").open())] for run in (student, teacher))
+            assert values["agreement"] == pytest.approx(sum(map(str.__eq__, said, theirs)) / len(said))
+            assert values["kept"] == values["own"] / values["other"]
+        assert 0 <= values["agreement"] <= 1
+    for side, run in (("own", student), ("other", teacher)):
+        assert found["parameters"][side] == json.loads((run / "manifest.json").read_text())["parameters"]["total"]
+        assert found["bytes"][side] == 4 * found["parameters"][side]
+        assert all(found["latency_seconds"][count][side] > 0 for count in ("1", "32"))
+    done = ftkit("eval", teacher, "--against", teacher, "--split", "test")
+    assert done.code == 0, done.err
+    assert re.search(r"test \w+ .* (100\.0%|-) +100\.0%", done.out)  # there is no share of a score of 0
+    assert re.search(r"milliseconds for 32 rows", done.out)
+
+
+def test_runs_of_other_labels_are_not_compared(distil, ftkit, recipe, tmp_path):
+    distil("bert", "single")
+    assert ftkit("train", recipe("bert", "pairs", {"steps": 1})).code == 0
+    done = ftkit("eval", tmp_path / "run", "--against", tmp_path / "teacher")
+    assert done.code == 2
+    assert "teacher has the labels garden, harbour, kitchen, and this run other, same; they must be the same" in done.err
+    done = ftkit("eval", tmp_path / "recipe.yaml", "--against", tmp_path / "teacher")
+    assert (done.code, "compares two finished runs, and" in done.err) == (2, True)
