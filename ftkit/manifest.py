@@ -73,6 +73,7 @@ def describe(session: Session) -> dict[str, Any]:
         "task": recipe.task.kind,
         "method": recipe.method.kind,
         "objective": recipe.objective.kind,
+        "teacher": rundir.teacher_sha256(recipe),
         "model": {"name": recipe.model.name, "revision": prepared.commit, "architecture": type(session.base.model).__name__},
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "data": {"sha256": prepared.rows.sha256, "columns": prepared.rows.columns, "left_out": prepared.rows.bad, "audit": prepared.audits},

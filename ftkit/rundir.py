@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -122,14 +123,22 @@ def continued(output: Path, prepared: Prepared, resume: bool, warn: Callable[[st
     if manifest["status"] == CLAIMED:
         return {}
     check_same_recipe(prepared.recipe, output, warn)
-    now = json.loads(json.dumps({"data": prepared.rows.sha256, "rows and tokens": prepared.audits, "model": prepared.commit}))
+    facts = {"data": prepared.rows.sha256, "rows and tokens": prepared.audits, "model": prepared.commit, "teacher": teacher_sha256(prepared.recipe)}
+    now = json.loads(json.dumps(facts))
     then = {"data": manifest["data"]["sha256"], "rows and tokens": manifest["data"]["audit"], "model": manifest["model"]["revision"]}
+    then["teacher"] = manifest.get("teacher")
     if changed := [name for name in now if now[name] != then[name]]:
         raise RecipeError(
             f"--resume: since the run in {output} was started, something else has come under the same names: {', '.join(changed)}; "
             "bring back what it was, or start anew with --overwrite"
         )
     return manifest
+
+
+def teacher_sha256(recipe: Recipe) -> str | None:
+    """Of the manifest of the run that the objective learns from, which no other training writes alike; None where it names none."""
+    teacher = getattr(recipe.objective, "teacher", None)
+    return teacher and hashlib.sha256((Path(teacher) / MANIFEST).read_bytes()).hexdigest()
 
 
 def check_same_recipe(recipe: Recipe, output: Path, warn: Callable[[str], None]) -> None:

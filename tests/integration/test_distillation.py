@@ -29,10 +29,11 @@ def distil(ftkit, recipe, checkpoint, verify_here, tmp_path):
         outcome = ftkit("train", path, "--overwrite")
         assert outcome.code == 0, outcome.err
 
-        def student(name: str, model: dict | None = None, train: dict | None = None, **objective) -> tuple[Path, str]:
+        def student(name: str, model: dict | None = None, train: dict | None = None, method: dict | str | None = None, **objective) -> tuple[Path, str]:
             model = {"name": checkpoint(taught), "config": SMALLER[taught]} | (model or {})
             settings = {"kind": "distill", "teacher": str(teacher)} | objective
-            path = recipe(model, rows, train, f"{name}.yaml", output=str(tmp_path / name), **sections | {"objective": settings})
+            own = sections | {"objective": settings} | ({"method": method} if method else {})
+            path = recipe(model, rows, train, f"{name}.yaml", output=str(tmp_path / name), **own)
             outcome = ftkit("train", path)
             assert outcome.code == 0, outcome.err
             return tmp_path / name, outcome.err
@@ -92,6 +93,37 @@ def test_a_teacher_with_other_tokens_reads_rows_in_its_own(distil, checkpoint):
 def test_a_student_that_is_no_smaller_is_warned_of(distil):
     _, told = distil("bert", "single")("run", {"config": {}})
     assert re.search(r"warning: the student has [\d,]+ parameters, its teacher [\d,]+: it is no smaller", told)
+
+
+SPECIAL = {"llama": ("chats", {"kind": "qlora"}), "gpt2": ("prompts", {"kind": "prompt", "num_virtual_tokens": 4}), "bert": ("single", {"kind": "lora"})}
+
+
+@pytest.mark.parametrize("model", SPECIAL)
+def test_a_teacher_may_be_what_a_method_made(model, distil):
+    """In 4 bits, behind virtual tokens, or with an adapter; the student has none of that."""
+    rows, method = SPECIAL[model]
+    student = distil(model, rows, method=method)
+    live, cached = (losses(student(str(cache), cache=cache, top_k=1000, method="full")[0]) for cache in (False, True))
+    assert cached == pytest.approx(live, rel=1e-5)
+
+
+def test_a_run_does_not_go_on_with_another_teacher(distil, ftkit, tmp_path):
+    student, _ = distil("bert", "single")("student")
+    manifest = json.loads((student / "manifest.json").read_text())
+    (student / "manifest.json").write_text(json.dumps(manifest | {"status": "preempted"}))
+    distil("bert", "single")
+    done = ftkit("train", tmp_path / "student.yaml", "--resume")
+    assert done.code == 2
+    assert "something else has come under the same names: teacher" in done.err
+
+
+def test_check_finds_what_keeps_a_teacher_from_teaching(distil, ftkit, tmp_path):
+    distil("bert", "single")("student", train={"steps": 1})
+    assert ftkit("check", tmp_path / "student.yaml").code == 0
+    done = ftkit("check", tmp_path / "student.yaml", "objective.hidden=1", "objective.layer_map=[4]", "objective.teacher=gone")
+    assert (done.code, "gone does not exist" in done.err) == (2, True)
+    done = ftkit("check", tmp_path / "student.yaml", "objective.hidden=1", "objective.layer_map=[4]")
+    assert (done.code, "there is no layer 4: the teacher has 2" in done.err) == (2, True)
 
 
 @pytest.mark.parametrize(
