@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ftkit.data.features import FeatureSet, Numbers
     from ftkit.data.types import Batch, Items, Limits
     from ftkit.objectives.distill import Distill
+    from ftkit.recipe.spec import Recipe
     from ftkit.report import Reporter
     from ftkit.session import Session
     from ftkit.tasks import Task
@@ -118,29 +119,27 @@ def assign(session: Session, report: Reporter, poll: Callable[[], None]) -> None
         return
     if objective.cache:
         report.note(f"objective.cache: {why}, so the teacher is asked in each step")
-    teacher = _open(session, report)
+    if objective.looks_inside:
+        _check_layers_run(session.recipe)
+    teacher = _open(session, lessons, report)
     trainee.teacher = Live(teacher, lessons)
     if objective.looks_inside:
-        _compare(session, teacher)
+        compared = bool(objective.attention or objective.relations)
+        own, theirs = Watch(session.base.model, compared), Watch(_plain(teacher.model), compared)
+        trainee.watch, teacher.watch = own, theirs
+        trainee.difference = lambda batch: objective.difference(own.seen(), theirs.seen(), batch, trainee.beside)
 
 
-def _compare(session: Session, teacher: Trainee) -> None:
-    """Let the layers of the student be compared with those of its teacher."""
-    recipe, trainee = session.recipe, session.trainee
-    objective: Distill = recipe.objective
-    train = recipe.train
+def _check_layers_run(recipe: Recipe) -> None:
+    """Refuse what makes the layers of a student other ones than those that could be watched, or gives them other tokens."""
     others = {
-        "train.gradient_checkpointing": train.gradient_checkpointing,
-        "train.compile": train.compile,
-        "train.parallel: fsdp": train.parallel == "fsdp",
+        "train.gradient_checkpointing": recipe.train.gradient_checkpointing,
+        "train.compile": recipe.train.compile,
+        "train.parallel: fsdp": recipe.train.parallel == "fsdp",
         f"method {recipe.method.kind}, whose virtual tokens the teacher has not": recipe.method.positions,
     }
     if reason := next((reason for reason, given in others.items() if given), None):
         raise RecipeError(f"objective distill: layers cannot be compared with {reason}; leave it out, or compare scores alone")
-    compared = bool(objective.attention or objective.relations)
-    own, theirs = Watch(session.base.model, compared), Watch(_plain(teacher.model), compared)
-    trainee.watch, teacher.watch = own, theirs
-    trainee.difference = lambda batch: objective.difference(own.seen(), theirs.seen(), batch, trainee.beside)
 
 
 def _plain(model: Any) -> Any:
@@ -180,16 +179,16 @@ def _lessons(session: Session, report: Reporter, poll: Callable[[], None]) -> Le
     return Lessons(done.features, place, tokenizer.pad_token_id)
 
 
-def _open(session: Session, report: Reporter) -> Trainee:
+def _open(session: Session, lessons: Lessons, report: Reporter) -> Trainee:
     """The teacher, frozen and in eval mode, in the dtype or the bits that it is stored in."""
-    recipe = session.recipe
-    with report.stage("loading the teacher"), torch.random.fork_rng():  # whether it is loaded or cached, the student draws the same
-        opened = open_run(recipe.objective.teacher, session.accelerator.device)
+    recipe, here = session.recipe, session.accelerator.device
+    with report.stage("loading the teacher"), torch.random.fork_rng([here] if here.type == "cuda" else []):  # loaded or cached, the student draws the same
+        opened = open_run(recipe.objective.teacher, here)
     model = opened.model.requires_grad_(False)
     base = _plain(model)
     asked = "auto" if recipe.train.layout == "flat" else recipe.train.layout
     teacher = Trainee(model, base.base_model, recipe.task, recipe.objective, layout.flat(asked, "bucketed", recipe, base, report)).eval()
-    layout.tried(asked, "bucketed", teacher, session.prepared.train, session.pad_token_id, session.precision, report)
+    layout.tried(asked, "bucketed", teacher, lessons.features, lessons.pad_token_id, session.precision, report)
     return teacher
 
 
@@ -275,7 +274,7 @@ def _said(session: Session, lessons: Lessons, report: Reporter, poll: Callable[[
     """What `Cached` holds, by its names.  Says what disk that takes; raises DiskError where it is not there."""
     objective: Distill = session.recipe.objective
     features, device = lessons.features, session.accelerator.device
-    teacher = _open(session, report)
+    teacher = _open(session, lessons, report)
     with torch.no_grad(), session.accelerator.autocast():
         longest = _asked(teacher, lessons.batch(np.argmax(features.lengths, keepdims=True)).to(device))
         width, supervised = longest.num_classes, _supervised(features)
