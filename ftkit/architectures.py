@@ -46,8 +46,7 @@ USUAL = {*NEW_HEADS, BARE, "layers", "linear", "untransposed", "keys, values", "
 BIASED = {*USUAL, "biases"}
 ENCODER = {*BIASED, MASKED}
 DECODER, BIASED_DECODER = {*USUAL, CAUSAL}, {*BIASED, CAUSAL}
-# The heads that some of them have for other tasks are not looked at.
-TWO_STACKS, BIASED_TWO_STACKS = {*USUAL, REWRITER} - NEW_HEADS - {BARE}, {*BIASED, REWRITER} - NEW_HEADS - {BARE}
+TWO_STACKS, BIASED_TWO_STACKS = ({*usual, REWRITER} - NEW_HEADS - {BARE} for usual in (USUAL, BIASED))
 OWN = {"attention interface"}  # which attention that is an architecture's own does not go through
 
 TABLE: dict[str, set[str]] = {
@@ -93,21 +92,21 @@ TABLE: dict[str, set[str]] = {
     "smollm3": DECODER,
     "stablelm": BIASED_DECODER - {FINDER} | {"own head"},  # in its norms
     "starcoder2": BIASED_DECODER - {FINDER},
-    "bart": BIASED_TWO_STACKS,
+    "bart": BIASED_TWO_STACKS | {CLASSIFIER, FINDER},
     "blenderbot": BIASED_TWO_STACKS,
-    "bigbird_pegasus": BIASED_TWO_STACKS - OWN,
-    "led": BIASED_TWO_STACKS - OWN,
+    "bigbird_pegasus": BIASED_TWO_STACKS - OWN | {CLASSIFIER, FINDER},
+    "led": BIASED_TWO_STACKS - OWN | {FINDER},
     "longt5": TWO_STACKS - OWN - {"few bits"},
     "m2m_100": BIASED_TWO_STACKS,
     "marian": BIASED_TWO_STACKS,
-    "mbart": BIASED_TWO_STACKS,
-    "mt5": TWO_STACKS,
-    "mvp": BIASED_TWO_STACKS - OWN,
+    "mbart": BIASED_TWO_STACKS | {CLASSIFIER, FINDER},
+    "mt5": TWO_STACKS | NEW_HEADS,
+    "mvp": BIASED_TWO_STACKS - OWN | {CLASSIFIER, FINDER},
     "pegasus": BIASED_TWO_STACKS,
     "pegasus_x": BIASED_TWO_STACKS - OWN,
-    "plbart": BIASED_TWO_STACKS,
-    "t5": TWO_STACKS,
-    "umt5": TWO_STACKS,
+    "plbart": BIASED_TWO_STACKS | {CLASSIFIER},
+    "t5": TWO_STACKS | NEW_HEADS,
+    "umt5": TWO_STACKS | NEW_HEADS,
 }
 
 # By architecture and head: methods that fail for another reason than what modules show.

@@ -23,6 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from ftkit import plain_attention
+from ftkit.methods.modules import two_stacks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,7 +57,7 @@ class Flat:
     """
 
     def __init__(self, model: PreTrainedModel, fast_dropout: bool = True, fast_attention: bool = True, round_batches: bool = True) -> None:
-        if model.config.is_encoder_decoder:
+        if two_stacks(model):
             raise Unsupported("it has two stacks of layers")
         if not model._can_set_attn_implementation():
             raise Unsupported("its attention is its own")
@@ -167,7 +168,7 @@ def _stack(base: nn.Module) -> nn.Module:
 
 def layers_of(model: PreTrainedModel) -> list[nn.Module]:
     """The layers that a model runs one after the other, each once; none where that cannot be told."""
-    if model.config.is_encoder_decoder:
+    if two_stacks(model):
         return []
     try:
         lists = [child for child in _stack(model.base_model).children() if isinstance(child, nn.ModuleList)]

@@ -20,7 +20,7 @@ from torch import nn
 from ftkit import big_bird, reformer, rundir, students, vocabulary
 from ftkit.errors import FtkitError, HubError, MissingDependency, RecipeError
 from ftkit.exits import DISK_ERRORS
-from ftkit.methods.modules import added, base_prefix, linear_modules
+from ftkit.methods.modules import added, base_prefix, linear_modules, two_stacks
 from ftkit.tasks.language_model import decoder_inputs
 
 if TYPE_CHECKING:
@@ -345,11 +345,14 @@ def check_causal(model: transformers.PreTrainedModel, task: Task) -> None:
 
 
 def head_of(model: transformers.PreTrainedModel) -> list[str]:
-    """Names of the modules with parameters above the base model; where there is no base model, of the one that gives logits."""
-    if not base_prefix(model):
-        return [name for name, module in model.named_children() if module is model.get_output_embeddings()]
-    children = model.named_children()
-    return [name for name, module in children if name != model.base_model_prefix and next(module.parameters(), None) is not None]
+    """Names of the modules with parameters above the base model; where there is no base model, beside its two stacks, or of the one that gives logits."""
+    children = [(name, module) for name, module in model.named_children() if next(module.parameters(), None) is not None]
+    if base_prefix(model):
+        return [name for name, _ in children if name != model.base_model_prefix]
+    if two_stacks(model):
+        below = (model.get_encoder(), model.get_decoder(), model.get_input_embeddings())
+        return [name for name, module in children if module not in below]
+    return [name for name, module in children if module is model.get_output_embeddings()]
 
 
 def plan(model: Model, source: Source | None, config: Any, tokenizer: Any, task: Task, method: Method, precision: str = "auto") -> Base:

@@ -16,6 +16,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from ftkit import attention
 from ftkit.layout import EXPECTED
+from ftkit.methods.modules import two_stacks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -114,7 +115,7 @@ def seen(model: PreTrainedModel, ids: Sequence[int] = ()) -> list[Seen]:
     AttentionMaskInterface.register(SEEN, sdpa_mask)
     before, was_training = model.config._attn_implementation, model.training
     tokens = torch.tensor([list(ids) or [0, 0]], device=model.device)
-    inputs = {"input_ids": tokens} | ({"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {})
+    inputs = {"input_ids": tokens} | ({"decoder_input_ids": tokens} if two_stacks(model) else {})
     model.set_attn_implementation(SEEN)
     model.eval()
     try:

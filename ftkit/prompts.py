@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ftkit.data.batches import segments
+from ftkit.methods.modules import embedding_of, two_stacks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -65,7 +66,7 @@ class Virtual:
     def __init__(self, model: PreTrainedModel, prompt: Prompt) -> None:
         embedding = embedding_of(model)
         self.model = model
-        self.prompt, self.vocabulary, self.two_stacks, self._given = prompt, embedding.num_embeddings, model.config.is_encoder_decoder, False
+        self.prompt, self.vocabulary, self.two_stacks, self._given = prompt, embedding.num_embeddings, two_stacks(model), False
         embedding.add_module("prompt", prompt)
         for module in {embedding, *_embeddings_of_decoder(model)}:
             module.forward = partial(self._embedded, module.forward)
@@ -197,14 +198,9 @@ def _refuse_embeddings(inputs: Mapping[str, Any]) -> None:
         raise ValueError("inputs_embeds: the virtual tokens of the prompt are put in front of tokens only; give input_ids")
 
 
-def embedding_of(model: Any) -> Any:
-    """The module that embeds the tokens of a row."""
-    return (model.get_encoder() if model.config.is_encoder_decoder else model).get_input_embeddings()
-
-
 def _embeddings_of_decoder(model: Any) -> list[Any]:
     """The module that embeds the tokens of a second stack: as a classifier, it reads the row once more."""
-    return [model.get_decoder().get_input_embeddings()] if model.config.is_encoder_decoder else []
+    return [model.get_decoder().get_input_embeddings()] if two_stacks(model) else []
 
 
 def add(model: PreTrainedModel, length: int, encoder: nn.Module | None = None) -> Prompt:

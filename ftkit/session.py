@@ -16,6 +16,7 @@ from ftkit import compiled, device, dropout, embeddings, frozen, kernels, launch
 from ftkit.data.batches import Sampler, collate, largest_micro_batch
 from ftkit.errors import MissingDependency, RecipeError
 from ftkit.loop import Trainee
+from ftkit.methods.modules import embedding_of
 from ftkit.model import num_values
 from ftkit.neftune import Noise
 
@@ -173,8 +174,7 @@ def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any]
     asked, otherwise = train.layout, "bucketed"
     if asked == "auto" and "layout" in before:
         asked, otherwise = ("auto", "padded") if before["layout"] == "flat" else (before["layout"], "")  # padded batches are those of flat
-    embedding = (base.model.get_encoder() if base.model.config.is_encoder_decoder else base.model).get_input_embeddings()
-    noise = Noise(embedding, train.neftune) if train.neftune else None
+    noise = Noise(embedding_of(base.model), train.neftune) if train.neftune else None
     trainee = Trainee(learner, base.inner(), recipe.task, recipe.objective, layout.flat(asked, otherwise, recipe, base.model, report), noise, beside)
     if train.parallel == "ddp":  # FSDP takes weights from main memory
         trainee.to(here)

@@ -11,6 +11,7 @@ import json
 import random
 import subprocess
 import sys
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -151,12 +152,18 @@ def corpus() -> list[str]:
 
 @pytest.fixture(scope="session")
 def tokenizers():
-    """A WordPiece tokenizer as BERT has, and a byte-level BPE tokenizer with a chat template."""
+    """A WordPiece tokenizer as BERT has, and byte-level BPE tokenizers: one with a chat template, and one that ends each text, as T5 does."""
+    from tokenizers.processors import TemplateProcessing
+
     from ftkit.recipe.spec import TrainedTokenizer
     from ftkit.tokenizer import train_tokenizer
 
     sizes = {"wordpiece": 160, "bpe": 320}
-    return {kind: train_tokenizer(TrainedTokenizer(train="data", kind=kind, vocab_size=size), corpus()) for kind, size in sizes.items()}
+    found = {kind: train_tokenizer(TrainedTokenizer(train="data", kind=kind, vocab_size=size), corpus()) for kind, size in sizes.items()}
+    ending = deepcopy(found["bpe"])
+    end = ending.eos_token
+    ending.backend_tokenizer.post_processor = TemplateProcessing(f"$A {end}", f"$A {end} $B:1 {end}:1", [(end, ending.eos_token_id)])
+    return found | {"ending": ending}
 
 
 def architecture(name: str):
@@ -183,10 +190,10 @@ def architecture(name: str):
         return transformers.ReformerConfig(**sizes, **chunks, max_position_embeddings=96), "wordpiece"
     if name in ("t5", "mt5"):
         sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
-        return (transformers.T5Config if name == "t5" else transformers.MT5Config)(**sizes), "bpe"
+        return (transformers.T5Config if name == "t5" else transformers.MT5Config)(**sizes), "ending"
     if name == "bart":
         sizes = {f"{stack}_{size}": value for stack in ("encoder", "decoder") for size, value in {"layers": 2, "attention_heads": 2, "ffn_dim": 64}.items()}
-        return transformers.BartConfig(**sizes, d_model=32, max_position_embeddings=160, init_std=0.1), "bpe"
+        return transformers.BartConfig(**sizes, d_model=32, max_position_embeddings=160, init_std=0.1), "ending"
     assert name == "gpt2"
     return transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=160), "bpe"
 

@@ -29,6 +29,19 @@ def base_prefix(model: Any) -> str:
     return f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
 
 
+def two_stacks(model: Any) -> bool:
+    """Whether a decoder reads what an encoder makes of a row; of T5, what tags tokens has the encoder alone."""
+    return bool(model.config.is_encoder_decoder) and model.get_decoder() is not model.base_model
+
+
+def embedding_of(model: Any) -> Any:
+    """The module that embeds the tokens of a row: that of the encoder, where this is a model that has one."""
+    from transformers import PreTrainedModel
+
+    encoder = model.get_encoder()
+    return (encoder if isinstance(encoder, PreTrainedModel) else model).get_input_embeddings()
+
+
 def layers(base: Base) -> list[str]:
     """Names of the layers of the base model, bottom first: the entries of its longest list of alike modules.
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import model_validator
 
+from ftkit.methods.modules import embedding_of
 from ftkit.methods.prompt import SoftPrompt
 from ftkit.recipe.spec import Default, option
 
@@ -45,7 +46,7 @@ class PTuning(SoftPrompt):
         from ftkit.reparametrised import LSTM, MLP
 
         model = self._freeze(base)
-        width = prompts.embedding_of(model).embedding_dim
+        width = embedding_of(model).embedding_dim
         hidden = self.encoder_hidden_size or width
         with torch.device("meta" if model.device.type == "meta" else "cpu"):  # drawn alike wherever the model is
             encoder = MLP(width, hidden) if self.encoder == "mlp" else LSTM(width, hidden, self.encoder_dropout)

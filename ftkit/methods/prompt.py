@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from ftkit.errors import RecipeError
 from ftkit.methods import Artifact, MethodSpec
 from ftkit.methods.lora import adapter_settings
+from ftkit.methods.modules import embedding_of, two_stacks
 from ftkit.methods.quantised import Quantisable
 from ftkit.methods.worded import Worded
 from ftkit.recipe.spec import Default, option
@@ -67,7 +68,7 @@ class SoftPrompt(Quantisable):
         virtual = prompts.of(model)
         assert virtual is not None
         virtual.prompt.fold()
-        if base.task.peft_type is None or (base.model.config.is_encoder_decoder and base.task.peft_type != "SEQ_2_SEQ_LM"):
+        if base.task.peft_type is None or (two_stacks(base.model) and base.task.peft_type != "SEQ_2_SEQ_LM"):
             return self.save_own(model, base, directory)
         prompts.write(base.model, virtual, base.new_modules, adapter_settings(base), directory)
         return Artifact("peft", {"dtype": str(base.model.dtype).removeprefix("torch."), **base.load_kwargs})
@@ -119,9 +120,7 @@ class PromptTuning(SoftPrompt, Worded):
         """float32 [n, width]: what the virtual tokens are embedded as, at first."""
         import torch
 
-        from ftkit import prompts
-
-        embedding, n = prompts.embedding_of(base.model), self.num_virtual_tokens
+        embedding, n = embedding_of(base.model), self.num_virtual_tokens
         if self.init == "random":
             return torch.empty(n, embedding.embedding_dim).uniform_(-SPREAD, SPREAD)
 

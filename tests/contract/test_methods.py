@@ -7,7 +7,6 @@ from typing import ClassVar, Literal
 
 import pytest
 import torch
-from tokenizers.processors import TemplateProcessing
 
 from ftkit import device, model, plugins
 from ftkit.data.types import Row
@@ -82,14 +81,11 @@ def rows(path: Path, count: int) -> list[Row]:
     return [Row(row, str(path), number) for number, row in enumerate(values[:count], 1)]
 
 
-def base_of(checkpoint: str, task, ending: bool = False):
-    """A factory of bases as a run loads them; `ending`: with a tokenizer that ends texts, as those of encoder-decoders do."""
+def base_of(checkpoint: str, task):
+    """A factory of bases as a run loads them."""
     spec = Model(name=checkpoint)
     source = model.locate(spec)
     tokenizer = model.load_tokenizer(spec, source, None, ())
-    if ending:
-        end = tokenizer.eos_token
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {end}", special_tokens=[(end, tokenizer.eos_token_id)])
 
     def load(method):
         base = model.load(spec, source, model.load_config(spec, source), tokenizer, task, method, torch.float32, 0, device.pick())
@@ -155,7 +151,7 @@ IN_LANGUAGE_MODELLING = [
 @pytest.mark.parametrize(("name", "architecture"), IN_CLASSIFICATION)
 def test_a_method_keeps_the_contract_in_classification(name, architecture, data, checkpoint, tmp_path, verify_here):
     examples = rows(data.single / "train.csv", 6)
-    base = base_of(checkpoint(architecture), TextClassification().resolve(examples), ending=architecture in ("t5", "bart"))
+    base = base_of(checkpoint(architecture), TextClassification().resolve(examples))
     steps = 80 if name.startswith("bitfit") else 40  # on random weights, biases alone learn slowly
     check_method(ALL[name], base, examples, tmp_path, intended(name, architecture, new_head=True), steps)
 

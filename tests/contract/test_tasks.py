@@ -29,8 +29,8 @@ from ftkit.tasks.token_classification import TokenClassification
 from ftkit.testing import check_task
 
 SHAPES = {  # data set -> task, how its file calls the columns, architectures with the head
-    "single": (TextClassification(), {"text": "text", "label": "label"}, ("bert", "distilbert", "llama", "gpt2")),
-    "pairs": (TextClassification(), {"sentence1": "text", "sentence2": "text_pair", "label": "label"}, ("bert", "llama")),
+    "single": (TextClassification(), {"text": "text", "label": "label"}, ("bert", "distilbert", "llama", "gpt2", "t5", "bart")),
+    "pairs": (TextClassification(), {"sentence1": "text", "sentence2": "text_pair", "label": "label"}, ("bert", "llama", "t5", "bart")),
     "labelled": (TextClassification(problem="multi-label"), {"text": "text", "label": "label"}, ("bert", "llama")),
     "scored": (TextClassification(problem="regression"), {"sentence1": "text", "sentence2": "text_pair", "score": "score"}, ("bert", "gpt2")),
     "masked": (MaskedLM(), {"text": "text"}, ("bert-masked", "distilbert-masked")),
@@ -40,8 +40,8 @@ SHAPES = {  # data set -> task, how its file calls the columns, architectures wi
     "text": (CausalLM(), {"text": "text"}, ("llama", "gpt2")),
     "prompts": (CausalLM(), {"prompt": "prompt", "completion": "completion"}, ("llama", "gpt2")),
     "chats": (CausalLM(), {"messages": "messages"}, ("llama",)),
-    "tagged": (TokenClassification(), {"tokens": "tokens", "ner_tags": "tags"}, ("bert", "distilbert", "gpt2", "llama")),
-    "asked": (QuestionAnswering(), {"question": "question", "context": "context", "answers": "answers"}, ("bert", "distilbert", "gpt2")),
+    "tagged": (TokenClassification(), {"tokens": "tokens", "ner_tags": "tags"}, ("bert", "distilbert", "gpt2", "llama", "t5", "mt5")),
+    "asked": (QuestionAnswering(), {"question": "question", "context": "context", "answers": "answers"}, ("bert", "distilbert", "gpt2", "t5", "bart")),
     "matched": (SentenceEmbedding(symmetric=True), {"anchor": "text", "positive": "text_pair", "negative": "negative"}, ("bert", "distilbert")),
     "alike": (
         SentenceEmbedding(loss="cosent", pooling="last", normalize=True),

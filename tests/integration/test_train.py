@@ -93,6 +93,11 @@ RUNS = {  # model, rows, method
     "reformer-prompts-full": (LONG_FROM_NOTHING, "prompts", {"kind": "full"}),
     "t5-rewritten-full": ("t5", "rewritten", {"kind": "full"}),
     "bart-rewritten-lora": ("bart", "rewritten", {"kind": "lora", "r": 4}),
+    "t5-single-full": ("t5", "single", {"kind": "full"}),
+    "bart-pairs-lora": ("bart", "pairs", {"kind": "lora", "r": 4}),
+    "t5-tagged-lora": ("t5", "tagged", {"kind": "lora", "r": 4}),
+    "t5-asked-full": ("t5", "asked", {"kind": "full"}),
+    "bart-asked-ia3": ("bart", "asked", {"kind": "ia3"}),
     "t5-rewritten-adapter": ("t5", "rewritten", {"kind": "adapter", "placement": "houlsby"}),
 }
 STEP_KEYS = {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_bytes"}

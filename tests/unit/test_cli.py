@@ -105,11 +105,11 @@ class TestMatrix:
     def test_it_tells_what_works_with_what_and_what_is_lacking(self, run: Run) -> None:
         code, out, _ = run("list", "--matrix")
         assert code == 0
-        assert "text-classification: 40 architectures, 20 methods, 738 of 800 together" in out
+        assert "text-classification: 48 architectures, 20 methods, 888 of 960 together" in out
         assert "  gpt2, head: no head apart from the input embedding" in out
         table = json.loads(run("list", "--matrix", "--json")[1])
         cells = [answer for row in table["text-classification"].values() for answer in row.values()]
-        assert (len(cells), cells.count("yes")) == (800, 738)
+        assert (len(cells), cells.count("yes")) == (960, 888)
         assert table["causal-lm"]["llama"]["bitfit"] == "no biases"
         assert table["sentence-embedding"]["llama"]["head"] == "no head apart from the input embedding"
         assert ("t5" in table["sentence-embedding"], "squeezebert" in table["sentence-embedding"]) == (False, False)

@@ -12,11 +12,21 @@ from ftkit.methods.bitfit import BitFit
 from ftkit.methods.head import Head
 from ftkit.methods.ia3 import IA3
 from ftkit.methods.lora import LoRA
-from ftkit.methods.modules import choose_targets, feed_forward_outputs, keys_and_values, layers, linear_modules, shortest_endings
+from ftkit.methods.modules import (
+    choose_targets,
+    embedding_of,
+    feed_forward_outputs,
+    keys_and_values,
+    layers,
+    linear_modules,
+    shortest_endings,
+    two_stacks,
+)
 from ftkit.methods.partial import Partial
 from ftkit.methods.prefix import PrefixTuning
 from ftkit.methods.prompt import PromptTuning
 from ftkit.methods.vera import VeRA
+from ftkit.miniature import miniature
 from ftkit.model import Base, Source, head_of, num_values, parameters_by_group, skeleton
 from ftkit.optim import decays
 from ftkit.tasks.causal_lm import CausalLM
@@ -465,3 +475,29 @@ def test_four_bit_weights_count_as_the_values_they_hold():
         packed.data, packed.quant_state = data, state
     assert packed.numel() == 64 * 48 // 2
     assert num_values(packed) == 64 * 48
+
+
+HEADED = {  # architecture, head -> modules above the stacks, how many stacks
+    ("t5", "SequenceClassification"): (["classification_head"], 2),
+    ("t5", "TokenClassification"): (["classifier"], 1),
+    ("umt5", "TokenClassification"): (["classifier"], 1),  # whose config says two
+    ("t5", "QuestionAnswering"): (["qa_outputs"], 2),
+    ("t5", "Seq2SeqLM"): (["lm_head"], 2),
+    ("bart", "QuestionAnswering"): (["qa_outputs"], 2),
+    ("bert", "TokenClassification"): (["classifier"], 1),
+    ("albert", "TokenClassification"): (["classifier"], 1),
+    ("llama", "SequenceClassification"): (["score"], 1),
+    ("gpt2", "QuestionAnswering"): (["qa_outputs"], 1),
+}
+
+
+@pytest.mark.parametrize(("name", "head"), HEADED)
+def test_heads_stacks_and_the_embedding_that_a_row_goes_through(name, head, tokenizers):
+    config = miniature(transformers.CONFIG_MAPPING[name](decoder_start_token_id=0, pad_token_id=0), 1, tokenizers["ending"])
+    model = getattr(transformers, f"AutoModelFor{head}").from_config(config).eval()
+    assert (head_of(model), 1 + two_stacks(model)) == HEADED[name, head]
+    seen = []
+    embedding_of(model).register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    ids = torch.tensor([[5, 6, 1]])
+    model(input_ids=ids, **({"decoder_input_ids": ids} if head == "Seq2SeqLM" else {}))
+    assert torch.equal(seen[0], ids)

@@ -14,6 +14,7 @@ from ftkit.data.features import FeatureSet
 from ftkit.data.types import Features
 from ftkit.errors import RecipeError
 from ftkit.loop import Trainee
+from ftkit.methods.modules import embedding_of
 from ftkit.methods.p_tuning import PTuning
 from ftkit.methods.prompt import PromptTuning
 from ftkit.model import Base, head_of
@@ -189,7 +190,7 @@ def test_rows_with_several_labels_keep_their_targets(checkpoint):
 
 
 def embedded(base: Base, ids: list[int]) -> torch.Tensor:
-    return prompts.embedding_of(base.model).weight[ids]
+    return embedding_of(base.model).weight[ids]
 
 
 def learned(base: Base, method) -> torch.Tensor:
@@ -206,7 +207,7 @@ class TestFirstValues:
     def test_those_of_the_vocabulary_are_embeddings_of_words(self, checkpoint):
         base = base_of(checkpoint("bert"), TextClassification(labels=["garden", "harbour"]))
         values = learned(base, PromptTuning(num_virtual_tokens=8))
-        places = torch.cdist(values, prompts.embedding_of(base.model).weight).argmin(1)
+        places = torch.cdist(values, embedding_of(base.model).weight).argmin(1)
         assert torch.equal(values, embedded(base, places.tolist()))
         assert all(sum(map(str.isalpha, token)) > 1 and token[0] != "[" for token in base.tokenizer.convert_ids_to_tokens(places.tolist()))
 
