@@ -39,7 +39,7 @@ HEADS = {  # PEFT's task_type -> the Auto class that has the head
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 TOLERANCE_8BIT = 5e-2  # an 8-bit layer also rounds its inputs to 127 steps, which the merged one no longer does
 BUILT_WITH = ("trust_remote_code", "add_pooling_layer")
-WEIGHT_KWARGS = ("dtype", "quantization_config", "ignore_mismatched_sizes", *BUILT_WITH)  # of from_pretrained that are not the config's
+WEIGHT_KWARGS = ("dtype", "quantization_config", "ignore_mismatched_sizes", "key_mapping", *BUILT_WITH)  # of from_pretrained that are not the config's
 DRAFT = ".draft"  # inside the output, until the merged model is verified
 ROWS, LONGEST = 8, 48  # inputs that are compared, and tokens in the longest
 
@@ -158,6 +158,7 @@ def publish(
     draft = output / DRAFT
     try:
         shutil.rmtree(draft, ignore_errors=True)
+        forget_loading_steps(merged)
         merged.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
         pooling.copy_layout(adapter.directory, draft)
@@ -361,7 +362,6 @@ def load_float(adapter: Adapter, base: str, here: str) -> Any:
     if getattr(model, "is_quantized", False):
         # Merging into 4 bits would round the update away: on MiniLM, outputs were off by 0.07 where classes lie 0.2 apart.
         model = model.dequantize()
-        forget_loading_steps(model)
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         _restore_conv1d(model)

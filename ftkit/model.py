@@ -272,6 +272,16 @@ def without_pooler(config: transformers.PreTrainedConfig, task: Task) -> dict[st
     return {"add_pooling_layer": False} if cls and "add_pooling_layer" in inspect.signature(cls.__init__).parameters else {}
 
 
+def renamed_stack(model: transformers.PreTrainedModel) -> dict[str, Any]:
+    """What `from_pretrained` must be told where a class calls the layers below its head otherwise than checkpoints of the architecture do.
+
+    Up to transformers 5.23, LlamaForQuestionAnswering and those of some other decoders look for `transformer.` in place of `model.`: all would start random.
+    """
+    ours = model.base_model_prefix
+    stored = getattr(transformers.AutoModel._model_mapping.get(type(model.config), None), "base_model_prefix", ours)
+    return {} if stored == ours else {"key_mapping": {f"^{stored}.": f"{ours}."}}
+
+
 def skeleton(config: transformers.PreTrainedConfig, task: Task, attention: str | None = None, trust_remote_code: bool = False) -> transformers.PreTrainedModel:
     """The model without weights, on the meta device: names and shapes only.
 
@@ -460,6 +470,7 @@ def load(
         whole = load(plain, source, load_config(plain, source, tokenizer), tokenizer, task, method, dtype, seed, device, precision)
         return _part(model, whole, planned, cls.from_config(planned.model.config, dtype=dtype, trust_remote_code=model.trust_remote_code, **options))
     placement = {"device_map": {"": device}} if extra else {}
+    extra = extra | renamed_stack(planned.model)
     with hub_errors(source):
         start = {"state_dict": _merged_weights(source, device)} if source.adapter else source.kwargs
         maker: Any = type(planned.model) if source.adapter else cls  # Auto classes want a name
@@ -595,12 +606,16 @@ def forget_loading_steps(model: Any) -> None:
     """Let `save_pretrained` write weights as they are.
 
     Up to transformers 5.23 a checkpoint that was stored in few bits keeps bitsandbytes' loading steps, which cannot be
-    reversed: saving its model, dequantised or not, raises NotImplementedError.
+    reversed: saving its model, dequantised or not, raises NotImplementedError.  And what `renamed_stack` told it would
+    be reversed, into names that the model itself does not look for.
     """
-    steps = getattr(model, "_weight_conversions", None) or []
-    model._weight_conversions = [
-        step for step in steps if not any("bitsandbytes" in type(operation).__module__ for operation in getattr(step, "operations", []))
-    ]
+
+    def lasts(step: Any) -> bool:
+        operations = getattr(step, "operations", [])
+        return step.target_patterns != [f"{model.base_model_prefix}."] and not any("bitsandbytes" in type(each).__module__ for each in operations)
+
+    if steps := getattr(model, "_weight_conversions", None):
+        model._weight_conversions = list(filter(lasts, steps))
 
 
 def _of_bitsandbytes(module: nn.Module) -> bool:

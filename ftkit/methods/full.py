@@ -44,7 +44,6 @@ def save_whole(base: Base, directory: Path) -> Artifact:
     """Write the whole model; plain transformers loads it."""
     from ftkit.model import forget_loading_steps
 
-    if getattr(base.model, "is_quantized", False):
-        forget_loading_steps(base.model)
+    forget_loading_steps(base.model)
     base.model.save_pretrained(directory)
     return Artifact("transformers", {"dtype": str(base.model.dtype).removeprefix("torch.")})

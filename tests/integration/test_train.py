@@ -81,6 +81,8 @@ RUNS = {  # model, rows, method
     "distilbert-tagged-head": ("distilbert", "tagged", {"kind": "head"}),
     "bert-asked-full": ("bert", "asked", {"kind": "full"}),
     "gpt2-asked-lora": ("gpt2", "asked", {"kind": "lora", "r": 4}),
+    "llama-asked-full": ("llama", "asked", {"kind": "full"}),
+    "llama-asked-qlora": ("llama", "asked", {"kind": "qlora"}),
     "distilbert-asked-head": ("distilbert", "asked", {"kind": "head"}),
     "bert-matched-full": ("bert", "matched", {"kind": "full"}),
     "gpt2-alike-lora": ("gpt2", "alike", {"kind": "lora", "r": 4}),

@@ -6,14 +6,18 @@ import pytest
 import torch
 import transformers
 
-from ftkit import model
+from ftkit import architectures, model
+from ftkit.architectures import CAUSAL, FINDER, REWRITER
 from ftkit.errors import MissingDependency, RecipeError
 from ftkit.methods.full import Full
 from ftkit.methods.head import Head
 from ftkit.methods.lora import LoRA
+from ftkit.miniature import miniature
+from ftkit.model import Source
 from ftkit.recipe.spec import Model, Train
 from ftkit.session import check_checkpointing
 from ftkit.tasks.causal_lm import CausalLM
+from ftkit.tasks.question_answering import QuestionAnswering
 from ftkit.tasks.text_classification import TextClassification
 
 
@@ -150,3 +154,20 @@ def test_decoders_are_told_from_encoders_by_what_their_attention_does():
         else:
             with pytest.raises(RecipeError, match="XLNetLMHeadModel looks at the tokens after each one"):
                 model.check_causal(built, CausalLM())
+
+
+@pytest.mark.parametrize("name", [name for name, has in architectures.TABLE.items() if FINDER in has and has & {CAUSAL, REWRITER} and name != "reformer"])
+def test_a_head_that_finds_answers_stands_on_the_layers_of_a_language_model(name, tokenizers, tmp_path):
+    """Llama's calls them otherwise than its language model does."""
+    tokenizer = tokenizers["ending"]
+    config = miniature(model.load_config(Model(init="random", config={"model_type": name}), None, tokenizer), 1, tokenizer)
+    writer = transformers.AutoModelForSeq2SeqLM if REWRITER in architectures.TABLE[name] else transformers.AutoModelForCausalLM
+    stored = writer.from_config(config)
+    stored.save_pretrained(tmp_path)
+    arguments = Model(name=str(tmp_path)), Source(str(tmp_path)), config, tokenizer, QuestionAnswering(), Full(), torch.float32, 0, torch.device("cpu")
+    loaded = model.load(*arguments)
+    assert {parameter.partition(".")[0] for parameter in loaded.new} == set(loaded.head)
+    below = dict(stored.base_model.named_parameters())
+    found = dict(loaded.model.base_model.named_parameters())
+    assert len(below.keys() & found.keys()) > 5
+    assert all(torch.equal(found[key], below[key]) for key in below.keys() & found.keys())
