@@ -17,7 +17,7 @@ import torch
 import transformers
 from torch import nn
 
-from ftkit import big_bird, reformer, rundir, students, vocabulary
+from ftkit import big_bird, ends, reformer, rundir, students, vocabulary
 from ftkit.errors import FtkitError, HubError, MissingDependency, RecipeError
 from ftkit.exits import DISK_ERRORS
 from ftkit.methods.modules import added, base_prefix, linear_modules, two_stacks
@@ -215,7 +215,7 @@ def load_tokenizer(model: Model, source: Source | None, train: TrainedTokenizer 
     if train is not None:
         from ftkit.tokenizer import train_tokenizer
 
-        return train_tokenizer(train, texts)
+        return train_tokenizer(train, texts, ending=load_config(model, source).is_encoder_decoder)
     if isinstance(model.tokenizer, str):
         source = Source(model.tokenizer, None)
     elif source and source.adapter and (Path(source.adapter) / "tokenizer_config.json").is_file():
@@ -316,6 +316,7 @@ def mend(model: Any) -> None:
     """Let architectures do what runs need, where their own code does not."""
     reformer.mend(model)
     big_bird.mend(model)
+    ends.mend(model)
 
 
 def _can_begin(model: transformers.PreTrainedModel) -> bool:
@@ -384,15 +385,22 @@ def plan(model: Model, source: Source | None, config: Any, tokenizer: Any, task:
         raise RecipeError(
             f"the tokenizer has {len(tokenizer)} tokens but the model has embeddings for {embeddings.num_embeddings}: they do not belong together"
         )
-    if config.is_encoder_decoder and task.auto_class == "AutoModelForSequenceClassification" and tokenizer.eos_token_id not in tokenizer("a")["input_ids"]:
-        raise RecipeError(
-            f"{type(plain).__name__} reads its answer at the end of a text, and the tokenizer does not end texts with {tokenizer.eos_token}; "
-            "name another one in model.tokenizer"
-        )
+    if config.is_encoder_decoder and task.auto_class == "AutoModelForSequenceClassification":
+        _check_ends(plain, tokenizer)
     extra = method.load_kwargs(head, precision)
     base = Base(plain, tokenizer, None if model.init == "random" else source, task, head, load_kwargs=extra, added=added, cut=model.cut)
     _check_bits(model, base, method)
     return base
+
+
+def _check_ends(plain: transformers.PreTrainedModel, tokenizer: Any) -> None:
+    """Refuse a tokenizer whose texts do not end, for a model that reads its answer there, or whose padding looks like ends."""
+    end = plain.config.eos_token_id
+    told = f"{type(plain).__name__} reads its answer at the end of a text, token {end}"
+    if end not in tokenizer("a")["input_ids"]:
+        raise RecipeError(f"{told}, which the tokenizer does not end texts with; name another one in model.tokenizer")
+    if end == tokenizer.pad_token_id:
+        raise RecipeError(f"{told}, and the tokenizer pads with it, too; give it another pad_token, or name another one in model.tokenizer")
 
 
 def _check_bits(model: Model, base: Base, method: Method) -> None:

@@ -237,14 +237,14 @@ def _model(recipe: Recipe, task: Task, rows: Rows, report: Reporter) -> tuple[Mo
     texts = list(prepare.tokenizer_texts(TrainedTokenizer(train="data"), rows))
     small_tokenizer = None
     if isinstance(spec.tokenizer, TrainedTokenizer):
-        small_tokenizer, tokenizer = _small_tokenizer(spec.tokenizer.kind, texts)
+        small_tokenizer, tokenizer = _small_tokenizer(spec.tokenizer.kind, texts, config)
     else:
         try:
             tokenizer = model.load_tokenizer(spec.model_copy(update={"add_tokens": None}), source, None, ())  # which the run adds
         except HubError:
             headless = task.auto_class in ("AutoModelForMaskedLM", "AutoModel")
-            encoder = type(config) in transformers.AutoModelForMaskedLM._model_mapping and (task.new_head or headless)
-            trained, tokenizer = _small_tokenizer("wordpiece" if encoder else "bpe", texts)
+            masks = type(config) in transformers.AutoModelForMaskedLM._model_mapping and not config.is_encoder_decoder
+            trained, tokenizer = _small_tokenizer("wordpiece" if masks and (task.new_head or headless) else "bpe", texts, config)
             name = spec.tokenizer or spec.name
             report.note(f"substituted: the tokenizer of {name} is not in the hub's cache; a {trained.kind} one of {len(tokenizer)} tokens stands for it")
             model.adopt_tokens(config, tokenizer)
@@ -266,13 +266,13 @@ def _model(recipe: Recipe, task: Task, rows: Rows, report: Reporter) -> tuple[Mo
     return spec, small, tokenizer
 
 
-def _small_tokenizer(kind: Any, texts: list[str]) -> tuple[TrainedTokenizer, Any]:
+def _small_tokenizer(kind: Any, texts: list[str], config: Any) -> tuple[TrainedTokenizer, Any]:
     """A tokenizer of 320 tokens: fewer where the texts do not fill it, more where they have more characters."""
     size = VOCABULARY
     while True:
         spec = TrainedTokenizer(train="data", kind=kind, vocab_size=size)
         try:
-            return spec, train_tokenizer(spec, texts)
+            return spec, train_tokenizer(spec, texts, ending=config.is_encoder_decoder)
         except VocabularySize as error:
             if error.found < LEAST_VOCABULARY:
                 raise

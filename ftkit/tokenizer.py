@@ -39,15 +39,16 @@ class VocabularySize(DataError):
         self.found = found
 
 
-def train_tokenizer(spec: TrainedTokenizer, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+def train_tokenizer(spec: TrainedTokenizer, texts: Iterable[str], ending: bool = False) -> PreTrainedTokenizerFast:
     """A tokenizer of exactly `spec.vocab_size` tokens; the same texts give the same tokenizer.
 
     bpe and unigram work on bytes: they meet no unknown character, give back every text exactly, and
-    bring a ChatML template.  wordpiece is BERT's: lower case, `[CLS] a [SEP] b [SEP]`.
+    bring a ChatML template; with `ending`, each text ends with <|eos|>, as for T5.  wordpiece is BERT's: lower case,
+    `[CLS] a [SEP] b [SEP]`.
     Raises RecipeError for a vocabulary too small for its bytes, VocabularySize for texts too few to fill it,
     or with too many characters for it.
     """
-    tokenizer, names, extra, template = _wordpiece(spec, texts) if spec.kind == "wordpiece" else _bytes(spec, texts)
+    tokenizer, names, extra, template = _wordpiece(spec, texts) if spec.kind == "wordpiece" else _bytes(spec, texts, ending)
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(
@@ -103,8 +104,8 @@ def _wordpiece(spec: TrainedTokenizer, texts: Iterable[str]) -> Trained:
     return tokenizer, BERT_TOKENS, (), None
 
 
-def _bytes(spec: TrainedTokenizer, texts: Iterable[str]) -> Trained:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+def _bytes(spec: TrainedTokenizer, texts: Iterable[str], ending: bool) -> Trained:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     special = [*TEXT_TOKENS.values(), *TURN_TOKENS]
     if spec.vocab_size <= BYTES + len(special):
@@ -121,7 +122,10 @@ def _bytes(spec: TrainedTokenizer, texts: Iterable[str]) -> Trained:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(**options) if bpe else trainers.UnigramTrainer(**options))
     _check_size(tokenizer, spec)
-    return tokenizer if bpe else _canonical(tokenizer, special), TEXT_TOKENS, TURN_TOKENS, CHAT_TEMPLATE
+    tokenizer, end = tokenizer if bpe else _canonical(tokenizer, special), TEXT_TOKENS["eos_token"]
+    if ending:
+        tokenizer.post_processor = processors.TemplateProcessing(f"$A {end}", f"$A {end} $B:1 {end}:1", [(end, tokenizer.token_to_id(end))])
+    return tokenizer, TEXT_TOKENS, TURN_TOKENS, CHAT_TEMPLATE
 
 
 def _canonical(unigram: Tokenizer, special: list[str]) -> Tokenizer:

@@ -517,6 +517,21 @@ def masks_without_a_mask_token(scene):
     scene.recipe["model"] = {"init": "random", "config": {"model_type": "roberta", **sizes}, "tokenizer": {"train": "data", "vocab_size": 300}}
 
 
+@mistake(2, r"BartForSequenceClassification reads its answer at the end of a text, token None, which the tokenizer does not end texts with")
+def an_answer_at_the_end_of_texts_without_an_end(scene):
+    sizes = {f"{stack}_{size}": value for stack in ("encoder", "decoder") for size, value in {"layers": 1, "attention_heads": 2, "ffn_dim": 64}.items()}
+    tokenizer = {"train": "data", "kind": "wordpiece", "vocab_size": 120}
+    scene.recipe["model"] = {"init": "random", "config": {"model_type": "bart", "d_model": 32, **sizes}, "tokenizer": tokenizer}
+
+
+@mistake(2, r"T5ForSequenceClassification reads its answer at the end of a text, token 1, and the tokenizer pads with it, too; give it another pad_token")
+def an_answer_at_the_end_of_texts_that_looks_like_padding(scene):
+    scene.recipe["model"] = scene.model_without(architecture="t5")
+    path = Path(scene.recipe["model"]) / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(settings | {"pad_token": settings["eos_token"]}), encoding="utf-8")
+
+
 @mistake(2, r"task masked-lm: BartForConditionalGeneration writes text with a decoder and fills no masks in place")
 def masks_for_an_encoder_decoder(scene):
     scene.fill()

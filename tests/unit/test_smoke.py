@@ -143,6 +143,12 @@ def test_encoder_decoders_are_told_by_name(smoke, data, model):
     assert merged["max_difference"] <= merged["tolerance"]
 
 
+@pytest.mark.parametrize("model", ["facebook/bart-base", "google-t5/t5-small"])
+def test_encoder_decoders_read_an_answer_at_the_end_of_a_text(smoke, data, model):
+    done = smoke({"model": model, "task": "text-classification", "data": {"train": str(data.single / "train.csv"), "validation": 0.25}})
+    assert done.code == 0, done.err
+
+
 def test_what_is_on_the_disk_is_used(smoke, data, checkpoint, tmp_path):
     recipe = {"model": checkpoint("bert"), "task": "text-classification", "data": {"train": str(data.single / "train.csv"), "validation": 0.25}}
     done = smoke(recipe)

@@ -61,6 +61,15 @@ def test_special_tokens_of_texts_and_chats():
     assert prompt == "<|im_start|>user\na fox<|im_end|>\n<|im_start|>assistant\n"
 
 
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_texts_may_end(kind):
+    plain = trained(kind)
+    ending = train_tokenizer(TrainedTokenizer(train="data", kind=kind, vocab_size=SIZES[kind]), TEXTS, ending=True)
+    one, two, end = (plain(text)["input_ids"] for text in ("a fox", "a bird", "<|eos|>"))
+    assert ending("a fox")["input_ids"] == one + end
+    assert ending("a fox", "a bird")["input_ids"] == one + end + two + end
+
+
 def test_wordpiece_is_like_berts():
     tokenizer = trained("wordpiece")
     encoded = tokenizer("The FOX", "a bird", return_token_type_ids=True)
