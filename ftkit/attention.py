@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +77,9 @@ class Flat:
             stack.register_forward_pre_hook(self._gather, with_kwargs=True),
             stack.register_forward_hook(self._scatter),
         ]
+        self._biased: list[Any] = [module for module in stack.modules() if hasattr(module, "compute_bias")]  # T5's
+        for module in self._biased:
+            module.compute_bias = partial(self._bias, module.compute_bias)
 
     @contextmanager
     def rows(self, segments: Segments | None) -> Iterator[None]:
@@ -101,6 +104,8 @@ class Flat:
         """Leave the model as it was."""
         for hook in self._hooks:
             hook.remove()
+        for module in self._biased:
+            del module.compute_bias
         self.model.set_attn_implementation(self._before)
 
     def _unmask(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -126,6 +131,12 @@ class Flat:
         if self._gives_positions:
             kwargs["position_ids"] = (segments.index % segments.shape[1]).unsqueeze(0)
         return tuple(gathered(value) for value in args), kwargs
+
+    def _bias(self, compute: Callable[..., torch.Tensor], query_length: int, key_length: int, **kwargs: Any) -> torch.Tensor:
+        """[1, heads, L, L] of distances within the longest row, not [1, heads, N, N] of those between all tokens."""
+        if self._segments is not None:
+            query_length = key_length = max(self._segments.lengths)
+        return compute(query_length, key_length, **kwargs)
 
     def _scatter(self, stack: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if (segments := self._segments) is None:

@@ -29,9 +29,10 @@ from transformers import (
     RobertaConfig,
     StableLmConfig,
     T5Config,
+    UMT5Config,
 )
 
-from ftkit import plain_attention, recompute
+from ftkit import attention, plain_attention, recompute
 from ftkit.attention import NAME, Flat, Unsupported
 from ftkit.data import batches
 from ftkit.data.batches import segments
@@ -59,6 +60,7 @@ DECODERS = {
     "opt": OPTConfig(**{**SMALL, "ffn_dim": 64, "word_embed_proj_dim": 32, "pad_token_id": 0}),
     "bert-decoder": BertConfig(**SMALL, is_decoder=True),
 }
+T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 100}
 LENGTHS = (11, 7, 7, 3)  # of rows; longer and shorter than the sliding windows, two alike
 OTHERS = {  # refused before a forward pass, or in it
     "deberta": (DebertaV2Config(**SMALL), "its attention is its own"),
@@ -142,10 +144,13 @@ def test_next_tokens_are_those_of_each_row_alone(name, call, batch):
 
 
 @pytest.mark.parametrize("widened", [False, True])
-def test_the_encoder_of_t5_with_its_position_bias(widened, call, batch):
-    model = built(transformers.T5EncoderModel, T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=100))
-    with torch.no_grad():
-        assert difference(flat(model, *batch, widened), alone(model, batch[0])) < 1e-5
+@pytest.mark.parametrize("kind", [T5Config, UMT5Config])
+def test_tags_of_the_encoder_of_t5_with_its_position_bias(kind, widened, call, batch, monkeypatch):
+    """The bias is as large as the longest row, not as all of them together."""
+    model, seen, attended = built(transformers.AutoModelForTokenClassification, kind(**T5)), [], attention.attend
+    monkeypatch.setattr(attention, "attend", lambda *args, **kwargs: seen.append(kwargs["position_bias"].shape) or attended(*args, **kwargs))
+    assert_alike(model, lambda: torch.cat(alone(model, batch[0])), lambda: torch.cat(flat(model, *batch, widened)))
+    assert min(seen)[2] == max(seen)[2] == max(map(len, batch[0]))
 
 
 DROPPING = {
