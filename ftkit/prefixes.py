@@ -5,7 +5,8 @@ Prefixes take no positions, and caches of earlier tokens do not hold them: `atte
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -84,6 +85,17 @@ def add(model: PreTrainedModel, length: int, hidden: int | None = None, ids: Seq
         for module, keys, values in found:
             first = [states[0].float() if ids else torch.randn(states.shape[1], length, states.shape[3]) * STD for states in (keys, values)]
             module.add_module("prefix", Prefix(first[0], first[1], shared, owns=module is owner).to(device))
+
+
+@contextmanager
+def absent(model: nn.Module) -> Iterator[None]:
+    """Herein attention looks at no prefixes."""
+    kept = [(module, module._modules.pop("prefix")) for module in list(model.modules()) if isinstance(getattr(module, "prefix", None), Prefix)]
+    try:
+        yield
+    finally:
+        for module, prefix in kept:
+            module.add_module("prefix", prefix)
 
 
 @torch.no_grad()

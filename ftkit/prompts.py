@@ -229,6 +229,21 @@ def given(model: Any, batch: Batch) -> Iterator[Batch]:
         yield virtual.extended(batch)
 
 
+@contextmanager
+def absent(model: Any) -> Iterator[None]:
+    """Herein rows begin without the virtual tokens of a model, if it has any."""
+    virtual = of(model)
+    if virtual is None:
+        yield
+        return
+    virtual.model._ftkit_virtual = None  # type: ignore[assignment]
+    try:
+        with virtual.given():
+            yield
+    finally:
+        virtual.model._ftkit_virtual = virtual  # type: ignore[assignment]
+
+
 def is_stored(directory: Path) -> bool:
     """Whether it holds a soft prompt in PEFT's format."""
     try:

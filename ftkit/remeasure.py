@@ -151,7 +151,8 @@ def _measure_base(target: str, data: str | None, split: str | None, report: Repo
     if lead:
         prepared = _led(prepared, lead, report)
     session = open_session(prepared, report)
-    measured = measure(session, prepared.splits, report, StopRequest(), keep_records=True)
+    with session.untouched():
+        measured = measure(session, prepared.splits, report, StopRequest(), keep_records=True)
     return {"metrics": {"base": _values(measured)}}
 
 

@@ -82,7 +82,8 @@ def _train(resolved: Resolved, stop: signals.StopRequest, resume: bool, overwrit
                 report.warn(f"not bit for bit as without the interruption: layers computed once were {before['layers_computed_once']} and are {once}")
             manifest.update(layers_computed_once=once)
             if position.step == 0 and "base" not in before:
-                base, written = measure(session, prepared.splits, report, stop), samples(session, report, stop)
+                with session.untouched():
+                    base, written = measure(session, prepared.splits, report, stop), samples(session, report, stop)
                 _stop_if_asked(session, output, position, report, stop)
                 manifest.update(base={name: measured.values for name, measured in base.items()}, base_samples=written)
             if position.step == 0:

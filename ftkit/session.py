@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -12,7 +13,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 
-from ftkit import compiled, device, dropout, embeddings, frozen, kernels, launch, layout, model, optim, recompute, updates
+from ftkit import compiled, device, dropout, embeddings, frozen, kernels, launch, layout, model, optim, prefixes, prompts, recompute, updates
 from ftkit.data.batches import Sampler, collate, largest_micro_batch
 from ftkit.errors import MissingDependency, RecipeError
 from ftkit.loop import Trainee
@@ -73,6 +74,12 @@ class Session:
         """What the method does not let learn yet in this epoch, counted from 0."""
         waits = self.recipe.method.waits(self.base)
         return [parameter for name, parameter in self.trainable.items() if waits(name, epoch)]
+
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Herein, before the first step, the model answers as its base does: without prompts and prefixes, whose first values would have an effect."""
+        with prompts.absent(self.base.model), prefixes.absent(self.base.model):
+            yield
 
     @property
     def splits(self) -> dict[str, tuple[RowList, FeatureSet]]:

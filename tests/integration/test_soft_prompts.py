@@ -40,6 +40,22 @@ def test_a_run_is_trained_measured_again_and_asked(kind, model, rows, ftkit, rec
     assert "merge" in merged.err
 
 
+@pytest.mark.parametrize("kind", METHODS)
+@pytest.mark.parametrize(("model", "rows"), [("bert", "asked"), ("llama", "chats")])
+def test_the_base_is_measured_without_what_has_not_learned(model, rows, kind, ftkit, recipe, tmp_path, verify_here):
+    generation = {"metrics": ["rouge_l"], "generation": {"max_new_tokens": 4, "samples": 2}} if rows == "chats" else {}
+    plain = json.loads(ftkit("eval", recipe(model, rows, method="full", eval=generation), "--json").out)["metrics"]["base"]
+    path = recipe(model, rows, {"steps": 1, "layout": "padded"}, method=METHODS[kind], eval=generation)
+    base = json.loads(ftkit("eval", path, "--json").out)["metrics"]["base"]
+    done = ftkit("train", path, "--json")
+    assert done.code == 0, done.err
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    for split in ("validation", "test"):
+        assert base[split] == pytest.approx(plain[split], rel=1e-5)
+        assert metrics["base"][split]["loss"] == pytest.approx(plain[split]["loss"], rel=1e-5)
+        assert metrics[split]["loss"] != pytest.approx(plain[split]["loss"], rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("rows", "model", "asked", "measured"),
     [

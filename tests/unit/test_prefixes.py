@@ -55,6 +55,15 @@ def test_with_a_cache_it_generates_what_it_does_without(llama):
         ids = torch.cat((ids, token.view(1, 1)), 1)
 
 
+def test_it_may_be_absent(llama):
+    plain, prefixed = llama
+    expected, names = prefixed(input_ids=IDS).logits, [name for name, _ in prefixed.named_parameters()]
+    with prefixes.absent(prefixed):
+        torch.testing.assert_close(prefixed(input_ids=IDS).logits, plain(input_ids=IDS).logits)
+    assert torch.equal(prefixed(input_ids=IDS).logits, expected)
+    assert [name for name, _ in prefixed.named_parameters()] == names
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(llama, side):
     _, prefixed = llama

@@ -100,6 +100,21 @@ def test_rows_generate_together_what_they_generate_alone_and_with_cache_what_the
     assert beams.sequences[0, : len(ROWS[0])].tolist() == ROWS[0]
 
 
+def test_it_may_be_absent(llama):
+    plain, prompted = llama
+    ids = torch.tensor([ROWS[0]])
+    virtual, expected = prompts.of(prompted), prompted(input_ids=ids).logits
+    with prompts.absent(prompted):
+        assert prompts.of(prompted) is None
+        assert torch.equal(prompted(input_ids=ids).logits, plain(input_ids=ids).logits)
+        assert (
+            prompted.generate(input_ids=ids, max_new_tokens=4, do_sample=False).tolist()
+            == plain.generate(input_ids=ids, max_new_tokens=4, do_sample=False).tolist()
+        )
+    assert prompts.of(prompted) is virtual
+    assert torch.equal(prompted(input_ids=ids).logits, expected)
+
+
 def test_a_batch_becomes_longer_in_front_and_supervises_the_same(llama):
     virtual = prompts.of(llama[1])
     features = FeatureSet.of([[Features(row, [*row[1:], 3], [0.0, *[1.0] * (len(row) - 1)])] for row in ROWS])
