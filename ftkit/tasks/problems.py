@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, TypeAlias
+
+from pydantic import AfterValidator, Field
 
 from ftkit.data.types import RowError
 from ftkit.tasks.classes import by_class, counts_of, name_of, of_confusion, redrawn, some
@@ -170,6 +172,15 @@ def number_of(score: Any) -> float:
     if isinstance(score, bool) or not math.isfinite(number):
         raise RowError(f"score {score!r} is not a finite number")
     return number
+
+
+def _ascending(bounds: list[float]) -> list[float]:
+    if bounds[0] >= bounds[1]:
+        raise ValueError("give the lowest score, then the highest")
+    return bounds
+
+
+ScoreRange: TypeAlias = Annotated[list[float], Field(min_length=2, max_length=2), AfterValidator(_ascending)]
 
 
 def share_of(score: Any, bounds: Sequence[float]) -> float:

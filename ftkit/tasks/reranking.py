@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
-
-from pydantic import Field, model_validator
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftkit.data.types import Row
 from ftkit.recipe.spec import option
 from ftkit.tasks import Column, Shape
-from ftkit.tasks.problems import auroc, share_of
+from ftkit.tasks.problems import ScoreRange, auroc, share_of
 from ftkit.tasks.streaming import Streaming
 from ftkit.tasks.text_classification import EXAMPLES
 from ftkit.tasks.text_task import TextTask
@@ -30,17 +28,9 @@ class Reranking(TextTask):
     """A number from 0 to 1 for a query and a text: how well it answers it."""
 
     kind: Literal["reranking"] = "reranking"
-    score_range: Annotated[list[float], Field(min_length=2, max_length=2)] = option(
-        [0.0, 1.0], "the scores of a text that does not answer at all, and of one that answers as well as can be, such as [0, 3]"
-    )
+    score_range: ScoreRange = option([0.0, 1.0], "the scores of a text that does not answer at all, and of one that answers as well as can be, such as [0, 3]")
 
     shapes: ClassVar[tuple[Shape, ...]] = (Shape(QUERY, PASSAGE, RELEVANCE),)
-
-    @model_validator(mode="after")
-    def _ascending(self) -> Reranking:
-        if self.score_range[0] >= self.score_range[1]:
-            raise ValueError(f"score_range: {self.score_range}: give the lowest score, then the highest")
-        return self
 
     @property
     def _problem(self) -> Relevance:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from ftkit.data.types import Features, Items, Limits, Row, RowError
 from ftkit.errors import DataError
@@ -16,7 +16,7 @@ from ftkit.tasks import Column, Shape
 from ftkit.tasks.classes import name_of, occurring, ordered
 from ftkit.tasks.contrast import Contrast, Cosine, InBatch, Order, cosines
 from ftkit.tasks.pooling import Pooling, pool, write_layout
-from ftkit.tasks.problems import OneClass, number_of, share_of
+from ftkit.tasks.problems import OneClass, ScoreRange, number_of, share_of
 from ftkit.tasks.text_classification import EXAMPLES, LABEL, SCORE
 from ftkit.tasks.texts import batch_of, fit
 
@@ -55,9 +55,7 @@ class SentenceEmbedding(Spec):
     scale: float | None = option(None, "cosines count so many times in the loss of in-batch and cosent; 20 if empty (sentence-transformers)", gt=0)
     symmetric: bool = option(False, "in-batch: also each `text_pair`'s own text among all texts, by half (arXiv 2310.19923)")
     negatives: int | None = option(None, "in-batch: texts in `negative` of each row; as many as the first training row has, if empty", ge=0)
-    score_range: Annotated[list[float], Field(min_length=2, max_length=2)] = option(
-        [0.0, 1.0], "cosine: the scores that cosines of 0 and of 1 stand for, such as [0, 5]"
-    )
+    score_range: ScoreRange = option([0.0, 1.0], "cosine: the scores that cosines of 0 and of 1 stand for, such as [0, 5]")
     labels: list[str] | None = option(None, "softmax: class names in order; those of the training rows, sorted, if empty")
 
     txt_row: ClassVar[str] = "line"
@@ -81,8 +79,6 @@ class SentenceEmbedding(Spec):
             raise ValueError(f"negatives has no effect with loss: {self.loss}; leave it out")
         if self.loss != "cosine" and self.score_range != [0.0, 1.0]:
             raise ValueError(f"score_range has no effect with loss: {self.loss}; leave it out")
-        if self.score_range[0] >= self.score_range[1]:
-            raise ValueError(f"score_range: {self.score_range}: give the lowest score, then the highest")
         return self
 
     @property
