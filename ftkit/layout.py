@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -54,6 +54,18 @@ def _flat(recipe: Recipe, model: PreTrainedModel) -> Flat:
     return Flat(model, recipe.train.fast_dropout, recipe.train.fast_attention, recipe.train.round_batches)
 
 
+def flat_beside(trainee: Trainee, recipe: Recipe, report: Reporter) -> Flat | None:
+    """The flat layers of the model that reads rows before a flat one does, if there is such a model and it has what they take."""
+    if trainee.flat is None or not hasattr(recipe.task, "prior"):
+        return None
+    companion: Any = trainee.beside
+    try:
+        return _flat(recipe, companion)
+    except Unsupported as error:
+        report.note(f"the {recipe.task.companion} computes padding, too: {type(companion).__name__}: {error}")  # type: ignore[attr-defined]
+        return None
+
+
 def foreseen(recipe: Recipe, skeleton: PreTrainedModel) -> tuple[str, str | None]:
     """The layout that a run will have, and why not flat, as far as a model without weights can tell: the run tries it."""
     if recipe.train.layout not in ("auto", "flat"):
@@ -91,8 +103,10 @@ def tried(asked: str, otherwise: str, trainee: Trainee, features: FeatureSet, pa
     except EXPECTED as error:
         reason = first_line(error)
     model = trainee.flat.model
-    trainee.flat.remove()
-    trainee.flat = None
+    for part in (trainee.flat, trainee.flat_beside):
+        if part is not None:
+            part.remove()
+    trainee.flat = trainee.flat_beside = None
     _refuse(asked, otherwise, model, reason, report)
     return otherwise
 

@@ -59,6 +59,7 @@ class Trainee(nn.Module):
         self.watch: Watch | None = None  # of the layers, where they are compared with a teacher's
         self.difference: Callable[[Batch], torch.Tensor] | None = None  # how far they are from these, summed over tokens
         self.teacher: Teacher | None = None  # whom the objective compares with; no module of this one, for it does not learn
+        self.flat_beside: Flat | None = None  # the layers of what is beside, where they run on real tokens only, too
         self._places: list[tuple[dict[str, nn.Parameter | None], str]] = []
         self.still = {name or "the whole base": module for module in frozen_bottom(inner) for name, other in inner.named_modules() if other is module}
 
@@ -77,7 +78,8 @@ class Trainee(nn.Module):
         """
         earlier: list[Items] = []
         if hasattr(self.task, "prior"):
-            batch, items = self.task.prior(self.beside, batch)
+            with self.flat_beside.rows(self._rounded(batch, positions=False).segments) if self.flat_beside else nullcontext():
+                batch, items = self.task.prior(self.beside, batch)
             earlier.append(items)
         with prompts.given(self.model, batch) as extended:  # heads are asked without any
             items = self.items(extended, judged=judge is not None)
@@ -100,8 +102,7 @@ class Trainee(nn.Module):
 
     def items(self, batch: Batch, judged: bool = False) -> Items | tuple[Items, ...]:
         """What the task makes of the model's states: there may be more of weight 0, to a round number, and layers are watched, unless it is `judged`."""
-        if self.flat and self.flat.round_batches and made_for_each_shape(self.model):
-            batch = rounded(batch, positions=not judged, widths=self.flat.fast_attention)
+        batch = self._rounded(batch, positions=not judged)
         with ExitStack() as stack:
             if self.flat:
                 stack.enter_context(self.flat.rows(batch.segments))
@@ -112,6 +113,12 @@ class Trainee(nn.Module):
             if self.watch and not judged:
                 stack.enter_context(self.watch.rows(batch))
             return self.task.items(self.model, batch)
+
+    def _rounded(self, batch: Batch, positions: bool) -> Batch:
+        """The batch with round numbers of tokens, and of supervised `positions`, where kernels are made for each number."""
+        if not (self.flat and self.flat.round_batches and made_for_each_shape(self.model)):
+            return batch
+        return rounded(batch, positions=positions, widths=self.flat.fast_attention)
 
     def held(self) -> list[nn.Parameter]:
         """All parameters, each once.  To look for them in all modules takes milliseconds of every step, so their places are kept.

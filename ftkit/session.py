@@ -120,7 +120,7 @@ class Session:
 
     def release(self) -> None:
         """Leave the model as its own code has it, for saving and comparing."""
-        for part in (self.trainee.watch, self.flat, self.frozen, self.liger, self.trainee.noise):
+        for part in (self.trainee.watch, self.flat, self.trainee.flat_beside, self.frozen, self.liger, self.trainee.noise):
             if part is not None:
                 part.remove()
         if self.recipe.train.compile:
@@ -131,7 +131,7 @@ class Session:
         if not hasattr(self.recipe.task, "beside"):  # an objective's is of no use without its teacher
             self.beside = self.trainee.beside = None
         self.flat = self.frozen = self.liger = self.used = None
-        self.trainee.flat = self.trainee.frozen = self.trainee.noise = None
+        self.trainee.flat = self.trainee.flat_beside = self.trainee.frozen = self.trainee.noise = None
         self.trainee.watch = self.trainee.difference = self.trainee.teacher = None
 
 
@@ -183,6 +183,7 @@ def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any]
         asked, otherwise = ("auto", "padded") if before["layout"] == "flat" else (before["layout"], "")  # padded batches are those of flat
     noise = Noise(embedding_of(base.model), train.neftune) if train.neftune else None
     trainee = Trainee(learner, base.inner(), recipe.task, recipe.objective, layout.flat(asked, otherwise, recipe, base.model, report), noise, beside)
+    trainee.flat_beside = layout.flat_beside(trainee, recipe, report)
     if train.parallel == "ddp":  # FSDP takes weights from main memory
         trainee.to(here)
     with updates.sharing(learner):

@@ -115,6 +115,18 @@ def test_batches_are_rounded_in_bfloat16_unless_switched_off(settings, rounds, r
     assert [number % 32 == 0 for number in seen] == [rounds]
 
 
+def test_a_generator_computes_no_padding_either(recipe, monkeypatch):
+    seen = numbers_of_tokens(monkeypatch)
+    with Reporter(None, quiet=True) as report:
+        opened = session(recipe("electra-pretrained", "texts"), "flat", report)
+    seen.clear()  # of the trial
+    step = next(fit(opened, Position()))
+    assert seen == [step.tokens] * 2
+    opened.release()
+    assert opened.beside.config._attn_implementation != "ftkit"
+    assert not opened.beside.base_model._forward_pre_hooks
+
+
 def test_it_is_the_default_where_it_is_possible(recipe):
     with Reporter(None, quiet=True) as report:
         assert session(recipe("bert", "single"), "auto", report).sampler.layout == "flat"
