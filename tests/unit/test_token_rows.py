@@ -195,6 +195,17 @@ def test_a_head_with_a_bias_is_refused(load):
     assert (peft.get_peft_model(base.model, config)(input_ids=row).logits - (expected - 1)).abs().max() < 1e-5
 
 
+def test_peft_leaves_out_the_bias_of_a_head_that_fills_masks():
+    """So an adapter with added tokens on such a head would answer otherwise with PEFT alone; once this fails, it can be allowed."""
+    torch.manual_seed(0)
+    model = transformers.BertForMaskedLM(transformers.BertConfig(**SIZES, vocab_size=50)).eval()
+    torch.nn.init.ones_(model.cls.predictions.decoder.bias)
+    row = torch.arange(5, 9)[None]
+    expected = model(input_ids=row).logits
+    config = peft.LoraConfig(target_modules=["query"], trainable_token_indices=[5])
+    assert (peft.get_peft_model(model, config)(input_ids=row).logits - (expected - 1)).abs().max() < 1e-5
+
+
 def test_an_embedding_with_a_rule_of_its_own_is_refused(load, monkeypatch):
     class Normed(torch.nn.Embedding):
         def forward(self, input):
