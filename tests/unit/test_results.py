@@ -37,7 +37,8 @@ def test_one_seed_of_everything_comes_before_the_other_seeds(results: Any) -> No
     first = {f"{dataset}/{method}/42/{side}" for dataset, method in compared for side in results.SIDES}
     chain = {"gutenberg_en/pretraining"} | {f"{dataset}/{method}" for dataset in ("enko_chat", "self_instruct") for method in ("lora", "qlora")}
     assert set(names[: len(first | chain)]) == first | chain
-    assert {cell.seed for cell in cells[len(first | chain) :]} == {13, 87, 1, 2}
+    rest = [cell for cell in cells[len(first | chain) :] if not isinstance(cell, results.Student)]
+    assert {cell.seed for cell in rest} == {13, 87, 1, 2}
     assert names.index("gutenberg_en/pretraining") < names.index("enko_chat/lora")
 
 
@@ -85,3 +86,16 @@ def test_the_table_has_mean_and_deviation_over_seeds(results: Any) -> None:
     text = results.tables(records)
     assert "| cola (mcc) | full | 0.0003 | 0.5000 ± 0.2500 (3) | 0.5000 |" in text
     assert "| enko_chat | lora | 5.5000 | 4.2500 | 2.0e-06 | 60 |" in text
+
+
+def test_students_come_after_their_teachers_and_are_shown_beside_them(results: Any) -> None:
+    cells = [cell for cell in results.cells() if isinstance(cell, results.Student)]
+    assert [cell.lesson for cell in cells[:3]] == [results.TEACHER] * 3
+    assert {cell.seed for cell in cells} == {42, 13, 87}
+    records = [{"dataset": "sst2", "beginning": "pretrained", "lesson": results.TEACHER, "seed": 42, "value": 0.8}]
+    records += [{"dataset": "sst2", "beginning": "copied", "lesson": "soft", "seed": seed, "value": value} for seed, value in ((42, 0.7), (13, 0.8))]
+    assert results.student_table(records).splitlines() == [
+        "| layers | lesson | sst2: 0.8000 |",
+        "| --- | --- | --- |",
+        "| copied | soft | 0.7500 ± 0.0707 (2), 93.8% |",
+    ]
