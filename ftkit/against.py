@@ -20,21 +20,9 @@ if TYPE_CHECKING:
     from ftkit.data.types import Scores
     from ftkit.evaluate import Measurable, Measured
     from ftkit.recipe.spec import Recipe
-    from ftkit.tasks import Task
 
 TIMED = {1: 32, 32: 8}  # rows in a batch -> batches whose median is told
 WARM_UP = 2  # batches before these
-
-
-class Side(NamedTuple):
-    """What is told of either run."""
-
-    scores: dict[str, float]  # of each set, by the task's main metric
-    choices: dict[str, np.ndarray | None]  # of each set, what the model takes for right, item by item; None where it chooses nothing
-    vocabulary: dict[str, int]
-    parameters: int
-    bytes: int  # that they take in memory
-    latency_seconds: dict[int, float]  # by rows in a batch
 
 
 def check(own: Recipe, other: Recipe, name: str) -> None:
@@ -46,40 +34,44 @@ def check(own: Recipe, other: Recipe, name: str) -> None:
         raise RecipeError(f"--against: {name} has the labels {', '.join(others)}, and this run {', '.join(labels)}; they must be the same, in the same order")
 
 
-def side(subject: Measurable, measured: Mapping[str, Measured]) -> Side:
-    """Of a run that was measured just now."""
-    metric, parameters = subject.recipe.task.main_metric, list(subject.trainee.model.parameters())
-    features = next(iter(subject.splits.values()))[1]
-    return Side(
-        scores={name: result.metrics.compute()[metric] for name, result in measured.items()},
-        choices={name: _choices(subject, features) for name, (_, features) in subject.splits.items()},
-        vocabulary=subject.tokenizer.get_vocab(),
-        parameters=sum(map(num_values, parameters)),
-        bytes=sum(parameter.nbytes for parameter in parameters),
-        latency_seconds={rows: _latency(subject, features, rows, count) for rows, count in TIMED.items()},
-    )
+class Side(NamedTuple):
+    """A run that was measured just now."""
+
+    subject: Measurable
+    measured: Mapping[str, Measured]
 
 
-def compare(own: Side, other: Side, task: Task, name: str) -> dict[str, Any]:
-    """{run, metric, sets: {name: {own, other, kept, agreement}}, parameters, bytes, latency_seconds: {own, other}}.
+def compare(own: Side, other: Side, name: str) -> dict[str, Any]:
+    """{run, metric, sets: {name: {own, other, kept, agreement}}, parameters, bytes, latency_seconds: {own, other} by rows in a batch}.
 
-    `kept` is the share of the other's score, 1 where they are equal; `agreement` None where the items of the two are not the same.
+    `kept` is the share of the other's score, 1 where they are equal; `agreement` that of items for which both choose the
+    same, None where they choose nothing, or where their items are not the same.
     """
-    metric, sets = task.main_metric, {}
-    same_items = own.vocabulary == other.vocabulary or task.auto_class == "AutoModelForSequenceClassification"
-    for split, score in own.scores.items():
-        better, base = (other.scores[split], score) if metric in LOWER_IS_BETTER else (score, other.scores[split])
-        choices, others = own.choices[split], other.choices[split]
-        both = same_items and choices is not None and others is not None and len(choices) == len(others)
-        sets[split] = {
-            "own": score,
-            "other": other.scores[split],
-            "kept": better / base if base else None,
-            "agreement": float(np.mean(choices == others)) if both else None,
-        }
-    pairs = {key: {"own": getattr(own, key), "other": getattr(other, key)} for key in ("parameters", "bytes")}
-    latency = {str(rows): {"own": seconds, "other": other.latency_seconds[rows]} for rows, seconds in own.latency_seconds.items()}
-    return {"run": name, "metric": metric, "sets": sets, **pairs, "latency_seconds": latency}
+    task = own.subject.recipe.task
+    metric, sides = task.main_metric, {"own": own, "other": other}
+    vocabularies = [side.subject.tokenizer.get_vocab() for side in sides.values()]
+    same_items = vocabularies[0] == vocabularies[1] or task.auto_class == "AutoModelForSequenceClassification"
+    sets = {}
+    for split in own.measured:
+        scores = {key: side.measured[split].metrics.compute()[metric] for key, side in sides.items()}
+        better, base = (scores["other"], scores["own"]) if metric in LOWER_IS_BETTER else (scores["own"], scores["other"])
+        kept = better / base if base else None
+        sets[split] = {**scores, "kept": kept, "agreement": _agreement(own.subject, other.subject, split) if same_items else None}
+    parameters = {key: list(side.subject.trainee.model.parameters()) for key, side in sides.items()}
+    return {
+        "run": name,
+        "metric": metric,
+        "sets": sets,
+        "parameters": {key: sum(map(num_values, each)) for key, each in parameters.items()},
+        "bytes": {key: sum(parameter.nbytes for parameter in each) for key, each in parameters.items()},
+        "latency_seconds": {str(rows): _latency(own.subject, other.subject, rows, count) for rows, count in TIMED.items()},
+    }
+
+
+def _agreement(own: Measurable, other: Measurable, split: str) -> float | None:
+    choices, others = (_choices(subject, subject.splits[split][1]) for subject in (own, other))
+    both = choices is not None and others is not None and len(choices) == len(others)
+    return float(np.mean(choices == others)) if both else None
 
 
 def _choices(subject: Measurable, features: FeatureSet) -> np.ndarray | None:
@@ -102,15 +94,17 @@ def _choices(subject: Measurable, features: FeatureSet) -> np.ndarray | None:
     return torch.cat(found)[torch.cat(rows).argsort(stable=True)].numpy()
 
 
-def _latency(subject: Measurable, features: FeatureSet, rows: int, count: int) -> float:
-    """Seconds that a batch of so many rows takes, tokenised already: the median of several."""
-    seconds = []
+def _latency(own: Measurable, other: Measurable, rows: int, count: int) -> dict[str, float]:
+    """Seconds that a batch of so many rows takes, tokenised already: the median of several, of the two in turn, so that both meet the same load."""
+    seconds: dict[str, list[float]] = {"own": [], "other": []}
     for number in range(WARM_UP + count):
-        indices = np.arange(number * rows, (number + 1) * rows) % len(features)
-        start = time.perf_counter()
-        _run(subject, features, indices, lambda parts: [scores.logits.float().cpu() for scores in parts])
-        seconds.append(time.perf_counter() - start)
-    return median(seconds[WARM_UP:])
+        for subject, found in zip((own, other), seconds.values(), strict=True):
+            features = next(iter(subject.splits.values()))[1]
+            start = time.perf_counter()
+            indices = np.arange(number * rows, (number + 1) * rows) % len(features)
+            _run(subject, features, indices, lambda parts: [scores.logits.float().cpu() for scores in parts])
+            found.append(time.perf_counter() - start)
+    return {key: median(found[WARM_UP:]) for key, found in seconds.items()}
 
 
 @torch.no_grad()

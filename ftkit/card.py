@@ -114,9 +114,10 @@ def _story(recipe: Recipe[Any, Any, Any], manifest: Mapping[str, Any], base: Mea
         start += ", from random weights,"
     rows = f"{manifest['data']['audit']['train']['rows']:,} rows of {', '.join(f'`{public_name(source)}`' for source in _sources(recipe))}"
     length = f"{train.steps:,} steps" if train.steps else f"{train.epochs:g} epochs"
+    taught = f", as a student of `{public_name(recipe.objective.teacher)}`" if hasattr(recipe.objective, "teacher") else ""
     done = (
         f"{start[0].upper()}{start[1:]} was trained for `{recipe.task.kind}` with method `{recipe.method.kind}`, which changes "
-        f"{counts['trainable']:,} of {counts['total']:,} parameters, on {rows} for {'at most ' if train.early_stopping else ''}{length}."
+        f"{counts['trainable']:,} of {counts['total']:,} parameters, on {rows} for {'at most ' if train.early_stopping else ''}{length}{taught}."
     )
     if not tuned:
         return f"{done} How good it is was not measured: there were no rows to measure it on."

@@ -87,8 +87,7 @@ def _measure_run(target: str, data: str | None, split: str | None, report: Repor
     files = [file for name, result in measured.items() for file in _write(run.path / "eval" / name, name, result, details[name], subject.splits[name])]
     summary = {"output": str(run.path), "metrics": _values(measured), "details": details, "files": files}
     if theirs:
-        own, others = against.side(subject, measured), against.side(*_measured(theirs, rows, report))
-        found = against.compare(own, others, run.recipe.task, str(theirs.path))
+        found = against.compare(against.Side(subject, measured), against.Side(*_measured(theirs, rows, report)), str(theirs.path))
         path = run.path / "eval" / "against" / theirs.path.resolve().name / "comparison.json"  # no set of a run can be called so
         rundir.write_json(path, found)
         summary |= {"against": found, "files": [*files, [str(path), path.stat().st_size]]}

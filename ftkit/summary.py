@@ -93,7 +93,7 @@ def _comparison(against: Mapping[str, Any]) -> Table:
         pair = against[name]
         table.add_row(name, show(pair["own"]), show(pair["other"]), share(pair))
     for rows, pair in against["latency_seconds"].items():
-        table.add_row(f"milliseconds for {rows} rows", *(f"{1000 * pair[name]:.2f}" for name in ("own", "other")), share(pair))
+        table.add_row(f"milliseconds, batch of {rows}", *(f"{1000 * pair[name]:.2f}" for name in ("own", "other")), share(pair))
     return table
 
 

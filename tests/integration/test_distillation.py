@@ -243,7 +243,7 @@ def test_a_student_beside_its_teacher(model, rows, distil, ftkit, tmp_path):
     done = ftkit("eval", teacher, "--against", teacher, "--split", "test")
     assert done.code == 0, done.err
     assert re.search(r"test \w+ .* (100\.0%|-) +100\.0%", done.out)  # there is no share of a score of 0
-    assert re.search(r"milliseconds for 32 rows", done.out)
+    assert re.search("milliseconds, batch of 32", done.out)
 
 
 def test_runs_of_other_labels_are_not_compared(distil, ftkit, recipe, tmp_path):

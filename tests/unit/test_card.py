@@ -63,6 +63,12 @@ def code(card: str) -> str:
     return re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
 
 
+def test_a_student_names_its_teacher_but_not_where_it_lies(recipe, tmp_path):
+    card = model_card(recipe(objective="{kind: distill, teacher: runs/large}"), MANIFEST, METRICS, {})
+    assert "for 3 epochs, as a student of `large`." in card
+    assert str(tmp_path) not in card
+
+
 def test_the_hub_understands_the_front_matter(recipe):
     from huggingface_hub import ModelCard
 
