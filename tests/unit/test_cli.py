@@ -202,7 +202,7 @@ class TestOtherCommands:
         calls = stand_in("ftkit.remeasure", evaluate=lambda *_, **__: {"metrics": {"x": {"accuracy": 1.0}}})
         code, out, _ = run("eval", "runs/x", "--data", "x.csv", "--split", "x", "--shots", "2", "--json")
         assert (code, json.loads(out)) == (0, {"metrics": {"x": {"accuracy": 1.0}}})
-        assert calls == [(("runs/x",), {"data": "x.csv", "split": "x", "prompt": None, "shots": 2})]
+        assert calls == [(("runs/x",), {"data": "x.csv", "split": "x", "prompt": None, "shots": 2, "against": None})]
 
     def test_predict_prints_a_line_for_each_answer_or_one_document(self, run: Run, stand_in: Callable[..., list[Any]]) -> None:
         answers = [{"text": "größe", "label": "a"}, {"text": "\ud800", "label": "b"}]
