@@ -172,6 +172,30 @@ def merge_adapter(
 
 
 @app.command()
+def compress(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A finished run whose model is whole, not an adapter.")],
+    overrides: Overrides = None,
+    output: Annotated[str, typer.Option("-o", "--output", metavar="DIR", help="The run directory of the smaller model.")] = ...,  # type: ignore[assignment]
+    heads: Annotated[float | None, typer.Option(metavar="SHARE", help="Take this share of the attention heads out of each layer.")] = None,
+    feed_forward: Annotated[float | None, typer.Option(metavar="SHARE", help="Take this share of the feed-forward units out of each layer.")] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Compute linear layers in 8 bits, on a CPU.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with one that was stopped.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a run smaller and faster: prune, fine-tune again, quantise."""
+    with redirect_stdout(sys.stderr):
+        from ftkit.compress import compress
+
+        summary = compress(run, output, heads, feed_forward, int8, overrides or (), resume)
+    if as_json:
+        _print_json(summary)
+    else:
+        from ftkit.summary import print_compression
+
+        print_compression(summary)
+
+
+@app.command()
 def check(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Find all that is wrong with a recipe, without training."""
     resolved = _read(recipe, overrides)

@@ -31,7 +31,7 @@ class Opened:
 
 
 def open_run(target: str | Path, device: torch.device) -> Opened:
-    """Load the model of a run exactly as its manifest says, in eval mode on `device`.
+    """Load the model of a run exactly as its manifest says, in eval mode on `device` (int8: on the CPU).
 
     Raises RecipeError if `target` is no finished run, HubError if its base is on the hub and cannot be had.
     """
@@ -61,11 +61,20 @@ def open_run(target: str | Path, device: torch.device) -> Opened:
 
 
 def _load(directory: Path, artifact: dict[str, Any], device: str) -> Any:
-    """The model of a run: as its manifest says, but for soft prompts, of which PEFT loses positions and takes no padding on the left."""
+    """The model of a run: as its manifest says, but for soft prompts, of which PEFT loses positions and takes no padding on the left.
+
+    One that its manifest puts into 8 bits is on the CPU, for which these are.
+    """
     from ftkit import prompts, reload
 
     loader = prompts if artifact["loads_with"] == "peft" and prompts.is_stored(directory) else reload
-    return loader.load(directory, artifact, device)
+    if "quantise" not in artifact:
+        return loader.load(directory, artifact, device)
+    from ftkit import int8
+
+    model = loader.load(directory, artifact, "cpu")
+    int8.quantise(model)
+    return model
 
 
 def load_model(path: str | PathLike[str], device: str) -> Any:

@@ -111,7 +111,7 @@ def _measured(run: Opened, rows: dict[str, RowList], report: Reporter) -> tuple[
     from ftkit.loop import Trainee
     from ftkit.prepare import check_packages
 
-    here = device.pick()
+    here = run.model.device
     recipe, precision = run.recipe, _precision(run, here, report)
     check_packages(recipe)
     device.use_tf32(precision == "tf32")

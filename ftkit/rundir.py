@@ -25,6 +25,7 @@ CONTENTS = (
     "log.jsonl",
     "metrics.json",
     "details.json",
+    "compression.json",
     "model",
     "checkpoints",
     "predictions",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,35 @@ def print_summary(summary: Mapping[str, Any]) -> None:
         for (path, _), text in zip(files, sizes, strict=True):
             inside = Path(path).is_relative_to(output)
             console.print(f"  {text:>{width}}  {Path(path).relative_to(output) if inside else path}", soft_wrap=True)
+
+
+def print_compression(summary: Mapping[str, Any]) -> None:
+    """Print what `ftkit compress` returns: a row for each model, with its size, speed and score."""
+    from rich import box
+    from rich.table import Table
+
+    rows = summary["models"]
+    columns: dict[str, tuple[str, Callable[[Any], str]]] = {
+        "model": ("", str),
+        "parameters": ("parameters", "{:,}".format),
+        "bytes_on_disk": ("on disk", size),
+        "bytes_loaded": ("loaded", size),
+        "seconds_batch_1": ("1 row", "{:.3g}".format),
+        "seconds_batch_32": ("32 rows", "{:.3g}".format),
+        "score": (rows[0]["metric"] or "score", number),
+        "kept": ("kept", lambda share: "-" if share is None else f"{share:.1%}"),
+    }
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for title, _ in columns.values():
+        table.add_column(title, justify="right" if title else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(shown(row[key]) for key, (_, shown) in columns.items()))
+    console = open_console(sys.stdout)
+    console.print(table)
+    print_line(console, f"seconds on a CPU with {summary['threads']} threads, medians")
+    if compared := summary.get("int8"):
+        print_line(console, "int8 against float: " + ", ".join(f"{name} {number(value)}" for name, value in compared.items()))
+    console.print(f"written to {summary['output']}", soft_wrap=True)
 
 
 def _table(metrics: Mapping[str, Mapping[str, Any]], intervals: Mapping[str, Mapping[str, list[float]]]) -> Table:

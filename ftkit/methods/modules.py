@@ -62,10 +62,10 @@ def layers(base: Base) -> list[str]:
 def linear_modules(base: Base) -> list[str]:
     """Names of the linear modules of the base model, without new modules and poolers."""
     skip = (*base.new_modules, *base.head)
-    return [name for name in _linear(base.model) if not any(name == part or name.startswith(f"{part}.") for part in skip)]
+    return [name for name in linear_below_head(base.model) if not any(name == part or name.startswith(f"{part}.") for part in skip)]
 
 
-def _linear(model: Any) -> list[str]:
+def linear_below_head(model: Any) -> list[str]:
     """Names of the linear modules below a model's head (nn.Linear, GPT-2's Conv1D, quantised ones), without poolers."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
@@ -88,7 +88,7 @@ def keys_and_values(base: Base) -> list[str]:
 def feed_forward_outputs(model: Any) -> list[str]:
     """The linear modules outside of attention that lead from a wider space back to the hidden states: the second ones of feed-forward layers."""
     hidden = model.config.get_text_config().hidden_size
-    sizes = {name: size_of(model.get_submodule(name)) for name in _linear(model) if not ATTENTION.search(name)}
+    sizes = {name: size_of(model.get_submodule(name)) for name in linear_below_head(model) if not ATTENTION.search(name)}
     return [name for name, (inputs, outputs) in sizes.items() if inputs > outputs == hidden]
 
 
@@ -96,7 +96,7 @@ def attention_outputs(model: Any) -> list[str]:
     """The linear modules in which attention ends: those that lead to the hidden states and give no queries, keys or values."""
     hidden = model.config.get_text_config().hidden_size
     found = []
-    for name in _linear(model):
+    for name in linear_below_head(model):
         last = name.rpartition(".")[2]
         gives_states = KEY_VALUE.search(last) or QUERY.search(last)
         if ATTENTION.search(name) and not gives_states and size_of(model.get_submodule(name))[1] == hidden:

@@ -77,7 +77,9 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
 
 
 class TestHelp:
-    @pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["predict"], ["merge-adapter"], ["check"], ["show"], ["schema"], ["list"], ["cache"]])
+    @pytest.mark.parametrize(
+        "command", [[], ["train"], ["eval"], ["predict"], ["merge-adapter"], ["compress"], ["check"], ["show"], ["schema"], ["list"], ["cache"]]
+    )
     def test_it_is_plain_text_on_stdout(self, run: Run, command: list[str]) -> None:
         code, out, err = run(*command, "--help")
         assert (code, err) == (0, "")
@@ -138,6 +140,7 @@ class TestUsage:
             (["predict", "run", "text", "--chat"], "give texts, or --file F, or --chat"),
             (["merge-adapter", "run"], "Missing option"),
             (["merge-adapter", "run", "-o", "out", "--base", "other"], "original"),
+            (["compress", "run"], "Missing option"),
             (["train", "gone.yaml"], "gone.yaml: No such file"),
             (["train", "recipe.yaml", "train.sead=1"], "did you mean `seed`?"),
             (["check", "recipe.yaml", "nonsense"], "is not key=value"),

@@ -1,0 +1,350 @@
+"""`ftkit compress`: a smaller and faster model from a finished run, and what that costs.
+
+Heads and feed-forward units are taken out, the run's own recipe fine-tunes what is left, and its linear layers compute in 8 bits
+where that is asked for.  What comes out is a run like any other.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from ftkit import device, rundir
+from ftkit.errors import RecipeError, VerificationFailed
+from ftkit.opened import open_run
+from ftkit.report import Reporter
+
+if TYPE_CHECKING:
+    import torch
+
+    from ftkit.data.features import FeatureSet
+    from ftkit.data.types import Batch, Row
+    from ftkit.opened import Opened
+    from ftkit.prune import Part
+
+START = "pruned"  # the model that fine-tuning starts from: no part of what the run writes, so that it outlives --overwrite
+PLAN = "pruning.json"
+ROWS = 512  # at most, whose gradients say what is important
+COMPARED = 64  # rows that 8 bits are compared on
+AGREEMENT = 0.9  # the least share of scores whose largest is the same in 8 bits
+ERROR = 0.25  # the largest difference in 8 bits of what is no such score, relative to its size (both as norms)
+ROUNDS = 20  # of which latencies are medians, after a few more to warm up
+WARM_UP = 3
+BATCHES = (1, 32)
+
+
+def compress(
+    target: str, output: str, heads: float | None, feed_forward: float | None, int8: bool, overrides: Sequence[str] = (), resume: bool = False
+) -> dict[str, Any]:
+    """Make a smaller run in `output` of the one in `target`; returns the summary, which is also in compression.json.
+
+    `heads` and `feed_forward` are the shares that go.  `overrides` are those of `ftkit train`, for the fine-tuning.
+    Raises RecipeError for what cannot be made smaller so, VerificationFailed where the result answers otherwise than it must.
+    """
+    shares = {"--heads": heads, "--feed-forward": feed_forward}
+    pruning = any(share is not None for share in shares.values())
+    _check_asked(shares, int8, overrides)
+    run, here = Path(target), Path(output)
+    _check_run(run)
+    rundir.check(here, resume, overwrite=False)
+    if pruning:
+        _prune(run, here, heads, feed_forward, resume)
+        from ftkit.run import train
+
+        train(str(here / START / "recipe.yaml"), overrides, resume=True)
+    else:
+        _copy(run, here)
+    with Reporter(None) as report:
+        device.use_all_cores()
+        compared = _quantise(here, report) if int8 else None
+        summary = {"output": str(here), "models": _table(run, here, pruning, int8, report), "threads": _threads()} | ({"int8": compared} if compared else {})
+    rundir.write_json(here / "compression.json", summary)
+    return summary
+
+
+def _check_asked(shares: Mapping[str, float | None], int8: bool, overrides: Sequence[str]) -> None:
+    for option, share in shares.items():
+        if share is not None and not 0 < share < 1:
+            raise RecipeError(f"{option}: {share:g} is no share of a layer that can go; give a number between 0 and 1, such as 0.5")
+    if not int8 and not any(shares.values()):
+        raise RecipeError("nothing to do: give --heads SHARE, --feed-forward SHARE, --int8, or several of them")
+    if overrides and not any(shares.values()):
+        raise RecipeError(f"{overrides[0]}: nothing is fine-tuned, since --int8 alone changes no weight; leave it out, or prune with --heads or --feed-forward")
+
+
+def _check_run(run: Path) -> None:
+    if not rundir.is_run(run):
+        raise RecipeError(f"{run} is not a run directory; give one that `ftkit train` wrote")
+    artifact = rundir.finished(run)["artifact"]
+    if artifact["loads_with"] != "transformers":
+        raise RecipeError(
+            f"{run} holds an adapter, whose base stays as it is; merge the two with `ftkit merge-adapter {run} -o DIR`, "
+            "fine-tune DIR (model: DIR, method: full), and compress that run"
+        )
+    if "quantization_config" in artifact["load_kwargs"]:
+        raise RecipeError(f"{run} is stored in few bits, which nothing can be cut from; compress a run on float weights")
+    if "quantise" in artifact:
+        raise RecipeError(f"{run} is compressed to {artifact['quantise']} already; compress the run that it was made from")
+
+
+def _prune(run: Path, here: Path, heads: float | None, feed_forward: float | None, resume: bool) -> None:
+    """Write the pruned model and the recipe that fine-tunes it, or find them there."""
+    start = here / START
+    plan = {"run": str(run.resolve()), "heads": heads, "feed_forward": feed_forward}
+    if resume and (start / "recipe.yaml").is_file():
+        if (before := rundir.read_json(start / PLAN)) != plan:
+            raise RecipeError(f"--resume: {here} was begun with {before}, not with {plan}; give the same again, or another output")
+        return
+    with Reporter(None) as report:
+        device.use_all_cores()
+        with report.stage("loading the model"):
+            opened = open_run(run, device.pick())
+        parts, kept, config = _chosen(opened, heads, feed_forward, report)
+        rundir.claim(here, anew=True)
+        shutil.rmtree(start, ignore_errors=True)
+        _write(opened, parts, kept, config, start, report)
+    rundir.write_json(start / PLAN, plan)
+    rundir.write_text(start / "recipe.yaml", _recipe(opened, here))
+
+
+def _chosen(opened: Opened, heads: float | None, feed_forward: float | None, report: Reporter) -> tuple[list[Part], list[torch.Tensor], Any]:
+    """What is cut, which units stay, and the config that says so."""
+    from ftkit import plugins, prune
+    from ftkit.loop import Trainee
+
+    model, recipe = opened.model, opened.recipe
+    if hasattr(recipe.task, "beside"):
+        raise RecipeError(f"task {recipe.task.kind}: it learns beside a model that pruning would leave as it is; prune a run that was fine-tuned from it")
+    asked: list[tuple[Part, int]] = []
+    config = model.config
+    for option, share, found, smaller in (
+        ("--heads", heads, prune.head_parts, prune.with_fewer_heads),
+        ("--feed-forward", feed_forward, prune.feed_forward_parts, prune.with_narrower_layers),
+    ):
+        if share is None:
+            continue
+        parts = found(model)
+        if len({part.units for part in parts}) > 1:
+            raise RecipeError(f"{option}: the layers of {type(model).__name__} differ in size, and its config has one number for all; leave {option} out")
+        kept = prune.num_kept(parts[0].units, share, option)
+        prune.check_config(model, smaller(model.config, kept), parts, kept, option)
+        config = smaller(config, kept)
+        asked += [(part, kept) for part in parts]
+        report.note(f"{option}: {kept:,} of {parts[0].units:,} stay in each of {len(parts)} layers")
+    parts = [part for part, _ in asked]
+    features = _training_features(opened, report)
+    trainee = Trainee(model, model.base_model, recipe.task, plugins.find("objective", "supervised")())
+    with report.stage("weighing heads and units", len(features)) as stage:
+        values = prune.importance(model, parts, trainee, features, opened.tokenizer.pad_token_id, stage.advance)
+    return parts, [prune.most_important(value, kept) for value, (_, kept) in zip(values, asked, strict=True)], config
+
+
+def _training_features(opened: Opened, report: Reporter) -> FeatureSet:
+    """Those of some training rows, by the seed of the run."""
+    from ftkit.data.rows import load_rows
+
+    recipe = opened.recipe
+    with report.stage("reading data"):
+        rows = load_rows(recipe.data, recipe.task, recipe.train.seed, report.note).train
+    chosen = sorted(random.Random(recipe.train.seed).sample(range(len(rows)), min(ROWS, len(rows))))
+    return _encoded(opened, "train", [rows[i] for i in chosen], report)
+
+
+def _encoded(opened: Opened, name: str, rows: list[Row], report: Reporter) -> FeatureSet:
+    from ftkit.prepare import tokenise
+
+    recipe = opened.recipe
+    return tokenise(name, rows, recipe.task, opened.tokenizer, opened.limits, recipe.data.on_bad_rows, report).features
+
+
+def _write(opened: Opened, parts: list[Part], kept: list[torch.Tensor], config: Any, start: Path, report: Reporter) -> None:
+    """Cut, save, load with plain transformers, and compare with the whole model whose other units are zero."""
+    from ftkit import merge, prune, reload, verify
+
+    model, artifact = opened.model, opened.manifest["artifact"]
+    rows = merge.sample(opened.tokenizer, opened.limits.max_length)
+    with prune.zeroed(model, parts, kept):
+        expected = reload.answers(model, rows)
+    prune.cut(model, parts, kept, config)
+    with report.stage("saving"):
+        model.save_pretrained(start)
+        opened.tokenizer.save_pretrained(start)
+    found = reload.answers(reload.load(start, artifact, str(model.device)), rows)
+    difference, problems = verify.compare(expected, found, merge.TOLERANCE[artifact["load_kwargs"]["dtype"]] * verify.scale(expected))
+    if problems:
+        raise VerificationFailed(
+            f"{start} does not answer as {opened.path} does with the same heads and units at zero, so its layers are not what they seem: {problems[0]}"
+        )
+    report.note(f"pruned outputs differ by {difference:.2g} at most from those of the whole model with the same heads and units at zero")
+
+
+def _recipe(opened: Opened, here: Path) -> str:
+    """That of the run, from the pruned model: its tokenizer, config and added tokens are in there."""
+    from ftkit.recipe import document
+    from ftkit.recipe.spec import Model
+
+    values = opened.recipe.model_dump()
+    before = opened.recipe.model
+    values["model"] = Model(name=str((here / START).resolve()), dtype=before.dtype, attention=before.attention).model_dump()
+    values["output"] = str(here.resolve())
+    if values["method"].get("reinit"):
+        values["method"]["reinit"] = 0  # what was drawn anew has learned
+    return document.dump(values)
+
+
+def _copy(run: Path, here: Path) -> None:
+    """The run once more, without its checkpoints and what was measured later."""
+    from ftkit.recipe import dump, read
+
+    recipe = read(run / "recipe.yaml").recipe
+    rundir.claim(here, anew=True)
+    for name in ("model", "predictions", "plots"):
+        shutil.copytree(run / name, here / name)
+    for name in ("metrics.json", "details.json", "log.jsonl", "README.md"):
+        shutil.copy(run / name, here / name)
+    rundir.write_text(here / "recipe.yaml", dump(recipe.model_copy(update={"output": str(here.resolve())})))
+    rundir.write_json(here / rundir.MANIFEST, rundir.read_json(run / rundir.MANIFEST))
+
+
+def _quantise(here: Path, report: Reporter) -> dict[str, float]:
+    """Compare the run with itself in 8 bits, let its manifest say so, and measure it; returns how alike the two answer."""
+    import torch
+    from accelerate.state import AcceleratorState
+
+    from ftkit import int8, reload, remeasure, verify
+
+    opened = open_run(here, torch.device("cpu"))
+    with report.stage("comparing 8 bits"):
+        rows = verify.choose(_measured_features(opened, report), COMPARED)
+        expected = reload.answers(opened.model, rows)
+        int8.quantise(opened.model)
+        compared = alike(expected, reload.answers(opened.model, rows))
+    if compared.get("agreement", 1) < AGREEMENT or ("agreement" not in compared and compared["error"] > ERROR):
+        told = ", ".join(f"{name} {value:.3f}" for name, value in compared.items())
+        raise VerificationFailed(f"{here} answers otherwise in 8 bits ({told}; at least {AGREEMENT} must agree, or errors be below {ERROR}); leave --int8 out")
+    report.note(f"in 8 bits: {', '.join(f'{name} {value:.4f}' for name, value in compared.items())}")
+    manifest = rundir.read_json(here / rundir.MANIFEST)
+    manifest["artifact"]["quantise"] = int8.KIND
+    rundir.write_json(here / rundir.MANIFEST, manifest | {"quantised": compared | {"rows": len(rows)}})
+    if len(rundir.read_json(here / "metrics.json")) > 1:  # there are sets to measure on
+        AcceleratorState._reset_state(True)
+        remeasure.evaluate(str(here))
+    return compared | {"rows": len(rows)}
+
+
+def alike(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """error: |found - expected| / |expected| of all outputs, as norms; agreement: the share of scores whose largest is the same, if there are any."""
+    difference = sum((found[name] - value).square().sum().item() for name, value in expected.items())
+    size = sum(value.square().sum().item() for value in expected.values())
+    scores = [name for name, value in expected.items() if name.endswith("logits") and value.shape[-1] > 1]
+    same = [agreed for name in scores for agreed in (found[name].argmax(-1) == expected[name].argmax(-1)).flatten().tolist()]
+    return {"error": (difference / size) ** 0.5} | ({"agreement": sum(same) / len(same)} if same else {})
+
+
+def _measured_features(opened: Opened, report: Reporter) -> FeatureSet:
+    """Those of the first validation set, else of some training rows."""
+    from ftkit.data.rows import load_rows
+
+    recipe = opened.recipe
+    rows = load_rows(recipe.data, recipe.task, recipe.train.seed, lambda text: None)
+    measured = next(iter(rows.validation.values()), rows.test or rows.train)
+    return _encoded(opened, "compared", [measured[i] for i in range(min(ROWS, len(measured)))], report)
+
+
+def _table(run: Path, here: Path, pruned: bool, int8: bool, report: Reporter) -> list[dict[str, Any]]:
+    """A row for the model of the run, the pruned one in float, and the one in 8 bits, as far as there are any."""
+    import torch
+
+    from ftkit import int8 as eight_bits
+    from ftkit import reload
+
+    cpu = torch.device("cpu")
+    whole = open_run(run, cpu)
+    models = {"before": whole.model}
+    if pruned:
+        models["pruned"] = reload.load(here / "model", rundir.read_json(here / rundir.MANIFEST)["artifact"], "cpu")
+    parameters = [sum(parameter.numel() for parameter in model.parameters()) for model in models.values()]
+    if int8:
+        models[eight_bits.KIND] = open_run(here, cpu).model
+        parameters.append(parameters[-1])
+    features = _measured_features(whole, report)
+    with report.stage("timing"):
+        seconds = {size: latencies(models, _batch(whole, features, size)) for size in BATCHES}
+    metric, scores = _scores(run, here, pruned, int8)
+    return [
+        {
+            "model": name,
+            "parameters": count,
+            "bytes_on_disk": _bytes_of_weights(run if name == "before" else here),
+            "bytes_loaded": eight_bits.num_bytes(model),
+            **{f"seconds_batch_{size}": found[name] for size, found in seconds.items()},
+            "metric": metric,
+            "score": score,
+            "kept": _kept(metric, score, scores[0]),
+        }
+        for (name, model), count, score in zip(models.items(), parameters, scores, strict=True)
+    ]
+
+
+def _bytes_of_weights(run: Path) -> int:
+    return sum(path.stat().st_size for path in (run / "model").glob("*.safetensors"))
+
+
+def _batch(opened: Opened, features: FeatureSet, size: int) -> Batch:
+    import numpy as np
+
+    from ftkit.data.batches import collate
+
+    return collate(features, np.arange(size) % len(features), opened.tokenizer.pad_token_id)
+
+
+def latencies(models: Mapping[str, Any], batch: Batch) -> dict[str, float]:
+    """Median seconds of a forward pass of each model on a CPU; they take turns, so that other load meets them alike."""
+    import torch
+
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    with torch.no_grad():
+        for turn in range(WARM_UP + ROUNDS):
+            for name, model in models.items():
+                decoder = {"decoder_input_ids": batch.input_ids} if model.config.is_encoder_decoder and model.can_generate() else {}
+                begun = time.perf_counter()
+                model(**batch.inputs, **decoder)
+                if turn >= WARM_UP:
+                    seconds[name].append(time.perf_counter() - begun)
+    return {name: median(taken) for name, taken in seconds.items()}
+
+
+def _scores(run: Path, here: Path, pruned: bool, int8: bool) -> tuple[str | None, list[float | None]]:
+    """The first metric of the first validation set, else of the test set, or the one that stopped the run early; its value for each model."""
+    from ftkit.recipe import read
+
+    files = [run / "metrics.json", *([here / "metrics.json"] if pruned else [])]
+    before = rundir.read_json(files[0])
+    name = next((name for name in before if name != "base"), None)
+    if name is None:
+        return None, [None] * (len(files) + int8)
+    watched = read(here / "recipe.yaml").recipe.train.early_stopping
+    metric = watched.metric if watched else next((metric for metric in before[name] if metric not in ("loss", "loss_count")), "loss")
+    if int8:
+        files.append(here / "eval" / name / "metrics.json")
+    return metric, [rundir.read_json(file)[name].get(metric) for file in files]
+
+
+def _kept(metric: str | None, score: float | None, before: float | None) -> float | None:
+    """The share of a score that is left; of one that is better lower, the inverse of its growth."""
+    from ftkit.summary import LOWER_IS_BETTER
+
+    if not score or not before:
+        return None
+    return before / score if metric in LOWER_IS_BETTER else score / before
+
+
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
