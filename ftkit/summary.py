@@ -49,14 +49,17 @@ def print_compression(summary: Mapping[str, Any]) -> None:
     from rich import box
     from rich.table import Table
 
+    def milliseconds(seconds: float) -> str:
+        return f"{seconds * 1000:.1f} ms"
+
     rows = summary["models"]
     columns: dict[str, tuple[str, Callable[[Any], str]]] = {
         "model": ("", str),
         "parameters": ("parameters", "{:,}".format),
         "bytes_on_disk": ("on disk", size),
         "bytes_loaded": ("loaded", size),
-        "seconds_batch_1": ("1 row", "{:.3g}".format),
-        "seconds_batch_32": ("32 rows", "{:.3g}".format),
+        "seconds_batch_1": ("1 row", milliseconds),
+        "seconds_batch_32": ("32 rows", milliseconds),
         "score": (rows[0]["metric"] or "score", number),
         "kept": ("kept", lambda share: "-" if share is None else f"{share:.1%}"),
     }
@@ -67,9 +70,10 @@ def print_compression(summary: Mapping[str, Any]) -> None:
         table.add_row(*(shown(row[key]) for key, (_, shown) in columns.items()))
     console = open_console(sys.stdout)
     console.print(table)
-    print_line(console, f"seconds on a CPU with {summary['threads']} threads, medians")
+    print_line(console, f"times are medians, on a CPU with {summary['threads']} threads")
     if compared := summary.get("int8"):
-        print_line(console, "int8 against float: " + ", ".join(f"{name} {number(value)}" for name, value in compared.items()))
+        told = ", ".join(f"{name} {number(value)}" for name, value in compared.items() if name != "rows")
+        print_line(console, f"int8 against float, on {compared['rows']} rows: {told}")
     console.print(f"written to {summary['output']}", soft_wrap=True)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -63,7 +64,8 @@ def test_a_decoder_loses_heads_and_units(ftkit, trained, tmp_path, tokenizers):
     assert (found.num_attention_heads, found.num_key_value_heads, found.head_dim, found.intermediate_size) == (4, 2, 4, 48)
     assert smaller.model.layers[0].self_attn.q_proj.weight.shape == (16, 32)
     assert read(small / "metrics.json")["base"]["validation"]["loss"] != read(run / "metrics.json")["validation"]["loss"]
-    assert "kept" in done.out and str(small) in done.out
+    assert "kept" in done.out
+    assert str(small) in done.out
 
 
 def test_8_bits_alone_change_no_weight(ftkit, trained, tmp_path):
@@ -71,6 +73,7 @@ def test_8_bits_alone_change_no_weight(ftkit, trained, tmp_path):
     done = ftkit("compress", run, "-o", small, "--int8", "--json")
     assert done.code == 0, done.err
     assert [row["model"] for row in json.loads(done.out)["models"]] == ["before", "int8"]
+    assert "ftkit.load" in (small / "README.md").read_text(encoding="utf-8")
     for path in (run / "model").iterdir():
         assert (small / "model" / path.name).read_bytes() == path.read_bytes()
     again = ftkit("compress", small, "-o", tmp_path / "smaller", "--int8")
@@ -89,25 +92,42 @@ def test_one_that_was_stopped_goes_on(ftkit, trained, tmp_path, monkeypatch):
     monkeypatch.setattr("ftkit.compress._chosen", lambda *_: 1 / 0)  # what is pruned already is not pruned again
     assert ftkit(*asked, "--resume").code == 0
     assert read(small / "manifest.json")["status"] == "finished"
+    other = ftkit("compress", run, "-o", run, "--int8", "--resume")
+    assert (other.code, "not begun by" in other.err) == (2, True)
+    assert (run / "model" / "config.json").is_file()
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ([], "nothing to do"),
-        (["--heads", "1"], "--heads: 1 is no share"),
-        (["--feed-forward", "-0.5"], "--feed-forward: -0.5 is no share"),
-        (["--feed-forward", "0.001"], "0.001 of 64 leaves 64"),
-        (["--feed-forward", "0.999"], "0.999 of 64 leaves 0"),
-        (["--heads", "0.5"], "leave --heads out"),
-        (["--int8", "train.steps=1"], "nothing is fine-tuned"),
-    ],
-)
-def test_what_cannot_go(ftkit, trained, tmp_path, options, message):
+MISTAKES = [
+    ([], "nothing to do"),
+    (["--heads", "1"], "--heads: 1 is no share"),
+    (["--feed-forward", "-0.5"], "--feed-forward: -0.5 is no share"),
+    (["--feed-forward", "nan"], "--feed-forward: nan is no share"),
+    (["--feed-forward", "0.001"], "0.001 of 64 leaves 64"),
+    (["--feed-forward", "0.999"], "0.999 of 64 leaves 0"),
+    (["--heads", "0.5"], "leave --heads out"),
+    (["--int8", "train.steps=1"], "nothing is fine-tuned"),
+    (["--feed-forward", "0.5", "output=elsewhere"], "output=elsewhere: "),
+]
+
+
+def test_what_cannot_go(ftkit, trained, tmp_path):
     run = trained("bert", "single")
-    done = ftkit("compress", run, "-o", tmp_path / "small", *options)
-    assert (done.code, message in done.err) == (2, True), done.err
-    assert not (tmp_path / "small").exists()
+    for options, message in MISTAKES:
+        done = ftkit("compress", run, "-o", tmp_path / "small", *options)
+        assert (done.code, message in done.err) == (2, True), done.err
+        assert not (tmp_path / "small").exists()
+
+
+def test_what_answers_otherwise_fails(ftkit, trained, tmp_path, monkeypatch):
+    run = trained("bert", "single")
+    with monkeypatch.context() as patch:
+        patch.setattr("ftkit.prune.zeroed", lambda *_: nullcontext())  # the whole model, which the pruned one is not
+        done = ftkit("compress", run, "-o", tmp_path / "small", "--feed-forward", "0.5")
+        assert (done.code, "at zero" in done.err) == (9, True)
+    monkeypatch.setattr("ftkit.compress.AGREEMENT", 1.1)
+    done = ftkit("compress", run, "-o", tmp_path / "smaller", "--int8")
+    assert (done.code, "leave --int8 out" in done.err) == (9, True)
+    assert "quantise" not in read(tmp_path / "smaller" / "manifest.json")["artifact"]
 
 
 def test_runs_that_cannot_be_compressed(ftkit, trained, tmp_path):

@@ -21,7 +21,7 @@ from ftkit.errors import DiskError
 from ftkit.progress import Stage
 from ftkit.quantities import duration, number, size
 from ftkit.report import Reporter, peak_memory
-from ftkit.summary import _table, print_summary
+from ftkit.summary import _table, print_compression, print_summary
 
 RECORD = {"epoch": 0.5, "loss": 0.42131, "learning_rate": 1.8e-5, "grad_norm": 1.25, "tokens_per_second": 12340.2, "peak_memory_bytes": 1_240_000_000}
 
@@ -400,3 +400,17 @@ def test_the_better_number_stands_out(metric, better):
     table = _table({"base": {"test": {metric: 0.1}}, "test": {metric: 0.9}}, {})
     cells = [cell for column in table.columns for cell in column.cells]
     assert [str(cell) for cell in cells if getattr(cell, "style", "") == "bold green"] == [better]
+
+
+def test_a_compression_is_a_table_of_models(capsys):
+    before = {"model": "before", "parameters": 22_713_986, "bytes_on_disk": 90_900_000, "bytes_loaded": 90_900_000, "seconds_batch_1": 0.0216}
+    before |= {"seconds_batch_32": 0.586, "metric": "accuracy", "score": 0.8075, "kept": 1.0}
+    int8 = before | {"model": "int8", "bytes_loaded": 59_100_000, "seconds_batch_1": 0.0136, "score": 0.8, "kept": 0.8 / 0.8075}
+    print_compression({"output": "small", "models": [before, int8], "threads": 1, "int8": {"error": 0.0619, "agreement": 0.984375, "rows": 64}})
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["before", "22,713,986", "90.9", "MB", "90.9", "MB", "21.6", "ms", "586.0", "ms", "0.8075", "100.0%"] in lines
+    assert ["int8", "22,713,986", "90.9", "MB", "59.1", "MB", "13.6", "ms", "586.0", "ms", "0.8000", "99.1%"] in lines
+    assert ["int8", "against", "float,", "on", "64", "rows:", "error", "0.06190,", "agreement", "0.9844"] in lines
+    nothing = before | {"metric": None, "score": None, "kept": None}
+    print_compression({"output": "small", "models": [nothing], "threads": 1})
+    assert capsys.readouterr().out.splitlines()[2].split()[-2:] == ["-", "-"]
