@@ -180,13 +180,16 @@ def compress(
     feed_forward: Annotated[float | None, typer.Option(metavar="SHARE", help="Take this share of the feed-forward units out of each layer.")] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Compute linear layers in 8 bits, on a CPU.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with one that was stopped.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output directory.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Make a run smaller and faster: prune, fine-tune again, quantise."""
+    if resume and overwrite:
+        raise UsageError("--resume goes on with a run, --overwrite removes it: choose one")
     with redirect_stdout(sys.stderr):
         from ftkit.compress import compress
 
-        summary = compress(run, output, heads, feed_forward, int8, overrides or (), resume)
+        summary = compress(run, output, heads, feed_forward, int8, overrides or (), resume, overwrite)
     if as_json:
         _print_json(summary)
     else:

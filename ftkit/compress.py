@@ -44,7 +44,14 @@ below the head to int8, for a CPU.
 
 
 def compress(
-    target: str, output: str, heads: float | None, feed_forward: float | None, int8: bool, overrides: Sequence[str] = (), resume: bool = False
+    target: str,
+    output: str,
+    heads: float | None,
+    feed_forward: float | None,
+    int8: bool,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Make a smaller run in `output` of the one in `target`; returns the summary, which is also in compression.json.
 
@@ -56,9 +63,11 @@ def compress(
     _check_asked(shares, int8, overrides)
     run, here = Path(target), Path(output)
     _check_run(run)
-    rundir.check(here, resume, overwrite=False)
+    if run.resolve().is_relative_to(here.resolve()):
+        raise RecipeError(f"-o {here} is where the run itself is; choose another output")
+    rundir.check(here, resume, overwrite)
     plan = {"run": str(run.resolve()), "heads": heads, "feed_forward": feed_forward}
-    if not _begun(here, plan):
+    if overwrite or not _begun(here, plan):
         if pruning:
             _prune(run, here, plan)
         else:
@@ -68,9 +77,9 @@ def compress(
 
         train(str(here / START / "recipe.yaml"), overrides, resume=True)
     with Reporter(None) as report:
-        device.use_all_cores()
-        compared = _quantise(here, report) if int8 else None
-        summary = {"output": str(here), "models": _table(run, here, pruning, int8, report), "threads": _threads()} | ({"int8": compared} if compared else {})
+        threads = device.use_all_cores()
+        compared = {"int8": _quantise(here, report)} if int8 else {}
+        summary = {"output": str(here), "models": _table(run, here, pruning, int8, report), "threads": threads} | compared
     rundir.write_json(here / "compression.json", summary)
     return summary
 
@@ -114,6 +123,11 @@ def _begun(here: Path, plan: Mapping[str, Any]) -> bool:
     return True
 
 
+def _claim(here: Path) -> None:
+    rundir.claim(here, anew=True)
+    shutil.rmtree(here / START, ignore_errors=True)
+
+
 def _prune(run: Path, here: Path, plan: Mapping[str, Any]) -> None:
     """Write the pruned model and the recipe that fine-tunes it."""
     start = here / START
@@ -122,8 +136,7 @@ def _prune(run: Path, here: Path, plan: Mapping[str, Any]) -> None:
         with report.stage("loading the model"):
             opened = open_run(run, device.pick())
         parts, kept, config = _chosen(opened, plan["heads"], plan["feed_forward"], report)
-        rundir.claim(here, anew=True)
-        shutil.rmtree(start, ignore_errors=True)
+        _claim(here)
         _write(opened, parts, kept, config, start, report)
     rundir.write_text(start / "recipe.yaml", _recipe(opened, here))
     rundir.write_json(start / PLAN, plan)  # last: all the rest is there
@@ -135,8 +148,8 @@ def _chosen(opened: Opened, heads: float | None, feed_forward: float | None, rep
     from ftkit.loop import Trainee
 
     model, recipe = opened.model, opened.recipe
-    if hasattr(recipe.task, "beside"):
-        raise RecipeError(f"task {recipe.task.kind}: it learns beside a model that pruning would leave as it is; prune a run that was fine-tuned from it")
+    if hasattr(recipe.task, "read_beside") and recipe.task.read_beside(model, opened.path / "model") is not None:
+        raise RecipeError(f"{opened.path}: what learned beside its model for task {recipe.task.kind} would start anew; prune a run that was fine-tuned from it")
     asked: list[tuple[Part, int]] = []
     config = model.config
     for option, share, found, smaller in (
@@ -219,7 +232,7 @@ def _copy(run: Path, here: Path, plan: Mapping[str, Any]) -> None:
     from ftkit.recipe import dump, read
 
     recipe = read(run / "recipe.yaml").recipe
-    rundir.claim(here, anew=True)
+    _claim(here)
     for name in ("model", "predictions", "plots", "metrics.json", "details.json", "log.jsonl", "README.md"):
         if (run / name).exists():  # without sets to measure on there are no predictions
             (shutil.copytree if (run / name).is_dir() else shutil.copy)(run / name, here / name)
@@ -374,9 +387,3 @@ def _kept(metric: str | None, score: float | None, before: float | None) -> floa
     if not score or not before:
         return None
     return before / score if metric in LOWER_IS_BETTER else score / before
-
-
-def _threads() -> int:
-    import torch
-
-    return torch.get_num_threads()

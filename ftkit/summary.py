@@ -55,7 +55,7 @@ def print_compression(summary: Mapping[str, Any]) -> None:
     rows = summary["models"]
     columns: dict[str, tuple[str, Callable[[Any], str]]] = {
         "model": ("", str),
-        "parameters": ("parameters", "{:,}".format),
+        "parameters": ("parameters", lambda count: f"{count / 1e6:,.1f} M"),
         "bytes_on_disk": ("on disk", size),
         "bytes_loaded": ("loaded", size),
         "seconds_batch_1": ("1 row", milliseconds),
@@ -63,7 +63,7 @@ def print_compression(summary: Mapping[str, Any]) -> None:
         "score": (rows[0]["metric"] or "score", number),
         "kept": ("kept", lambda share: "-" if share is None else f"{share:.1%}"),
     }
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     for title, _ in columns.values():
         table.add_column(title, justify="right" if title else "left", no_wrap=True)
     for row in rows:

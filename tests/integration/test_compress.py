@@ -68,6 +68,18 @@ def test_a_decoder_loses_heads_and_units(ftkit, trained, tmp_path, tokenizers):
     assert str(small) in done.out
 
 
+@pytest.mark.parametrize(("model", "rows"), [("bert", "matched"), ("bert", "asked"), ("t5", "rewritten"), ("gpt2", "text")])
+def test_other_tasks(ftkit, trained, tmp_path, model, rows):
+    run, small = trained(model, rows), tmp_path / "small"
+    done = ftkit("compress", run, "-o", small, "--feed-forward", "0.5", "--int8", "train.steps=2")
+    assert done.code == 0, done.err
+    before, pruned, int8 = read(small / "compression.json")["models"]
+    assert before["parameters"] > pruned["parameters"]
+    assert pruned["bytes_loaded"] > int8["bytes_loaded"]
+    assert all(row["score"] is not None for row in (before, pruned, int8))
+    assert "\u2026" not in done.out  # nothing is cut off
+
+
 def test_8_bits_alone_change_no_weight(ftkit, trained, tmp_path):
     run, small = trained("bert", "single", train={"steps": 30}), tmp_path / "small"
     done = ftkit("compress", run, "-o", small, "--int8", "--json")
@@ -92,8 +104,13 @@ def test_one_that_was_stopped_goes_on(ftkit, trained, tmp_path, monkeypatch):
     monkeypatch.setattr("ftkit.compress._chosen", lambda *_: 1 / 0)  # what is pruned already is not pruned again
     assert ftkit(*asked, "--resume").code == 0
     assert read(small / "manifest.json")["status"] == "finished"
-    other = ftkit("compress", run, "-o", run, "--int8", "--resume")
+    itself = ftkit("compress", run, "-o", run, "--int8", "--overwrite")
+    assert (itself.code, "the run itself" in itself.err) == (2, True)
+    shutil.copytree(run, tmp_path / "other")
+    other = ftkit("compress", run, "-o", tmp_path / "other", "--int8", "--resume")
     assert (other.code, "not begun by" in other.err) == (2, True)
+    assert ftkit("compress", run, "-o", small, "--int8", "--overwrite").code == 0
+    assert [path.name for path in (small / "start").iterdir()] == ["compress.json"]
     assert (run / "model" / "config.json").is_file()
 
 
@@ -139,3 +156,7 @@ def test_runs_that_cannot_be_compressed(ftkit, trained, tmp_path):
     run = trained("gpt2", "prompts")
     done = ftkit("compress", run, "-o", tmp_path / "small", "--heads", "0.5")
     assert (done.code, "cannot be told" in done.err) == (2, True)
+    shutil.rmtree(run)
+    run = trained("bert", "premises")
+    done = ftkit("compress", run, "-o", tmp_path / "small", "--feed-forward", "0.5")
+    assert (done.code, "would start anew" in done.err) == (2, True)

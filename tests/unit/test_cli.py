@@ -141,6 +141,7 @@ class TestUsage:
             (["merge-adapter", "run"], "Missing option"),
             (["merge-adapter", "run", "-o", "out", "--base", "other"], "original"),
             (["compress", "run"], "Missing option"),
+            (["compress", "run", "-o", "out", "--resume", "--overwrite"], "choose one"),
             (["train", "gone.yaml"], "gone.yaml: No such file"),
             (["train", "recipe.yaml", "train.sead=1"], "did you mean `seed`?"),
             (["check", "recipe.yaml", "nonsense"], "is not key=value"),
