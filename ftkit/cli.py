@@ -174,8 +174,8 @@ def merge_adapter(
 @app.command()
 def compress(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A finished run whose model is whole, not an adapter.")],
+    output: Annotated[str, typer.Option("-o", "--output", metavar="DIR", help="The run directory of the smaller model.")],
     overrides: Overrides = None,
-    output: Annotated[str, typer.Option("-o", "--output", metavar="DIR", help="The run directory of the smaller model.")] = ...,  # type: ignore[assignment]
     heads: Annotated[float | None, typer.Option(metavar="SHARE", help="Take this share of the attention heads out of each layer.")] = None,
     feed_forward: Annotated[float | None, typer.Option(metavar="SHARE", help="Take this share of the feed-forward units out of each layer.")] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Compute linear layers in 8 bits, on a CPU.")] = False,
