@@ -13,7 +13,7 @@ import torch
 from ftkit.data.batches import by_length, collate
 from ftkit.errors import RecipeError
 from ftkit.model import num_values
-from ftkit.summary import LOWER_IS_BETTER
+from ftkit.summary import share_kept
 
 if TYPE_CHECKING:
     from ftkit.data.features import FeatureSet
@@ -54,9 +54,7 @@ def compare(own: Side, other: Side, name: str) -> dict[str, Any]:
     sets = {}
     for split in own.measured:
         scores = {key: side.measured[split].metrics.compute()[metric] for key, side in sides.items()}
-        better, base = (scores["other"], scores["own"]) if metric in LOWER_IS_BETTER else (scores["own"], scores["other"])
-        kept = better / base if base else None
-        sets[split] = {**scores, "kept": kept, "agreement": _agreement(own.subject, other.subject, split) if same_items else None}
+        sets[split] = {**scores, "kept": share_kept(metric, **scores), "agreement": _agreement(own.subject, other.subject, split) if same_items else None}
     parameters = {key: list(side.subject.trainee.model.parameters()) for key, side in sides.items()}
     return {
         "run": name,

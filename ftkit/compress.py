@@ -18,6 +18,7 @@ from ftkit import device, rundir
 from ftkit.errors import RecipeError, VerificationFailed
 from ftkit.opened import open_run
 from ftkit.report import Reporter
+from ftkit.summary import share_kept
 
 if TYPE_CHECKING:
     import torch
@@ -330,7 +331,7 @@ def _table(run: Path, here: Path, pruned: bool, int8: bool, report: Reporter) ->
             **{f"seconds_batch_{size}": found[name] for size, found in seconds.items()},
             "metric": metric,
             "score": score,
-            "kept": _kept(metric, score, scores[0]),
+            "kept": share_kept(metric, score, scores[0]) if metric and score and scores[0] else None,
         }
         for (name, model), count, score in zip(models.items(), parameters, scores, strict=True)
     ]
@@ -378,12 +379,3 @@ def _scores(run: Path, here: Path, pruned: bool, int8: bool) -> tuple[str | None
     if int8:
         files.append(here / "eval" / name / "metrics.json")
     return metric, [rundir.read_json(file)[name].get(metric) for file in files]
-
-
-def _kept(metric: str | None, score: float | None, before: float | None) -> float | None:
-    """The share of a score that is left; of one that is better lower, the inverse of its growth."""
-    from ftkit.summary import LOWER_IS_BETTER
-
-    if not score or not before:
-        return None
-    return before / score if metric in LOWER_IS_BETTER else score / before

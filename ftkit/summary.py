@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 LOWER_IS_BETTER = {"loss", "perplexity", "ece", "mse"}
 
 
+def share_kept(metric: str, own: float, other: float) -> float | None:
+    """The share of another model's score that a model keeps, 1 where they are equal; None where that has no measure."""
+    better, base = (other, own) if metric in LOWER_IS_BETTER else (own, other)
+    return better / base if base else None
+
+
 def print_summary(summary: Mapping[str, Any]) -> None:
     """Print what there is of: metrics and details (as in metrics.json and details.json), baselines (name -> accuracy on the first set),
     parameters, seconds, tokens_per_second, peak_memory_bytes, verification, notes, output, files, against (as in comparison.json).
