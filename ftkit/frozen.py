@@ -23,7 +23,7 @@ from torch import nn
 from ftkit.attention import Unsupported, layers_of
 from ftkit.data.batches import by_length, collate
 from ftkit.errors import DiskError
-from ftkit.layout import EXPECTED, first_line, logits, tolerance, two_rows
+from ftkit.layout import EXPECTED, coarsest, difference, first_line, logits, two_rows, within
 from ftkit.quantities import size
 
 if TYPE_CHECKING:
@@ -171,11 +171,15 @@ def choose(
     try:
         with torch.no_grad():
             together = frozen.states_of(collate(rows, np.arange(2), pad_token_id), compute)
-            alone = torch.cat([frozen.states_of(collate(rows, np.array([index]), pad_token_id), compute) for index in range(2)])
+
+            def apart() -> list[torch.Tensor]:
+                return [frozen.states_of(collate(rows, np.array([index]), pad_token_id), compute) for index in range(2)]
+
+            alone = torch.cat(apart())
+            limit = within(difference(together, alone), coarsest(trainee, arithmetic), model, apart)
             expected = torch.cat(logits(trainee, rows, [0, 1], pad_token_id))
             frozen.keep(rows, alone.cpu())
             found = torch.cat(logits(trainee, rows, [0, 1], pad_token_id))
-        limit = tolerance(trainee, arithmetic)
         if not _close(together, alone, limit):
             raise Unsupported("what they give for a row depends on the rows beside it")
         if not _close(found, expected, limit):
