@@ -115,6 +115,7 @@ def _measured(run: Opened, rows: dict[str, RowList], report: Reporter) -> tuple[
     recipe, precision = run.recipe, _precision(run, here, report)
     check_packages(recipe)
     device.use_tf32(precision == "tf32")
+    device.use_cudnn_attention(False)
     accelerator = Accelerator(mixed_precision=device.autocast_to(precision), cpu=here.type == "cpu")
     base = run.model.get_base_model() if hasattr(run.model, "get_base_model") else run.model
     beside = recipe.task.read_beside(base, run.path / "model") if hasattr(recipe.task, "read_beside") else None

@@ -128,6 +128,7 @@ class Session:
         if self.used is not None:
             self.used.restore()
         device.use_tf32(False)
+        device.use_cudnn_attention(True)
         if not hasattr(self.recipe.task, "beside"):  # an objective's is of no use without its teacher
             self.beside = self.trainee.beside = None
         self.flat = self.frozen = self.liger = self.used = None
@@ -177,6 +178,7 @@ def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any]
         check_checkpointing(base, train)
     if train.gradient_checkpointing is True:
         recompute.everywhere(base.model)
+    device.use_cudnn_attention(False)
     accelerator = _accelerator(train, precision, here, base)
     asked, otherwise = train.layout, "bucketed"
     if asked == "auto" and "layout" in before:

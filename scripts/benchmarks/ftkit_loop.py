@@ -44,7 +44,7 @@ def main() -> None:
     session.release()
     session.learner.save_pretrained(args.output)
     prepared.tokenizer.save_pretrained(args.output)
-    watch.write(args.report, supervised=round(sum(outcome.items.item() for outcome in outcomes)))
+    watch.write(args.report, layout=session.sampler.layout, supervised=round(sum(outcome.items.item() for outcome in outcomes)))
 
 
 if __name__ == "__main__":

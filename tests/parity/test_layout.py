@@ -127,6 +127,14 @@ def test_a_generator_computes_no_padding_either(recipe, monkeypatch):
     assert not opened.beside.base_model._forward_pre_hooks
 
 
+def test_cudnn_plans_no_attention_of_a_run(recipe):
+    with Reporter(None, quiet=True) as report:
+        opened = session(recipe("bert", "single"), "padded", report)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    opened.release()
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_it_is_the_default_where_it_is_possible(recipe):
     with Reporter(None, quiet=True) as report:
         assert session(recipe("bert", "single"), "auto", report).sampler.layout == "flat"

@@ -143,6 +143,12 @@ def test_the_table_shows_utilisation_and_who_ran_out_of_memory(bench: Any, monke
     assert {len(row) for row in rows} == {len(bench.Manner(1, 2, "bf16", gpu=True).head)}
 
 
+def test_the_table_says_where_batches_were_laid_out_in_another_way(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sides = {"Trainer": result(5.0), "ftkit": result(2.5, layout="bucketed"), "ftkit, padded": result(2.5, layout="padded")}
+    assert [row[1] for row in compared(bench, monkeypatch, **sides)] == ["Trainer", "ftkit (bucketed)", "ftkit, padded"]
+    assert [row[1] for row in compared(bench, monkeypatch, ftkit=result(2.5, layout="flat"))] == ["ftkit"]
+
+
 def test_other_work_is_not_compared(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit, match="different work: supervised 80 in Trainer, 81 in ftkit"):
         compared(bench, monkeypatch, Trainer=result(5.0), ftkit=result(2.5, supervised=81))
