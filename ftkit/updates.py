@@ -108,7 +108,9 @@ def _frozen(base: Any, dtype: torch.dtype) -> Frozen | None:
         known = weight.is_floating_point() and (weight.dtype == dtype or torch.is_autocast_enabled(weight.device.type))
         return Frozen(weight, bias) if known else None
     state = getattr(weight, "quant_state", None)  # on a CPU, bitsandbytes packs them in another way at times
-    return Frozen(weight, bias, state) if state is not None and weight.is_cuda and base.compute_dtype is dtype else None
+    if state is None or not weight.is_cuda or base.compute_dtype is not dtype:
+        return None
+    return Frozen(weight.data, bias, state)  # a plain tensor: each operation on bitsandbytes' own goes through Python first
 
 
 class _Update(torch.autograd.Function):
