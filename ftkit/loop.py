@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ftkit import chunks, prompts, together
+from ftkit import chunks, on_policy, prompts, together
 from ftkit.data.batches import Sampler, ahead, collate, rounded, split
 from ftkit.data.types import Batch, Items, Scores
 from ftkit.errors import Diverged
@@ -301,6 +301,7 @@ def fit(session: Session, position: Position) -> Iterator[Step]:
     train, features = session.recipe.train, session.prepared.train
     rates = [group.setdefault("initial_lr", group["lr"]) for group in optimizer.param_groups]
     unsettled: list[tuple[int, np.ndarray, Outcome]] = []
+    writer = on_policy.Author(session) if on_policy.wanted(session.recipe) else None
     epoch, waiting = -1, list[nn.Parameter]()
 
     def make(chosen: tuple[np.ndarray, Place]) -> tuple[np.ndarray, Place, list[Batch]]:
@@ -321,11 +322,16 @@ def fit(session: Session, position: Position) -> Iterator[Step]:
         position.step, position.epoch, position.batch = place.step, place.epoch, place.batch
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * session.schedule(position.step - 1)
+        tokens = int(features.lengths[rows].sum())
+        if writer is not None:
+            micro_batches = [writer.rewritten(batch, place.own_epoch) for batch in micro_batches]
+            wrapped.train()
+            tokens = int(accelerator.reduce(torch.stack([batch.attention_mask.sum() for batch in micro_batches]).sum().to(accelerator.device), "sum"))
         with _located(position.step, rows), _frozen(waiting):
             outcome = train_step(accelerator, trainee, wrapped, optimizer, micro_batches, train.max_grad_norm)
         if looks_itself(optimizer, accelerator):
             unsettled.append((position.step, rows, outcome))
-        yield Step(outcome, int(features.lengths[rows].sum()), rows, place.epochs_done, settle)
+        yield Step(outcome, tokens, rows, place.epochs_done, settle)
         if not trainee.learns():  # it was measured, or wrote
             wrapped.train()
 

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 
-from ftkit import compiled, device, dropout, embeddings, frozen, kernels, launch, layout, model, optim, prefixes, prompts, recompute, updates
+from ftkit import compiled, device, dropout, embeddings, frozen, kernels, launch, layout, model, on_policy, optim, prefixes, prompts, recompute, updates
 from ftkit.data.batches import Sampler, collate, largest_micro_batch
 from ftkit.errors import MissingDependency, RecipeError
 from ftkit.loop import Trainee
@@ -106,6 +106,8 @@ class Session:
             return
         if self.trainee.watch is not None:  # layers that are not run cannot be watched
             return
+        if on_policy.wanted(self.recipe):  # rows end otherwise each time
+            return
         if (corruption := self.prepared.train.corruption) and (corruption.anew or self.beside):  # a generator learns, and writes other tokens
             return
         sets = [self.prepared.train, *(features for _, features in self.splits.values())]
@@ -155,6 +157,7 @@ def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any]
     precision = device.precision(train.precision, here)
     _check_parallel(train, here, world.size)
     check_attention(recipe)
+    on_policy.check(recipe, prepared.train)
     if prepared.source and prepared.source.adapter:
         report.note(f"starting from {prepared.source.name} with the adapter {prepared.source.adapter} merged into it")
     with report.stage("loading the model"):
@@ -295,6 +298,8 @@ def _used_embeddings(prepared: Prepared, base: Base, size: int, precision: str, 
     train, method = prepared.recipe.train, prepared.recipe.method
     if not train.skip_unused_embeddings or train.optimizer != "adamw" or precision == "fp16" or (train.parallel == "fsdp" and size > 1):
         return None  # other optimizers mix rows or remember decay; fp16 skips steps
+    if on_policy.wanted(prepared.recipe):
+        return None  # the student may write any token
     waits = method.waits(base)
     if any(waits(name, 0) for name, parameter in base.model.named_parameters() if parameter.requires_grad):
         return None  # an embedding may wait, and would not decay meanwhile

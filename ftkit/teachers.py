@@ -113,7 +113,12 @@ def assign(session: Session, report: Reporter, poll: Callable[[], None]) -> None
     trainee, features = session.trainee, session.prepared.train
     _say_sizes(Path(objective.teacher), trainee, report)
     lessons = _lessons(session, report, poll)
-    why = "layers are compared" if objective.looks_inside else "rows are masked anew in each epoch" if features.corruption is not None else None
+    whys = {
+        "layers are compared": objective.looks_inside,
+        "rows are masked anew in each epoch": features.corruption is not None,
+        "the student writes answers anew in each epoch": objective.on_policy,
+    }
+    why = next((reason for reason, holds in whys.items() if holds), None)
     if objective.cache and why is None:
         trainee.teacher = _cached(session, lessons, report, poll)
         return

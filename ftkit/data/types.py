@@ -162,6 +162,7 @@ class Batch:
     source: tuple[FeatureSet, np.ndarray]  # that the rows come from, and row_ids where no device has to be asked
     token_type_ids: torch.Tensor | None = None  # int64 [B, L]
     segments: Segments | None = None  # None where there is no padding
+    written: torch.Tensor | None = None  # bool [B]: rows whose answers the model itself wrote; None: of none
 
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
@@ -196,6 +197,7 @@ class Scores:
     kind: Targets = "classes"
     losses: Losses | None = None  # other ones than those of the kind
     part: int = 0  # of the loss, where that is a sum of several
+    written: torch.Tensor | None = None  # bool [n]: targets that the model itself wrote; None: none
     teacher: torch.Tensor | None = None  # float [n, C]: a teacher's logits, where the objective asks one
 
 
@@ -215,6 +217,7 @@ class Items:
     losses: Losses | None = None  # as those of the scores
     part: int = 0  # of the loss, where that is a sum of several, each divided by weights of its own
     share: float = 1.0  # what that part's mean is multiplied by
+    written: torch.Tensor | None = None  # as those of the scores
     teacher: Items | None = None  # the same ones, as a teacher has them
 
     def __len__(self) -> int:
@@ -223,10 +226,10 @@ class Items:
     def scores(self, part: slice = slice(None), states: torch.Tensor | None = None) -> Scores:
         """Those of a part of the items; `states` in place of their own."""
         states = self.states[part] if states is None else states
-        counted = None if self.counted is None else self.counted[part]
+        counted, written = (None if each is None else each[part] for each in (self.counted, self.written))
         logits = self.head(states) if self.head else states
         teacher = None if self.teacher is None else self.teacher.scores(part).logits
-        return Scores(logits, self.targets[part], self.weights[part], self.rows[part], counted, self.kind, self.losses, self.part, teacher)
+        return Scores(logits, self.targets[part], self.weights[part], self.rows[part], counted, self.kind, self.losses, self.part, written, teacher)
 
     def parts(self, size: int) -> Iterator[slice]:
         """Slices of `size` items; one, if there are no items."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -32,6 +33,13 @@ class Distill(Spec):
     divergence: Literal["forward", "reverse", "jensen-shannon"] = option(
         "forward", "KL(teacher || student); reverse: KL(student || teacher) (arXiv 2306.08543); jensen-shannon: of both from their mean (2306.13649)"
     )
+    beta: float = option(
+        0.5, "of jensen-shannon, the teacher's share of the mean that both are compared with: near 0 it is forward", "GKD, 2306.13649", gt=0, lt=1
+    )
+    on_policy: float = option(
+        0.0, "share of rows, others in each epoch, whose answers the student writes itself and learns what the teacher says of them (GKD's lambda)", ge=0, le=1
+    )
+    max_new_tokens: int = option(128, "of such an answer, at most", "TRL's GKDConfig", ge=1)
     cache: bool = option(True, "ask the teacher once for all training rows and keep its answers for later epochs and runs; false: in each step")
     top_k: int = option(64, "of many classes, such as a vocabulary, the cache has the scores of so many, and what is left for the others", ge=1)
     hidden: float = option(0.0, "weight of the squared difference of states after each layer (TinyBERT, arXiv 1909.10351)", ge=0)
@@ -56,6 +64,8 @@ class Distill(Spec):
 
     @model_validator(mode="after")
     def _something(self) -> Distill:
+        if self.divergence != "jensen-shannon" and self.beta != 0.5:
+            raise ValueError(f"beta has no effect with divergence: {self.divergence}; leave it out, or set divergence: jensen-shannon")
         if self.layer_map != "uniform" and not (self.hidden or self.attention or self.cosine or self.relations):
             raise ValueError("layer_map has no effect without hidden, cosine, attention or relations; leave it out")
         return self
@@ -68,6 +78,8 @@ class Distill(Spec):
     def check(self, task: Task, tokenizer: Any, limits: Limits) -> None:
         from ftkit import teachers
 
+        if self.on_policy and not hasattr(task, "continuations"):
+            raise RecipeError(f"objective.on_policy: students of causal-lm write answers, those of {task.kind} do not; leave it out")
         teachers.check(self.teacher, task, tokenizer, limits, self.looks_inside)
 
     def beside(self, model: Any) -> nn.ModuleDict | None:
@@ -135,15 +147,18 @@ class Distill(Spec):
         return (sum(found) * intermediate.token_weights(batch)).sum()
 
     def loss(self, scores: Scores) -> torch.Tensor:
-        """Weighted sum over the n supervised items, in float32."""
+        """Weighted sum over the n supervised items, in float32; what the student wrote itself is no target, and only compared."""
         from ftkit.objectives import losses
 
         if len(scores.targets) == 0:  # keep the graph, so that every process has gradients to add up
             return scores.logits.float().sum()
         assert scores.teacher is not None
         student, teacher = _of_same_classes(scores.logits, scores.teacher)
-        soft = self.temperature**2 * divergence(student, teacher, self.temperature, self.divergence, scores.kind == "labels")
-        return ((self.alpha * losses(scores) + (1 - self.alpha) * soft) * scores.weights).sum()
+        soft = self.temperature**2 * divergence(student, teacher, self.temperature, self.divergence, scores.kind == "labels", self.beta)
+        hard = losses(scores)
+        if scores.written is not None:
+            hard = hard.masked_fill(scores.written, 0)
+        return ((self.alpha * hard + (1 - self.alpha) * soft) * scores.weights).sum()
 
 
 def _of_same_classes(*logits: torch.Tensor) -> list[torch.Tensor]:
@@ -158,9 +173,10 @@ def _narrowest(config: Any) -> int:
     return int((getattr(config, "num_key_value_heads", None) or heads) * (getattr(config, "head_dim", None) or config.hidden_size // heads))
 
 
-def divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float, kind: str, independent: bool = False) -> torch.Tensor:
+def divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float, kind: str, independent: bool = False, beta: float = 0.5) -> torch.Tensor:
     """float32 [n]: how far the student's distribution over C classes is from the teacher's, both [n, C] logits.
 
+    Jensen-Shannon's is that of GKD (arXiv 2306.13649, eq. 1), with weight `beta` on the teacher's side.
     `independent`: of C yes-no answers instead, their mean.  A class that cannot be (-inf) counts for nothing, in gradients, too.
     """
     import torch
@@ -181,6 +197,6 @@ def divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float,
     elif kind == "reverse":
         found = kl(own, given)
     else:
-        middle = torch.logaddexp(own, given) - torch.log(own.new_tensor(2.0))
-        found = (kl(given, middle) + kl(own, middle)) / 2
+        middle = torch.logaddexp(own + math.log1p(-beta), given + math.log(beta))
+        found = beta * kl(given, middle) + (1 - beta) * kl(own, middle)
     return found.mean(-1) if independent else found

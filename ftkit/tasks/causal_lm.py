@@ -195,31 +195,42 @@ class CausalLM(Spec):
         Of a prompt that is too long the end is kept: `truncated` says how many tokens were not.  An answer
         for which fewer than eval.generation.max_new_tokens positions were left says how many (`max_new_tokens`).
         """
-        import torch
-
         room = _Room(model, limits, generation)
         whole = [self._prompt(row, tokenizer) for row in rows]
         for row, prompt in zip(rows, whole, strict=True):
             room.check(row, prompt)
         prompts = [self._fitted(row, prompt, tokenizer, room.prompt) for row, prompt in zip(rows, whole, strict=True)]
         stops = chat.stop_token_ids(tokenizer)
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        answers: list[dict[str, Any]] = [{} for _ in rows]
+        answers: list[dict[str, Any]] = []
         was_training = model.training
         model.eval()
-        for chosen, allowed in _batches(order, lambda i: room.answer(prompts[i])):
-            with torch.inference_mode():
-                cut = generation.model_copy(update={"max_new_tokens": allowed})
-                generated = _generate(model, [prompts[i] for i in chosen], stops, tokenizer, cut)
-            for i, ids in zip(chosen, generated, strict=True):
-                end = next((place for place, token in enumerate(ids) if token in stops), None)
-                answers[i] = {"text": tokenizer.decode(ids[:end], skip_special_tokens=True), "finished": end is not None}
-                if len(whole[i]) > len(prompts[i]):
-                    answers[i]["truncated"] = len(whole[i]) - len(prompts[i])
-                if allowed < generation.max_new_tokens:
-                    answers[i]["max_new_tokens"] = allowed
+        for given, prompt, ids in zip(whole, prompts, self.continuations(model, tokenizer, prompts, room.answer, generation), strict=True):
+            finished = ids[-1] in stops
+            answers.append({"text": tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=True), "finished": finished})
+            if len(given) > len(prompt):
+                answers[-1]["truncated"] = len(given) - len(prompt)
+            if (allowed := room.answer(prompt)) < generation.max_new_tokens:
+                answers[-1]["max_new_tokens"] = allowed
         model.train(was_training)
         return answers
+
+    def continuations(
+        self, model: Any, tokenizer: Any, prompts: list[list[int]], allowed: Callable[[list[int]], int], generation: Generation
+    ) -> list[list[int]]:
+        """The tokens that the model, in eval mode, writes after each prompt: at most as many as `allowed`, up to one that ends the answer, that included."""
+        import torch
+
+        stops = chat.stop_token_ids(tokenizer)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        found: list[list[int]] = [[] for _ in prompts]
+        for chosen, most in _batches(order, lambda i: allowed(prompts[i])):
+            with torch.inference_mode():
+                cut = generation.model_copy(update={"max_new_tokens": most})
+                written = _generate(model, [prompts[i] for i in chosen], stops, tokenizer, cut)
+            for i, ids in zip(chosen, written, strict=True):
+                end = next((place for place, token in enumerate(ids) if token in stops), len(ids))
+                found[i] = ids[: end + 1]
+        return found
 
     def reply(self, model: Any, tokenizer: Any, messages: list[dict[str, Any]], limits: Limits, generation: Generation, streamer: Any) -> str:
         """The answer to a conversation, also written token by token to `streamer`; what is too long forgets its oldest exchanges.

@@ -136,6 +136,7 @@ def items(batch: Batch, model: Any, below: Any, output: Any, tokens: str, **inpu
     `output` is one of the module `below` the head; the model takes `tokens` and `inputs`.
     """
     states = output.last_hidden_state.flatten(0, 1)[batch.supervised]
+    rows = batch.supervised // batch.targets.shape[1]
     head = partial(logits, model, below, output, tokens, **inputs)
     if model not in _layers:
         _layers[model] = _layer_of_rows(model, head, states)
@@ -145,8 +146,9 @@ def items(batch: Batch, model: Any, below: Any, output: Any, tokens: str, **inpu
         num_classes=model.config.get_text_config().vocab_size,
         targets=batch.targets.flatten()[batch.supervised],
         weights=batch.weights.flatten()[batch.supervised],
-        rows=batch.row_ids[batch.supervised // batch.targets.shape[1]],
+        rows=batch.row_ids[rows],
         layer=_layers[model],
+        written=None if batch.written is None else batch.written[rows],
     )
 
 

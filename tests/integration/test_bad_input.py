@@ -691,6 +691,24 @@ def a_teacher_of_numbers(scene):
     scene.recipe["data"] = {"train": str(scene.data.scored / "train.csv")}
 
 
+@mistake(2, r"objective\.on_policy: students of causal-lm write answers, those of text-classification do not; leave it out")
+def a_classifier_that_is_to_write(scene):
+    teach(scene, {"kind": "text-classification", "problem": "single-label", "labels": TOPICS})
+    scene.recipe["objective"]["on_policy"] = 0.5
+
+
+@mistake(2, r"objective\.on_policy: plain text has no prompt that the student could answer; give rows with prompts or messages, or leave it out")
+def answers_to_plain_text(scene):
+    scene.recipe |= {"model": scene.checkpoint("gpt2"), "task": "causal-lm", "data": {"train": str(scene.data.text / "train.jsonl"), "max_length": 32}}
+    teach(scene, {"kind": "causal-lm"}, "gpt2")
+    scene.recipe["objective"]["on_policy"] = 0.5
+
+
+@mistake(2, r"beta has no effect with divergence: reverse; leave it out, or set divergence: jensen-shannon")
+def a_beta_of_another_divergence(scene):
+    scene.recipe["objective"] = {"kind": "distill", "teacher": "gone", "divergence": "reverse", "beta": 0.1}
+
+
 @mistake(7, r"the scores that the teacher gives 32 items, 3 each, take 384 .*, and the cache may hold 100 .*; set FTKIT_CACHE_LIMIT higher, or let the teacher")
 def a_cache_too_small_for_what_the_teacher_says(scene):
     teach(scene, {"kind": "text-classification", "problem": "single-label", "labels": TOPICS})

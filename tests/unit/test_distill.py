@@ -52,6 +52,24 @@ def test_the_other_divergences_are_by_their_definitions():
         torch.testing.assert_close(divergence(given.logits, given.teacher, 1.0, kind), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("beta", [0.1, 0.7])
+def test_jensen_shannon_is_weighted_as_in_gkd(beta):
+    given = scores()
+    p, q = given.teacher.softmax(-1).double(), given.logits.softmax(-1).double()
+    middle = beta * p + (1 - beta) * q
+    expected = beta * (p * (p / middle).log()).sum(-1) + (1 - beta) * (q * (q / middle).log()).sum(-1)
+    torch.testing.assert_close(divergence(given.logits, given.teacher, 1.0, "jensen-shannon", beta=beta).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_the_student_wrote_is_no_target():
+    given = scores()
+    given.written = torch.arange(10) % 3 == 0
+    objective = distill(alpha=0.4, temperature=1.0)
+    hard = F.cross_entropy(given.logits, given.targets, reduction="none") * ~given.written
+    soft = divergence(given.logits, given.teacher, 1.0, "forward")
+    assert objective.loss(given).item() == pytest.approx(((0.4 * hard + 0.6 * soft) * given.weights).sum().item(), rel=1e-6)
+
+
 def test_labels_are_answers_of_their_own():
     given = scores("labels")
     p, q = given.teacher.sigmoid(), given.logits.sigmoid()
