@@ -36,7 +36,7 @@ def open_run(target: str | Path, device: torch.device) -> Opened:
     Raises RecipeError if `target` is no finished run, HubError if its base is on the hub and cannot be had.
     """
     from ftkit import reload
-    from ftkit.model import Source, hub_errors, mend, quiet_libraries
+    from ftkit.model import Source, hub_errors, quiet_libraries
     from ftkit.recipe import read
 
     path = Path(target)
@@ -48,16 +48,25 @@ def open_run(target: str | Path, device: torch.device) -> Opened:
     recipe = read(path / "recipe.yaml").recipe
     quiet_libraries()
     directory = path / "model"
-    weights = reload.base_name(directory, artifact) if artifact.get("base") else str(directory)
-    with hub_errors(Source(weights, artifact.get("revision"))):
-        model = _load(directory, artifact, str(device))
-    mend(model)
+    model = load(directory, artifact, device)
     with hub_errors(Source(str(directory))):
         tokenizer = reload.load_tokenizer(directory, artifact)
     assert recipe.data.max_length is not None, "a run resolves it"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return Opened(path, manifest, recipe, model, tokenizer, Limits(recipe.data.max_length, recipe.data.truncation))
+
+
+def load(directory: Path, artifact: dict[str, Any], device: torch.device) -> Any:
+    """A run's model exactly as an artifact says, in eval mode; HubError if its base is on the hub and cannot be had."""
+    from ftkit import reload
+    from ftkit.model import Source, hub_errors, mend
+
+    weights = reload.base_name(directory, artifact) if artifact.get("base") else str(directory)
+    with hub_errors(Source(weights, artifact.get("revision"))):
+        model = _load(directory, artifact, str(device))
+    mend(model)
+    return model
 
 
 def _load(directory: Path, artifact: dict[str, Any], device: str) -> Any:

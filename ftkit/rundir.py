@@ -109,7 +109,8 @@ def spare(output: Path, prepared: Prepared) -> None:
     start = prepared.source
     sources = [*((start.name, start.adapter) if start else ()), *([data.train] if isinstance(data.train, str) else data.train), *sets, data.test]
     if hasattr(prepared.recipe.objective, "teacher"):
-        sources.append(str(Path(prepared.recipe.objective.teacher) / "model"))
+        teacher = Path(prepared.recipe.objective.teacher)
+        sources.append(str(teacher / "model" if is_run(teacher) else teacher))
     ours = [(output / name).resolve() for name in CONTENTS]
     for source in sources:
         if isinstance(source, str) and Path(source).exists() and any(Path(source).resolve().is_relative_to(path) for path in ours):
@@ -137,9 +138,19 @@ def continued(output: Path, prepared: Prepared, resume: bool, warn: Callable[[st
 
 
 def teacher_sha256(recipe: Recipe) -> str | None:
-    """Of the manifest of the run that the objective learns from, which no other training writes alike; None where it names none."""
-    teacher = getattr(recipe.objective, "teacher", None)
-    return teacher and hashlib.sha256((Path(teacher) / MANIFEST).read_bytes()).hexdigest()
+    """Of the run that the objective learns from its manifest, which no other training writes alike; of a stored model its config and the sizes of its files.
+
+    None where there is no teacher, or one on the hub, of which the recipe names the commit.
+    """
+    if not hasattr(recipe.objective, "teacher"):
+        return None
+    teacher = Path(recipe.objective.teacher)
+    if is_run(teacher):
+        return hashlib.sha256((teacher / MANIFEST).read_bytes()).hexdigest()
+    if not teacher.is_dir():
+        return None
+    sizes = sorted((str(path.relative_to(teacher)), path.stat().st_size) for path in teacher.rglob("*") if path.is_file())
+    return hashlib.sha256((teacher / "config.json").read_bytes() + repr(sizes).encode()).hexdigest()
 
 
 def check_same_recipe(recipe: Recipe, output: Path, warn: Callable[[str], None]) -> None:

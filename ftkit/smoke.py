@@ -106,7 +106,7 @@ def shrink(resolved: Resolved, report: Reporter) -> Resolved:
         whole = small.model.model_copy(update={"layers": None, "convert": None})
         taught = {"model": whole, "output": str(workshop / "teacher"), "objective": Supervised()}
         rundir.write_text(workshop / "teacher.yaml", dump(small.model_copy(update=taught)))
-        small = small.model_copy(update={"objective": recipe.objective.model_copy(update={"teacher": taught["output"]})})
+        small = small.model_copy(update={"objective": recipe.objective.model_copy(update={"teacher": taught["output"], "teacher_revision": None})})
     rundir.write_text(workshop / "recipe.yaml", dump(small))
     return read(workshop / "recipe.yaml")
 

@@ -1,4 +1,4 @@
-"""Teachers: finished runs, which an objective compares its own model with.
+"""Teachers, which an objective compares its own model with.
 
 What a teacher makes of a row changes in no epoch, unless the row does.  Computed once, it lies in the cache under the hash of
 teacher and rows, and the teacher is not loaded again: all logits where there are few classes, else those of the most likely
@@ -11,14 +11,13 @@ import hashlib
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from ftkit import chunks, layout, prepare, prompts, reload, rundir, verify
+from ftkit import chunks, layout, prepare, prompts, teacher_models
 from ftkit.data import cache
 from ftkit.data.batches import by_length, collate
 from ftkit.data.ondisk import Stored
@@ -26,10 +25,9 @@ from ftkit.device import free_memory
 from ftkit.errors import DiskError, RecipeError
 from ftkit.intermediate import Watch
 from ftkit.loop import Trainee
-from ftkit.model import Source, hub_errors, max_positions, num_values
-from ftkit.opened import open_run
+from ftkit.model import max_positions, model_class, num_values
 from ftkit.quantities import size
-from ftkit.recipe import read
+from ftkit.teacher_models import Origin, Run
 
 if TYPE_CHECKING:
     from ftkit.data.features import FeatureSet, Numbers
@@ -54,18 +52,34 @@ class Teacher(Protocol):
 # --- before anything is loaded ----------------------------------------------------------------------------
 
 
-def check(path: str, task: Task, tokenizer: Any, limits: Limits, inside: bool) -> None:
-    """Refuse a teacher that is no finished run, or one of another task, of other labels, tokens or lengths; without its weights.
-
-    `inside`: the two are compared layer by layer.
-    """
+def check(objective: Distill, task: Task, tokenizer: Any, limits: Limits) -> None:
+    """Refuse a teacher that has not learned the task, or one of other labels, tokens or lengths; without its weights."""
     if task.targets not in SCORED or getattr(task, "coupled", False) or hasattr(task, "counts"):
         raise RecipeError(f"objective distill: {task.kind} with {task.targets} has no scores of classes that could be softened; use objective: supervised")
-    run, told = Path(path), f"objective.teacher: {path}"
-    if not rundir.is_run(run):
-        what = "is no run directory" if run.exists() else "does not exist"
+    origin, told, inside = teacher_models.find(objective), f"objective.teacher: {objective.teacher}", objective.looks_inside
+    if isinstance(origin, Run):
+        _check_task(origin, task, told)
+    elif task.new_head:
+        what = "is no run directory" if origin.source.local else "does not exist"
         raise RecipeError(f"{told} {what}; train the teacher with ftkit first, then name its run")
-    artifact, theirs = rundir.finished(run)["artifact"], read(run / "recipe.yaml").recipe.task
+    else:
+        model_class(origin.config(), task)
+    if objective.teacher_bits:
+        origin.check_bits()
+    if not _reads(origin, tokenizer):
+        if inside or task.auto_class != "AutoModelForSequenceClassification":
+            what = "layers are compared" if inside else f"{task.kind} compares scores"
+            raise RecipeError(
+                f"{told} has another tokenizer, and {what} token by token, which are not the same ones; use a student with the teacher's tokenizer"
+            )
+    elif (positions := max_positions(origin.config())) is not None and positions < limits.max_length:
+        raise RecipeError(f"data.max_length: {limits.max_length}, but {told} has {positions} positions; give {positions} or fewer")
+
+
+def _check_task(run: Run, task: Task, told: str) -> None:
+    """Refuse a run of another task or of other labels."""
+    run.manifest  # noqa: B018 - raises for one that still learns
+    theirs = run.recipe.task
     if theirs.kind != task.kind:
         raise RecipeError(f"{told} was trained for {theirs.kind}, and this run is for {task.kind}")
     if (own := getattr(task, "problem", None)) != (other := getattr(theirs, "problem", None)):
@@ -74,29 +88,11 @@ def check(path: str, task: Task, tokenizer: Any, limits: Limits, inside: bool) -
     if labels != others:
         what = "the same labels in another order" if sorted(labels) == sorted(others) else "other labels"
         raise RecipeError(f"{told} has {what}: {', '.join(others)}; this run has {', '.join(labels)}. Give them in task.labels as the teacher has them")
-    if not _reads(run, artifact, tokenizer):
-        if inside or task.auto_class != "AutoModelForSequenceClassification":
-            what = "layers are compared" if inside else f"{task.kind} compares scores"
-            raise RecipeError(
-                f"{told} has another tokenizer, and {what} token by token, which are not the same ones; use a student with the teacher's tokenizer"
-            )
-    elif (positions := max_positions(config_of(run))) is not None and positions < limits.max_length:
-        raise RecipeError(f"data.max_length: {limits.max_length}, but {told} has {positions} positions; give {positions} or fewer")
 
 
-def _reads(run: Path, artifact: dict[str, Any], tokenizer: Any) -> bool:
-    """Whether a tokenizer gives the tokens that a run's model knows."""
-    return bool(reload.load_tokenizer(run / "model", artifact).get_vocab() == tokenizer.get_vocab())
-
-
-def config_of(run: Path) -> Any:
-    """That of a run's model, without its weights."""
-    from transformers import AutoConfig
-
-    artifact = rundir.finished(run)["artifact"]
-    name = reload.base_name(run / "model", artifact) if artifact.get("base") else str(run / "model")
-    with hub_errors(Source(name, artifact.get("revision"))):
-        return AutoConfig.from_pretrained(name, revision=artifact.get("revision"))
+def _reads(origin: Origin, tokenizer: Any) -> bool:
+    """Whether a tokenizer gives the tokens that a teacher knows."""
+    return bool(origin.tokenizer().get_vocab() == tokenizer.get_vocab())
 
 
 # --- asked in each step -----------------------------------------------------------------------------------
@@ -111,7 +107,7 @@ def assign(session: Session, report: Reporter, poll: Callable[[], None]) -> None
     if not hasattr(objective, "teacher"):
         return
     trainee, features = session.trainee, session.prepared.train
-    _say_sizes(Path(objective.teacher), trainee, report)
+    _say_sizes(teacher_models.find(objective), trainee, report)
     lessons = _lessons(session, report, poll)
     whys = {
         "layers are compared": objective.looks_inside,
@@ -152,8 +148,8 @@ def _plain(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _say_sizes(run: Path, student: Trainee, report: Reporter) -> None:
-    own, other = sum(map(num_values, student.held())), rundir.finished(run)["parameters"]["total"]
+def _say_sizes(teacher: Origin, student: Trainee, report: Reporter) -> None:
+    own, other = sum(map(num_values, student.held())), teacher.parameters(student.task)
     told = f"the student has {own:,} parameters, its teacher {other:,}"
     report.note(told) if own < other else report.warn(f"{told}: it is no smaller")
 
@@ -171,12 +167,12 @@ class Lessons(NamedTuple):
 
 def _lessons(session: Session, report: Reporter, poll: Callable[[], None]) -> Lessons:
     """Rows as a whole are read by the teacher's own tokenizer."""
-    run, own = Path(session.recipe.objective.teacher), session.prepared.train
-    artifact = rundir.finished(run)["artifact"]
-    if _reads(run, artifact, session.tokenizer):
+    origin, own = teacher_models.find(session.recipe.objective), session.prepared.train
+    if _reads(origin, session.tokenizer):
         return Lessons(own, None, session.pad_token_id)
-    tokenizer, theirs = reload.load_tokenizer(run / "model", artifact), read(run / "recipe.yaml").recipe
-    limits = session.limits._replace(max_length=theirs.data.max_length or session.limits.max_length, truncation="right")
+    assert isinstance(origin, Run), "`check` refuses others of other tokens"
+    tokenizer = origin.tokenizer()
+    limits = session.limits._replace(max_length=origin.recipe.data.max_length or session.limits.max_length, truncation="right")
     rows = session.prepared.rows.train
     done = prepare.tokenise("train, for the teacher,", rows, session.recipe.task, tokenizer, limits, session.recipe.data.on_bad_rows, report, poll)
     place = np.searchsorted(done.features.row[:], own.row[:])
@@ -188,8 +184,8 @@ def _open(session: Session, lessons: Lessons, report: Reporter) -> Trainee:
     """The teacher, frozen and in eval mode, in the dtype or the bits that it is stored in."""
     recipe, here = session.recipe, session.accelerator.device
     with report.stage("loading the teacher"), torch.random.fork_rng([here] if here.type == "cuda" else []):  # loaded or cached, the student draws the same
-        opened = open_run(recipe.objective.teacher, here)
-    model = opened.model.requires_grad_(False)
+        origin = teacher_models.find(recipe.objective)
+        model = origin.open(recipe.task, recipe.objective.teacher_bits, session.precision, here).requires_grad_(False)
     base = _plain(model)
     asked = "auto" if recipe.train.layout == "flat" else recipe.train.layout
     teacher = Trainee(model, base.base_model, recipe.task, recipe.objective, layout.flat(asked, "bucketed", recipe, base, report)).eval()
@@ -257,7 +253,8 @@ def _cached(session: Session, lessons: Lessons, report: Reporter, poll: Callable
     """As it lies in the cache, or as the teacher says now."""
     objective: Distill = session.recipe.objective
     key = cache.key_of(
-        teacher=_sha256(Path(objective.teacher)),
+        teacher=teacher_models.find(objective).key(),
+        bits=objective.teacher_bits,
         rows=_content(lessons.features),
         top_k=objective.top_k,
         temperature=objective.temperature,
@@ -337,12 +334,6 @@ def _check_room(needed: int, what: str, report: Reporter) -> None:
     if needed > free:
         raise DiskError(f"{what}, take {size(needed)}, and {directory} has {size(free)}; set FTKIT_CACHE to another place, {otherwise}")
     report.note(f"not in the cache yet: {what}, take {size(needed)} in {directory}")
-
-
-def _sha256(run: Path) -> str:
-    """Of a run's model, and of what it stands on."""
-    manifest = rundir.finished(run)
-    return cache.key_of(files=verify.file_digests(run / "model"), base=manifest["verification"]["base_sha256"], artifact=manifest["artifact"])
 
 
 def _content(features: FeatureSet) -> str:

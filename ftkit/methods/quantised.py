@@ -39,22 +39,27 @@ class Quantisable(MethodSpec):
         """bitsandbytes' settings; heads and poolers stay in float, since they learn or are tiny."""
         if self.bits is None:
             return super().load_kwargs(head, precision)
-        from importlib.util import find_spec
+        return {"quantization_config": settings(self.bits, precision, [*head, "pooler"], self.quant_type, self.double_quant)}
 
-        from ftkit import device
 
-        if find_spec("bitsandbytes") is None:
-            raise MissingDependency(f"method.bits: {self.bits} needs bitsandbytes, which is not installed: pip install bitsandbytes")
-        skip = [*head, "pooler"]
-        if self.bits == 8:
-            return {"quantization_config": {"load_in_8bit": True, "llm_int8_skip_modules": skip}}
-        compute = {"bf16": "bfloat16", "fp16": "float16", "tf32": "float32", "fp32": "float32"}[device.precision(precision, device.pick())]
-        return {
-            "quantization_config": {
-                "load_in_4bit": True,
-                "bnb_4bit_quant_type": self.quant_type,
-                "bnb_4bit_use_double_quant": self.double_quant,
-                "bnb_4bit_compute_dtype": compute,
-                "llm_int8_skip_modules": skip,
-            }
-        }
+def settings(bits: int, precision: str, skip: list[str] | None, quant_type: str | None = "nf4", double_quant: bool | None = True) -> dict[str, Any]:
+    """bitsandbytes' for linear modules in `bits`, but those of `skip`, or the output layers that transformers finds.
+
+    Raises MissingDependency where bitsandbytes is not installed.
+    """
+    from importlib.util import find_spec
+
+    from ftkit import device
+
+    if find_spec("bitsandbytes") is None:
+        raise MissingDependency(f"{bits} bits need bitsandbytes, which is not installed: pip install bitsandbytes")
+    if bits == 8:
+        return {"load_in_8bit": True, "llm_int8_skip_modules": skip}
+    compute = {"bf16": "bfloat16", "fp16": "float16", "tf32": "float32", "fp32": "float32"}[device.precision(precision, device.pick())]
+    return {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": quant_type,
+        "bnb_4bit_use_double_quant": double_quant,
+        "bnb_4bit_compute_dtype": compute,
+        "llm_int8_skip_modules": skip,
+    }

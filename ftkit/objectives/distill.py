@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -27,7 +26,9 @@ class Distill(Spec):
     """Scores of a teacher: alpha times the loss on the data's own targets, and (1 - alpha) T^2 times the divergence from softened scores."""
 
     kind: Literal["distill"] = "distill"
-    teacher: Name = option(..., "run directory of the trained teacher, of the same task")
+    teacher: Name = option(..., "run directory of the trained teacher, of the same task; for language models also a directory or a hub id")
+    teacher_revision: str | None = option(None, "commit, tag or branch of a teacher on the hub; the run's recipe names the commit")
+    teacher_bits: Literal[4, 8] | None = option(None, "bits a weight of the teacher's linear modules; as they are stored if empty")
     alpha: float = option(0.1, "share of the loss on the data's own targets", "the considerably lower weight of arXiv 1503.02531, 2.2", ge=0, le=1)
     temperature: float = option(2.0, "what the scores of both are divided by; 1 in evaluation", "DistilBERT's train.py, within 1503.02531's 1 to 20", gt=0)
     divergence: Literal["forward", "reverse", "jensen-shannon"] = option(
@@ -80,7 +81,14 @@ class Distill(Spec):
 
         if self.on_policy and not hasattr(task, "continuations"):
             raise RecipeError(f"objective.on_policy: students of causal-lm write answers, those of {task.kind} do not; leave it out")
-        teachers.check(self.teacher, task, tokenizer, limits, self.looks_inside)
+        teachers.check(self, task, tokenizer, limits)
+
+    def pinned(self) -> Distill:
+        """With the very commit of a teacher on the hub, whose branches move."""
+        from ftkit.teacher_models import Stored, find
+
+        origin = find(self)
+        return self.model_copy(update={"teacher_revision": origin.commit()}) if isinstance(origin, Stored) else self
 
     def beside(self, model: Any) -> nn.ModuleDict | None:
         """Linear maps that make the student's states as wide as the teacher's, where they are compared and are not (TinyBERT, eq. 8).
@@ -90,11 +98,11 @@ class Distill(Spec):
         import torch
         from torch import nn
 
-        from ftkit.teachers import config_of
+        from ftkit.teacher_models import find
 
         if not self.looks_inside:
             return None
-        own, theirs = (config.get_text_config() for config in (model.config, config_of(Path(self.teacher))))
+        own, theirs = (config.get_text_config() for config in (model.config, find(self).config()))
         self._check_layers(own, theirs)
         if own.hidden_size == theirs.hidden_size:
             return None

@@ -219,6 +219,6 @@ _LOCATE: dict[tuple[str, ...], Callable[[str, Path], str]] = {
     ("data", "validation"): _data,
     ("data", "validation", "*"): _data,
     ("data", "test"): _data,
-    ("objective", "teacher"): _path,
+    ("objective", "teacher"): _model,
     ("output",): _path,
 }

@@ -640,6 +640,26 @@ def a_teacher_that_ftkit_did_not_train(scene):
     scene.recipe["objective"] = {"kind": "distill", "teacher": scene.checkpoint("bert")}
 
 
+@mistake(2, r"objective\.teacher: .*empty is a directory without manifest\.json and config\.json, so no teacher; name a finished run of ftkit, or a")
+def a_teacher_in_an_empty_directory(scene):
+    (scene.path / "empty").mkdir()
+    scene.recipe["objective"] = {"kind": "distill", "teacher": str(scene.path / "empty")}
+
+
+@mistake(2, r"objective\.teacher_revision: .* is a directory on this disk, which has none; leave it out")
+def a_revision_of_a_directory(scene):
+    scene.recipe["objective"] = {"kind": "distill", "teacher": scene.checkpoint("gpt2"), "teacher_revision": "main"}
+
+
+@mistake(2, r"objective\.teacher_bits: .*teacher is in few bits as it is; leave it out")
+def a_teacher_rounded_twice(scene):
+    teach(scene, {"kind": "text-classification", "problem": "single-label", "labels": TOPICS})
+    manifest = json.loads((scene.path / "teacher" / "manifest.json").read_text())
+    manifest["artifact"]["load_kwargs"]["quantization_config"] = {"load_in_4bit": True}
+    scene.file("teacher/manifest.json", json.dumps(manifest))
+    scene.recipe["objective"]["teacher_bits"] = 4
+
+
 @mistake(2, r"missing required key `objective\.teacher`: run directory of the trained teacher")
 def distillation_without_a_teacher(scene):
     scene.recipe["objective"] = "distill"

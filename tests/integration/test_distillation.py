@@ -4,11 +4,13 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from ftkit import teachers
+from ftkit import teacher_models
+from ftkit.objectives.distill import Distill
 
 SMALLER = {  # the lower one of the two layers of the tests' models
     "bert": {"num_hidden_layers": 1},
@@ -66,7 +68,7 @@ def test_a_cached_teacher_says_what_a_live_one_says(model, rows, distil, monkeyp
     cached, told = student("cached", top_k=1000)
     assert "not in the cache yet: the scores that the teacher gives" in told
     assert losses(cached) == pytest.approx(losses(live), rel=1e-5)
-    monkeypatch.setattr(teachers, "open_run", None)
+    monkeypatch.setattr(teacher_models.Run, "open", None)
     again, told = student("again", top_k=1000)
     assert "is in the cache: it is not loaded" in told
     assert losses(again) == losses(cached)
@@ -107,6 +109,62 @@ def test_a_teacher_may_be_what_a_method_made(model, distil):
     student = distil(model, rows, method=method)
     live, cached = (losses(student(str(cache), cache=cache, top_k=1000, method="full")[0]) for cache in (False, True))
     assert cached == pytest.approx(live, rel=1e-5)
+
+
+@pytest.fixture
+def from_stored(ftkit, recipe, checkpoint, verify_here, tmp_path):
+    """from_stored(model, rows, name, objective settings) trains a student of that model as it is stored."""
+
+    def student(model: str, rows: str, name: str, *flags: str, **objective) -> tuple[Path, str]:
+        smaller = {"name": checkpoint(model), "config": SMALLER[model]}
+        settings = {"kind": "distill", "teacher": checkpoint(model)} | objective
+        outcome = ftkit("train", recipe(smaller, rows, name=f"{name}.yaml", output=str(tmp_path / name), objective=settings), *flags)
+        assert outcome.code == 0, outcome.err
+        return tmp_path / name, outcome.err
+
+    return student
+
+
+@pytest.mark.parametrize(("model", "rows"), [("llama", "chats"), ("gpt2", "prompts"), ("t5", "rewritten"), ("bert-masked", "masked")])
+def test_a_language_model_teaches_as_it_is_stored(model, rows, from_stored, distil):
+    live, _ = from_stored(model, rows, "live", cache=False)
+    run, _ = distil(model, rows, {"steps": 1, "learning_rate": 1e-30, "weight_decay": 0.0})("run", cache=False)
+    assert losses(live) == pytest.approx(losses(run), rel=1e-5)
+    cached, _ = from_stored(model, rows, "cached", top_k=1000)
+    assert losses(cached) == pytest.approx(losses(live), rel=1e-5)
+
+
+def test_a_stored_teacher_is_told_from_another(from_stored, checkpoint, ftkit, tmp_path):
+    """In the cache, and by a run that goes on."""
+    teacher = tmp_path / "stored"
+    shutil.copytree(checkpoint("gpt2"), teacher)
+    from_stored("gpt2", "prompts", "one", teacher=str(teacher))
+    weights = load_file(teacher / "model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, teacher / "model.safetensors", {"format": "pt"})
+    run, told = from_stored("gpt2", "prompts", "two", teacher=str(teacher))
+    assert "not in the cache yet" in told
+    manifest = json.loads((run / "manifest.json").read_text())
+    (run / "manifest.json").write_text(json.dumps(manifest | {"status": "preempted"}))
+    (teacher / "config.json").write_text((teacher / "config.json").read_text() + "\n")
+    done = ftkit("train", tmp_path / "two.yaml", "--resume")
+    assert (done.code, "something else has come under the same names: teacher" in done.err) == (2, True)
+
+
+def test_a_teacher_on_the_hub_is_held_to_its_commit(monkeypatch):
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda name, revision: SimpleNamespace(_commit_hash=f"{name}@{revision}"))
+    objective = Distill(teacher="org/name", teacher_revision="v1").pinned()
+    assert objective.teacher_revision == "org/name@v1"
+    assert teacher_models.find(objective).source == ("org/name", "org/name@v1", False, None)
+
+
+@pytest.mark.parametrize(("model", "rows", "method"), [("llama", "chats", "full"), ("gpt2", "prompts", {"kind": "lora", "r": 4}), ("bert", "single", "full")])
+def test_a_teacher_may_be_asked_in_4_bits(model, rows, method, distil):
+    student = distil(model, rows, method=method)
+    whole, few = (losses(student(str(bits), teacher_bits=bits, cache=False, method="full", train={"steps": 1})[0]) for bits in (None, 4))
+    cached = losses(student("cached", teacher_bits=4, top_k=1000, method="full", train={"steps": 1})[0])
+    assert few != whole
+    assert few == pytest.approx(whole, rel=0.1)
+    assert cached == pytest.approx(few, rel=1e-5)
 
 
 def test_a_run_does_not_go_on_with_another_teacher(distil, ftkit, tmp_path):

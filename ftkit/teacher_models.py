@@ -1,0 +1,132 @@
+"""Where teachers come from: finished runs, and language models as they are stored, on this disk or on the hub."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import transformers
+
+from ftkit import model, opened, reload, rundir, verify
+from ftkit.data import cache
+from ftkit.errors import RecipeError
+from ftkit.methods import quantised
+from ftkit.model import Source, hub_errors
+
+if TYPE_CHECKING:
+    import torch
+
+    from ftkit.objectives.distill import Distill
+    from ftkit.recipe.spec import Recipe
+    from ftkit.tasks import Task
+
+
+class Run(NamedTuple):
+    """A teacher that was trained by ftkit."""
+
+    path: Path
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        return rundir.finished(self.path)
+
+    @property
+    def recipe(self) -> Recipe:
+        from ftkit.recipe import read
+
+        return read(self.path / "recipe.yaml").recipe
+
+    def config(self) -> Any:
+        """That of the model, without its weights."""
+        artifact = self.manifest["artifact"]
+        name = reload.base_name(self.path / "model", artifact) if artifact.get("base") else str(self.path / "model")
+        return Stored(Source(name, artifact.get("revision"))).config()
+
+    def tokenizer(self) -> Any:
+        return reload.load_tokenizer(self.path / "model", self.manifest["artifact"])
+
+    def parameters(self, task: Task) -> int:
+        return int(self.manifest["parameters"]["total"])
+
+    def key(self) -> str:
+        """A hash of the model's files, and of what they stand on."""
+        manifest = self.manifest
+        return cache.key_of(files=verify.file_digests(self.path / "model"), base=manifest["verification"]["base_sha256"], artifact=manifest["artifact"])
+
+    def open(self, task: Task, bits: int | None, precision: str, device: torch.device) -> Any:
+        """The model in eval mode as it was saved, or with linear modules in `bits`."""
+        artifact = copy.deepcopy(self.manifest["artifact"])
+        if bits:
+            artifact["load_kwargs"] |= {"quantization_config": quantised.settings(bits, precision, None)}
+        return opened.load(self.path / "model", artifact, device)
+
+    def check_bits(self) -> None:
+        """Refuse to round what is rounded, or what no library loads so."""
+        artifact = self.manifest["artifact"]
+        if "quantise" in artifact or "quantization_config" in artifact["load_kwargs"]:
+            raise RecipeError(f"objective.teacher_bits: {self.path} is in few bits as it is; leave it out")
+        if artifact["loads_with"] == "ftkit":
+            raise RecipeError(f"objective.teacher_bits: {self.path} is loaded by ftkit alone, which puts no base of it into few bits; leave it out")
+
+
+class Stored(NamedTuple):
+    """A teacher that is a language model of transformers."""
+
+    source: Source
+
+    def config(self) -> Any:
+        """That of the model, without its weights."""
+        with hub_errors(self.source):
+            return transformers.AutoConfig.from_pretrained(self.source.name, revision=self.source.revision)
+
+    def tokenizer(self) -> Any:
+        with hub_errors(self.source):
+            return transformers.AutoTokenizer.from_pretrained(self.source.name, revision=self.source.revision)
+
+    def parameters(self, task: Task) -> int:
+        return sum(map(model.num_values, model.skeleton(self.config(), task).parameters()))
+
+    def key(self) -> str:
+        """A hash of the files of a directory; of the hub the commit."""
+        files = verify.file_digests(Path(self.source.name)) if self.source.local else None
+        return cache.key_of(name=None if files else self.source.name, commit=None if files else self.commit(), files=files)
+
+    def commit(self) -> str | None:
+        """Which one of the hub it is; None of a directory."""
+        return None if self.source.local else getattr(self.config(), "_commit_hash", None)
+
+    def open(self, task: Task, bits: int | None, precision: str, device: torch.device) -> Any:
+        """The model in eval mode, in the dtype that it is stored in, or with linear modules in `bits`."""
+        kwargs = {"dtype": "auto"} | ({"quantization_config": quantised.settings(bits, precision, None)} if bits else {})
+        artifact = {"auto_class": task.auto_class, "load_kwargs": kwargs, "base": self.source.name, "revision": self.source.revision}
+        with hub_errors(self.source):
+            found = reload.load_base(Path(), artifact, str(device)).eval()
+        model.mend(found)
+        return found
+
+    def check_bits(self) -> None:
+        """Refuse to round what is rounded."""
+        if getattr(self.config(), "quantization_config", None):
+            raise RecipeError(f"objective.teacher_bits: {self.source.name} is in few bits as it is; leave it out")
+
+
+Origin: TypeAlias = Run | Stored
+
+
+def find(objective: Distill) -> Origin:
+    """The teacher that an objective names; RecipeError for what is on this disk and is none."""
+    path, told = Path(objective.teacher), f"objective.teacher: {objective.teacher}"
+    if rundir.is_run(path):
+        if objective.teacher_revision:
+            raise RecipeError(f"objective.teacher_revision: {objective.teacher} is a run on this disk, which has none; leave it out")
+        return Run(path)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise RecipeError(f"{told} is a directory without manifest.json and config.json, so no teacher; name a finished run of ftkit, or a language model")
+        if objective.teacher_revision:
+            raise RecipeError(f"objective.teacher_revision: {objective.teacher} is a directory on this disk, which has none; leave it out")
+        return Stored(Source(str(path)))
+    if path.is_absolute() or path.exists():
+        raise RecipeError(f"{told} {'is a file' if path.exists() else 'does not exist'}; name a finished run of ftkit, or a language model")
+    return Stored(Source(objective.teacher, objective.teacher_revision))
