@@ -23,7 +23,7 @@ from ftkit.data.batches import by_length, collate
 from ftkit.data.ondisk import Stored
 from ftkit.device import free_memory
 from ftkit.errors import DiskError, RecipeError
-from ftkit.intermediate import Watch
+from ftkit.intermediate import Inside, Watch
 from ftkit.loop import Trainee
 from ftkit.model import max_positions, model_class, num_values
 from ftkit.quantities import size
@@ -66,6 +66,8 @@ def check(objective: Distill, task: Task, tokenizer: Any, limits: Limits) -> Non
         model_class(origin.config(), task)
     if objective.teacher_bits:
         origin.check_bits()
+    if inside and isinstance(origin, Run) and (method := origin.recipe.method).positions:
+        raise RecipeError(f"{told} was trained with {method.kind}, whose virtual tokens the student has not; compare scores alone, not layers")
     if not _reads(origin, tokenizer):
         if inside or task.auto_class != "AutoModelForSequenceClassification":
             what = "layers are compared" if inside else f"{task.kind} compares scores"
@@ -110,25 +112,27 @@ def assign(session: Session, report: Reporter, poll: Callable[[], None]) -> None
     _say_sizes(teacher_models.find(objective), trainee, report)
     lessons = _lessons(session, report, poll)
     whys = {
-        "layers are compared": objective.looks_inside,
+        "layers are compared": objective.looks_inside and not objective.cache_states,
         "rows are masked anew in each epoch": features.corruption is not None,
         "the student writes answers anew in each epoch": objective.on_policy,
     }
     why = next((reason for reason, holds in whys.items() if holds), None)
-    if objective.cache and why is None:
-        trainee.teacher = _cached(session, lessons, report, poll)
-        return
-    if objective.cache:
-        report.note(f"objective.cache: {why}, so the teacher is asked in each step")
     if objective.looks_inside:
         _check_layers_run(session.recipe)
-    teacher = _open(session, lessons, report)
-    trainee.teacher = Live(teacher, lessons)
+    if objective.cache and why is None:
+        trainee.teacher = cached = _cached(session, lessons, report, poll)
+        theirs = cached.inside
+    else:
+        if objective.cache:
+            report.note(f"objective.cache: {why}, so the teacher is asked in each step")
+        teacher = _open(session, lessons, report)
+        trainee.teacher = Live(teacher, lessons)
+        if objective.looks_inside:
+            teacher.watch = watch = Watch(_plain(teacher.model), objective.watches_attention)
+            theirs = lambda batch: watch.seen()  # noqa: E731
     if objective.looks_inside:
-        compared = bool(objective.attention or objective.relations)
-        own, theirs = Watch(session.base.model, compared), Watch(_plain(teacher.model), compared)
-        trainee.watch, teacher.watch = own, theirs
-        trainee.difference = lambda batch: objective.difference(own.seen(), theirs.seen(), batch, trainee.beside)
+        trainee.watch = own = Watch(session.base.model, objective.watches_attention)
+        trainee.difference = lambda batch: objective.difference(own.seen(), theirs(batch), batch, trainee.beside)
 
 
 def _check_layers_run(recipe: Recipe) -> None:
@@ -233,6 +237,12 @@ class Cached(NamedTuple):
     scores: torch.Tensor  # float32 [N, C]: logits; or of the k most likely classes and, in the last place, of each other one, [N, k + 1]
     classes: torch.Tensor | None  # int32 [N, k]: which these are
     num_classes: int  # C
+    states: list[torch.Tensor]  # as those of `Inside`, of all T tokens, [T, H] each; empty where nothing is compared with them
+
+    def inside(self, batch: Batch) -> Inside:
+        """What the layers made of the real tokens of a batch, as far as it was kept."""
+        places = _tokens(self.lessons.features, batch.source[1])
+        return Inside([states[places].to(batch.input_ids.device) if len(states) else states for states in self.states])
 
     def answers(self, batch: Batch, student: Items) -> Items:
         features = batch.source[1] if self.lessons.place is None else self.lessons.place[batch.source[1]]
@@ -259,6 +269,7 @@ def _cached(session: Session, lessons: Lessons, report: Reporter, poll: Callable
         top_k=objective.top_k,
         temperature=objective.temperature,
         precision=session.precision,
+        states=_compared(session),
     )
     computed = []
 
@@ -269,14 +280,26 @@ def _cached(session: Session, lessons: Lessons, report: Reporter, poll: Callable
     tensors = cache.cached(key, compute, load_file, lambda value, path: save_file(value, path), report.note, poll)
     if not computed:
         report.note(f"what the teacher says of {len(tensors['scores']):,} items is in the cache: it is not loaded")
-    return Cached(lessons, tensors["offsets"].numpy(), tensors["scores"], tensors.get("classes"), int(tensors["num_classes"]))
+    states = [tensors.get(f"states.{place}", torch.empty(0)) for place in range(int(tensors["num_states"]))]
+    return Cached(lessons, tensors["offsets"].numpy(), tensors["scores"], tensors.get("classes"), int(tensors["num_classes"]), states)
+
+
+def _compared(session: Session) -> list[int]:
+    """Which of the teacher's states are kept."""
+    objective: Distill = session.recipe.objective
+    if not objective.cache_states:
+        return []
+    own, theirs = (config.get_text_config() for config in (session.base.model.config, teacher_models.find(objective).config()))
+    return objective.compared(own.num_hidden_layers, theirs.num_hidden_layers)
 
 
 def _said(session: Session, lessons: Lessons, report: Reporter, poll: Callable[[], None]) -> dict[str, torch.Tensor]:
     """What `Cached` holds, by its names.  Says what disk that takes; raises DiskError where it is not there."""
     objective: Distill = session.recipe.objective
-    features, device = lessons.features, session.accelerator.device
+    features, device, kept = lessons.features, session.accelerator.device, _compared(session)
     teacher = _open(session, lessons, report)
+    if kept:
+        teacher.watch = watch = Watch(_plain(teacher.model), False)
     with torch.no_grad(), session.accelerator.autocast():
         longest = _asked(teacher, lessons.batch(np.argmax(features.lengths, keepdims=True)).to(device))
         width, supervised = longest.num_classes, _supervised(features)
@@ -284,14 +307,27 @@ def _said(session: Session, lessons: Lessons, report: Reporter, poll: Callable[[
         offsets = np.concatenate(([0], counts.cumsum()))
         k = objective.top_k if longest.kind == "classes" and width > 2 * objective.top_k else 0
         told = f"those of the {k} most likely of {width:,} classes each" if k else f"{width:,} each"
-        _check_room(int(offsets[-1]) * 4 * (2 * k + 1 if k else width), f"the scores that the teacher gives {offsets[-1]:,} items, {told}", report)
-        found = {"scores": torch.full((int(offsets[-1]), k + 1 if k else width), -torch.inf)}
+        found, num_states = dict[str, torch.Tensor](), 0
+        what, needed = f"the scores that the teacher gives {offsets[-1]:,} items, {told}", int(offsets[-1]) * 4 * (2 * k + 1 if k else width)
+        if kept:
+            states, tokens = watch.seen().states, int(features.offsets[-1])
+            num_states = len(states)
+            what += f", and {len(kept)} of its states of {tokens:,} tokens"
+            needed += sum(tokens * states[place][0].nbytes for place in kept)
+        _check_room(needed, what, report)
+        if kept:
+            found = {f"states.{place}": states[place].new_empty(tokens, states[place].shape[1], device="cpu") for place in kept}
+        found["scores"] = torch.full((int(offsets[-1]), k + 1 if k else width), -torch.inf)
         if k:
             found["classes"] = torch.zeros(int(offsets[-1]), k, dtype=torch.int32)
         with report.stage("asking the teacher", len(features)) as stage:
             for indices in by_length(features.lengths, session.recipe.eval.batch_size):
                 places = torch.from_numpy(np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in indices]))
                 items = _asked(teacher, lessons.batch(indices).to(device))
+                if kept:
+                    states, real = watch.seen().states, _tokens(features, indices)
+                    for place in kept:
+                        found[f"states.{place}"][real] = states[place].cpu()
                 for part in items.parts(chunks.chunk_size(items)):
                     own = places[part]  # behind them are items of weight 0
                     logits = items.scores(part).logits[: len(own)].float()
@@ -303,7 +339,12 @@ def _said(session: Session, lessons: Lessons, report: Reporter, poll: Callable[[
                 poll()
     del teacher
     free_memory()
-    return found | {"offsets": torch.from_numpy(offsets), "num_classes": torch.tensor(width)}
+    return found | {"offsets": torch.from_numpy(offsets), "num_classes": torch.tensor(width), "num_states": torch.tensor(num_states)}
+
+
+def _tokens(features: FeatureSet, indices: np.ndarray) -> torch.Tensor:
+    """int64 [N]: where the tokens of these features are among all."""
+    return torch.from_numpy(np.concatenate([np.arange(features.offsets[i], features.offsets[i + 1]) for i in indices]))
 
 
 def _most_likely(logits: torch.Tensor, k: int, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:

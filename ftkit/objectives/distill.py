@@ -43,6 +43,9 @@ class Distill(Spec):
     max_new_tokens: int = option(128, "of such an answer, at most", "TRL's GKDConfig", ge=1)
     cache: bool = option(True, "ask the teacher once for all training rows and keep its answers for later epochs and runs; false: in each step")
     top_k: int = option(64, "of many classes, such as a vocabulary, the cache has the scores of so many, and what is left for the others", ge=1)
+    cache_states: bool = option(
+        False, "keep in the cache the states that hidden, cosine and embeddings compare, too: as many numbers a token as the teacher is wide"
+    )
     hidden: float = option(0.0, "weight of the squared difference of states after each layer (TinyBERT, arXiv 1909.10351)", ge=0)
     cosine: float = option(0.0, "weight of 1 - cosine of the last states (DistilBERT, arXiv 1910.01108)", ge=0)
     embeddings: float = option(0.0, "weight of the squared difference of what comes into the first layer (TinyBERT)", ge=0)
@@ -69,12 +72,21 @@ class Distill(Spec):
             raise ValueError(f"beta has no effect with divergence: {self.divergence}; leave it out, or set divergence: jensen-shannon")
         if self.layer_map != "uniform" and not (self.hidden or self.attention or self.cosine or self.relations):
             raise ValueError("layer_map has no effect without hidden, cosine, attention or relations; leave it out")
+        if self.cache_states and not (self.cache and (self.hidden or self.cosine or self.embeddings)):
+            raise ValueError("cache_states has no effect without cache, and hidden, cosine or embeddings; leave it out")
+        if self.cache_states and (self.attention or self.relations):
+            raise ValueError("cache_states: attention and relations compare queries and keys, which are not kept; leave it out")
         return self
 
     @property
     def looks_inside(self) -> bool:
         """Whether layers are compared, and not scores alone."""
         return any((self.hidden, self.cosine, self.embeddings, self.attention, self.relations))
+
+    @property
+    def watches_attention(self) -> bool:
+        """Whether queries, keys and values are compared, beside states."""
+        return bool(self.attention or self.relations)
 
     def check(self, task: Task, tokenizer: Any, limits: Limits) -> None:
         from ftkit import teachers
@@ -127,6 +139,14 @@ class Distill(Spec):
             raise RecipeError(
                 f"objective.relation_heads: {bad[0]} numbers, as wide as keys are, cannot be cut into {self.relation_heads} heads; give a divisor"
             )
+
+    def compared(self, student: int, teacher: int) -> list[int]:
+        """Which of a teacher's states, 0 what comes into its first layer, are compared with those of a student of so many layers, in ascending order."""
+        from ftkit.intermediate import layer_map
+
+        places = layer_map(self.layer_map, student, teacher)
+        states = [1 + place for place in places] if self.hidden else [1 + places[-1]] if self.cosine else []
+        return sorted({*states, *([0] if self.embeddings else [])})
 
     def difference(self, student: Inside, teacher: Inside, batch: Batch, widen: Any = None) -> torch.Tensor:
         """The SUM over the N real tokens of how far the layers are from each other, float32; `widen` is what `beside` gave."""

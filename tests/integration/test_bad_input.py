@@ -785,6 +785,23 @@ def layers_compared_behind_a_prompt(scene):
     scene.recipe["method"] = {"kind": "prompt", "num_virtual_tokens": 4}
 
 
+@mistake(2, r"cache_states: attention and relations compare queries and keys, which are not kept; leave it out")
+def queries_that_are_to_be_kept(scene):
+    compare(scene, hidden=1, attention=1, cache_states=True)
+
+
+@mistake(2, r"cache_states has no effect without cache, and hidden, cosine or embeddings; leave it out")
+def states_that_nothing_is_compared_with(scene):
+    compare(scene, cache_states=True)
+
+
+@mistake(2, r"teacher was trained with prompt, whose virtual tokens the student has not; compare scores alone, not layers")
+def layers_of_a_teacher_behind_a_prompt(scene):
+    scene.recipe["method"] = {"kind": "prompt", "num_virtual_tokens": 4}
+    compare(scene, hidden=1)
+    scene.recipe["method"] = "full"
+
+
 @mistake(2, r"teacher has another tokenizer, and layers are compared token by token, which are not the same ones; use a student with")
 def layers_of_other_tokens(scene):
     teach(scene, {"kind": "text-classification", "problem": "single-label", "labels": TOPICS}, "gpt2")

@@ -254,6 +254,19 @@ def test_layers_are_compared(model, rows, layout, distil):
     assert all(loss > 0.1 for loss in losses(run))
 
 
+@pytest.mark.parametrize(("model", "rows", "layout"), [("bert", "single", "flat"), ("bert", "tagged", "padded"), ("gpt2", "prompts", "flat")])
+def test_states_of_a_teacher_may_be_kept(model, rows, layout, distil, monkeypatch):
+    student = distil(model, rows)
+    weights = {"hidden": 1.0, "cosine": 0.5, "embeddings": 0.5, "top_k": 1000}
+    live, _ = student("live", train={"layout": layout}, cache=False, **weights)
+    kept, told = student("kept", train={"layout": layout}, cache_states=True, **weights)
+    assert re.search(r"the scores that the teacher gives .*, and 2 of its states of [\d,]+ tokens, take", told)
+    assert losses(kept) == pytest.approx(losses(live), rel=1e-5)
+    monkeypatch.setattr(teacher_models.Run, "open", None)
+    again, _ = student("again", train={"layout": layout}, cache_states=True, **weights)
+    assert losses(again) == losses(kept)
+
+
 def test_a_narrower_student_has_projections_that_no_one_else_needs(distil, ftkit, tmp_path, assert_same_run):
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     student = distil("bert", "single")
