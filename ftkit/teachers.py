@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from ftkit import chunks, layout, prepare, prompts, teacher_models
+from ftkit import chunks, layout, prepare, prompts, rundir, teacher_models
 from ftkit.data import cache
 from ftkit.data.batches import by_length, collate
 from ftkit.data.ondisk import Stored
@@ -46,6 +46,10 @@ class Teacher(Protocol):
 
     def answers(self, batch: Batch, student: Items) -> Items:
         """The student's items of a batch as the teacher has them, in the same order."""
+        ...
+
+    def inside(self, batch: Batch) -> Inside:
+        """What the teacher's layers made of the real tokens of that batch, as far as it is compared."""
         ...
 
 
@@ -79,8 +83,8 @@ def check(objective: Distill, task: Task, tokenizer: Any, limits: Limits) -> Non
 
 
 def _check_task(run: Run, task: Task, told: str) -> None:
-    """Refuse a run of another task or of other labels."""
-    run.manifest  # noqa: B018 - raises for one that still learns
+    """Refuse a run that is not finished, or one of another task or of other labels."""
+    rundir.finished(run.path)
     theirs = run.recipe.task
     if theirs.kind != task.kind:
         raise RecipeError(f"{told} was trained for {theirs.kind}, and this run is for {task.kind}")
@@ -119,20 +123,13 @@ def assign(session: Session, report: Reporter, poll: Callable[[], None]) -> None
     why = next((reason for reason, holds in whys.items() if holds), None)
     if objective.looks_inside:
         _check_layers_run(session.recipe)
-    if objective.cache and why is None:
-        trainee.teacher = cached = _cached(session, lessons, report, poll)
-        theirs = cached.inside
-    else:
-        if objective.cache:
-            report.note(f"objective.cache: {why}, so the teacher is asked in each step")
-        teacher = _open(session, lessons, report)
-        trainee.teacher = Live(teacher, lessons)
-        if objective.looks_inside:
-            teacher.watch = watch = Watch(_plain(teacher.model), objective.watches_attention)
-            theirs = lambda batch: watch.seen()  # noqa: E731
+    if objective.cache and why:
+        report.note(f"objective.cache: {why}, so the teacher is asked in each step")
+    cached = objective.cache and why is None
+    trainee.teacher = teacher = _cached(session, lessons, report, poll) if cached else _live(session, lessons, report)
     if objective.looks_inside:
         trainee.watch = own = Watch(session.base.model, objective.watches_attention)
-        trainee.difference = lambda batch: objective.difference(own.seen(), theirs(batch), batch, trainee.beside)
+        trainee.difference = lambda batch: objective.difference(own.seen(), teacher.inside(batch), batch, trainee.beside)
 
 
 def _check_layers_run(recipe: Recipe) -> None:
@@ -209,6 +206,17 @@ class Live(NamedTuple):
         items = _asked(self.trainee, batch)
         return replace(items, states=_as_many(items.states, len(student)))
 
+    def inside(self, batch: Batch) -> Inside:
+        assert self.trainee.watch is not None
+        return self.trainee.watch.seen()
+
+
+def _live(session: Session, lessons: Lessons, report: Reporter) -> Live:
+    teacher, objective = _open(session, lessons, report), session.recipe.objective
+    if objective.looks_inside:
+        teacher.watch = Watch(_plain(teacher.model), objective.watches_attention)
+    return Live(teacher, lessons)
+
 
 @torch.no_grad()
 def _asked(teacher: Trainee, batch: Batch) -> Items:
@@ -240,7 +248,6 @@ class Cached(NamedTuple):
     states: list[torch.Tensor]  # as those of `Inside`, of all T tokens, [T, H] each; empty where nothing is compared with them
 
     def inside(self, batch: Batch) -> Inside:
-        """What the layers made of the real tokens of a batch, as far as it was kept."""
         places = _tokens(self.lessons.features, batch.source[1])
         return Inside([states[places].to(batch.input_ids.device) if len(states) else states for states in self.states])
 

@@ -124,6 +124,18 @@ def test_two_processes_learn_from_a_teacher_what_one_learns(settings, ftkit, of_
     assert_alike(one, two)
 
 
+def test_each_process_writes_answers_of_its_own(ftkit, of_processes, verify_here):
+    path, teacher = of_processes(1, "llama", "chats", "teacher")
+    assert ftkit("train", path, "train.steps=2").code == 0
+    objective = {"kind": "distill", "teacher": str(teacher), "on_policy": 0.5, "max_new_tokens": 8}
+    path, run = of_processes(2, "llama", "chats", "run", objective=objective)
+    outcome = ftkit("train", path, "train.steps=6")
+    assert outcome.code == 0, outcome.err
+    steps = [step for step in map(json.loads, (run / "log.jsonl").read_text().splitlines()) if "split" not in step]
+    assert [step["step"] for step in steps][-1] == 6
+    assert all(0 < step["loss"] < 20 for step in steps)
+
+
 def test_rows_learn_from_those_of_the_other_process(ftkit, of_processes, verify_here):
     alone, one = of_processes(1, "bert", "matched", "one")
     assert ftkit("train", alone, "train.accumulate=1", "train.steps=12").code == 0
