@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
-from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -12,6 +10,7 @@ import torch
 
 from ftkit.data.batches import by_length, collate
 from ftkit.errors import RecipeError
+from ftkit.latency import in_turns
 from ftkit.model import num_values
 from ftkit.summary import share_kept
 
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from ftkit.recipe.spec import Recipe
 
 TIMED = {1: 32, 32: 8}  # rows in a batch -> batches whose median is told
-WARM_UP = 2  # batches before these
 
 
 def check(own: Recipe, other: Recipe, name: str) -> None:
@@ -93,16 +91,18 @@ def _choices(subject: Measurable, features: FeatureSet) -> np.ndarray | None:
 
 
 def _latency(own: Measurable, other: Measurable, rows: int, count: int) -> dict[str, float]:
-    """Seconds that a batch of so many rows takes, tokenised already: the median of several, of the two in turn, so that both meet the same load."""
-    seconds: dict[str, list[float]] = {"own": [], "other": []}
-    for number in range(WARM_UP + count):
-        for subject, found in zip((own, other), seconds.values(), strict=True):
-            features = next(iter(subject.splits.values()))[1]
-            start = time.perf_counter()
-            indices = np.arange(number * rows, (number + 1) * rows) % len(features)
+    """Seconds that a batch of so many rows takes, tokenised already: the median of several."""
+
+    def answering(subject: Measurable) -> Callable[[int], None]:
+        features = next(iter(subject.splits.values()))[1]
+
+        def answer(turn: int) -> None:
+            indices = np.arange(turn * rows, (turn + 1) * rows) % len(features)
             _run(subject, features, indices, lambda parts: [scores.logits.float().cpu() for scores in parts])
-            found.append(time.perf_counter() - start)
-    return {key: median(found[WARM_UP:]) for key, found in seconds.items()}
+
+        return answer
+
+    return in_turns({"own": answering(own), "other": answering(other)}, count)
 
 
 @torch.no_grad()

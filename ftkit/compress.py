@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import random
 import shutil
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from ftkit import device, rundir
 from ftkit.errors import RecipeError, VerificationFailed
+from ftkit.latency import in_turns
 from ftkit.opened import open_run
 from ftkit.report import Reporter
 from ftkit.summary import share_kept
@@ -34,8 +33,7 @@ ROWS = 512  # at most, whose gradients say what is important
 COMPARED = 64  # rows that 8 bits are compared on
 AGREEMENT = 0.9  # the least share of scores whose largest is the same in 8 bits
 ERROR = 0.25  # the largest difference in 8 bits of what is no such score, relative to its size (both as norms)
-ROUNDS = 10  # of which latencies are medians, after a few more to warm up
-WARM_UP = 3
+ROUNDS = 10  # of which latencies are medians
 BATCHES = (1, 32)
 CARD = """## In 8 bits
 
@@ -350,19 +348,15 @@ def _batch(opened: Opened, features: FeatureSet, size: int) -> Batch:
 
 
 def latencies(models: Mapping[str, Any], batch: Batch) -> dict[str, float]:
-    """Median seconds of a forward pass of each model on a CPU; they take turns, so that other load meets them alike."""
+    """Median seconds of a forward pass of each model on a CPU."""
     import torch
 
-    seconds: dict[str, list[float]] = {name: [] for name in models}
+    def passing(model: Any) -> Callable[[int], Any]:
+        decoder = {"decoder_input_ids": batch.input_ids} if model.config.is_encoder_decoder and model.can_generate() else {}
+        return lambda turn: model(**batch.inputs, **decoder)
+
     with torch.no_grad():
-        for turn in range(WARM_UP + ROUNDS):
-            for name, model in models.items():
-                decoder = {"decoder_input_ids": batch.input_ids} if model.config.is_encoder_decoder and model.can_generate() else {}
-                begun = time.perf_counter()
-                model(**batch.inputs, **decoder)
-                if turn >= WARM_UP:
-                    seconds[name].append(time.perf_counter() - begun)
-    return {name: median(taken) for name, taken in seconds.items()}
+        return in_turns({name: passing(model) for name, model in models.items()}, ROUNDS)
 
 
 def _scores(run: Path, here: Path, pruned: bool, int8: bool) -> tuple[str | None, list[float | None]]:
