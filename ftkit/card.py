@@ -9,6 +9,7 @@ from pprint import pformat
 from typing import TYPE_CHECKING, Any
 
 from ftkit.quantities import denominator, interval, number
+from ftkit.summary import leading_metric
 
 if TYPE_CHECKING:
     from ftkit.recipe.spec import Recipe
@@ -122,7 +123,7 @@ def _story(recipe: Recipe[Any, Any, Any], manifest: Mapping[str, Any], base: Mea
     if not tuned:
         return f"{done} How good it is was not measured: there were no rows to measure it on."
     split, values = next(iter(tuned.items()))
-    metric = recipe.task.main_metric if recipe.task.main_metric in values else next(iter(values))
+    metric = leading_metric(recipe.task, values)
     before = base.get(split, {}).get(metric)
     return f"{done} Its {metric} on {split} is {number(values[metric])}; before training it was {'not measured' if before is None else number(before)}."
 

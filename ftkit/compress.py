@@ -17,7 +17,7 @@ from ftkit.errors import RecipeError, VerificationFailed
 from ftkit.latency import in_turns
 from ftkit.opened import open_run
 from ftkit.report import Reporter
-from ftkit.summary import share_kept
+from ftkit.summary import leading_metric, share_kept
 
 if TYPE_CHECKING:
     import torch
@@ -360,7 +360,7 @@ def latencies(models: Mapping[str, Any], batch: Batch) -> dict[str, float]:
 
 
 def _scores(run: Path, here: Path, pruned: bool, int8: bool) -> tuple[str | None, list[float | None]]:
-    """The first metric of the first validation set, else of the test set, or the one that stopped the run early; its value for each model."""
+    """The metric that leads on the first validation set, else on the test set; its value for each model."""
     from ftkit.recipe import read
 
     files = [run / "metrics.json", *([here / "metrics.json"] if pruned else [])]
@@ -368,8 +368,7 @@ def _scores(run: Path, here: Path, pruned: bool, int8: bool) -> tuple[str | None
     name = next((name for name in before if name != "base"), None)
     if name is None:
         return None, [None] * (len(files) + int8)
-    watched = read(here / "recipe.yaml").recipe.train.early_stopping
-    metric = watched.metric if watched else next((metric for metric in before[name] if metric not in ("loss", "loss_count")), "loss")
+    metric = leading_metric(read(run / "recipe.yaml").recipe.task, before[name])
     if int8:
         files.append(here / "eval" / name / "metrics.json")
     return metric, [rundir.read_json(file)[name].get(metric) for file in files]

@@ -14,7 +14,14 @@ from ftkit.quantities import denominator, duration, interval, number, size
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from ftkit.tasks import Task
+
 LOWER_IS_BETTER = {"loss", "perplexity", "ece", "mse"}
+
+
+def leading_metric(task: Task, values: Mapping[str, float]) -> str:
+    """The main metric of a task among those that were measured, or the first one, where eval.metrics leaves that out."""
+    return task.main_metric if task.main_metric in values else next(iter(values))
 
 
 def share_kept(metric: str, own: float, other: float) -> float | None:
