@@ -13,6 +13,7 @@ from ftkit.errors import RecipeError
 from ftkit.latency import in_turns
 from ftkit.model import num_values
 from ftkit.summary import share_kept
+from ftkit.tasks.classes import other_labels
 
 if TYPE_CHECKING:
     from ftkit.data.features import FeatureSet
@@ -27,9 +28,8 @@ def check(own: Recipe, other: Recipe, name: str) -> None:
     """Refuse a run of another task or of other labels, whose scores mean something else."""
     if other.task.kind != own.task.kind:
         raise RecipeError(f"--against: {name} was trained for {other.task.kind}, and this run for {own.task.kind}")
-    labels, others = (list(getattr(each.task, "labels", None) or ()) for each in (own, other))
-    if labels != others:
-        raise RecipeError(f"--against: {name} has the labels {', '.join(others)}, and this run {', '.join(labels)}; they must be the same, in the same order")
+    if differing := other_labels(own.task, other.task):
+        raise RecipeError(f"--against: {name} has {differing}. They must be the same, in the same order")
 
 
 class Side(NamedTuple):

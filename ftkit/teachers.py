@@ -27,6 +27,7 @@ from ftkit.intermediate import Inside, Watch
 from ftkit.loop import Trainee
 from ftkit.model import max_positions, model_class, num_values
 from ftkit.quantities import size
+from ftkit.tasks.classes import other_labels
 from ftkit.teacher_models import Origin, Run
 
 if TYPE_CHECKING:
@@ -90,10 +91,8 @@ def _check_task(run: Run, task: Task, told: str) -> None:
         raise RecipeError(f"{told} was trained for {theirs.kind}, and this run is for {task.kind}")
     if (own := getattr(task, "problem", None)) != (other := getattr(theirs, "problem", None)):
         raise RecipeError(f"{told} was trained for problem: {other}, and this run is for {own}")
-    labels, others = (list(getattr(each, "labels", None) or ()) for each in (task, theirs))
-    if labels != others:
-        what = "the same labels in another order" if sorted(labels) == sorted(others) else "other labels"
-        raise RecipeError(f"{told} has {what}: {', '.join(others)}; this run has {', '.join(labels)}. Give them in task.labels as the teacher has them")
+    if differing := other_labels(task, theirs):
+        raise RecipeError(f"{told} has {differing}. Give them in task.labels as the teacher has them")
 
 
 def _reads(origin: Origin, tokenizer: Any) -> bool:

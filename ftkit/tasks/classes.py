@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from ftkit.data.types import Row
+    from ftkit.tasks import Task
 
 WHOLE_NUMBER = re.compile(r"-?[0-9]{1,18}")
 
@@ -67,6 +68,15 @@ def ordered(found: Collection[str], given: Sequence[str] | None, word: str = "la
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise RecipeError(f"task.labels repeats a {word}: {some(repeated)}")
     return names
+
+
+def other_labels(own: Task, other: Task) -> str | None:
+    """What labels another run has, in comparison with this run's own, for a message; None where they are the same in the same order."""
+    labels, others = (list(getattr(task, "labels", None) or ()) for task in (own, other))
+    if labels == others:
+        return None
+    what = "the same labels in another order" if sorted(labels) == sorted(others) else "other labels"
+    return f"{what}: {', '.join(others)}; this run has {', '.join(labels)}"
 
 
 def some(names: list[str], limit: int = 10) -> str:
