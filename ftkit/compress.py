@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ftkit import device, rundir
 from ftkit.errors import RecipeError, VerificationFailed
 from ftkit.latency import in_turns
-from ftkit.opened import open_run
+from ftkit.opened import open_here, open_run
 from ftkit.report import Reporter
 from ftkit.summary import leading_metric, share_kept
 
@@ -131,9 +131,7 @@ def _prune(run: Path, here: Path, plan: Mapping[str, Any]) -> None:
     """Write the pruned model and the recipe that fine-tunes it."""
     start = here / START
     with Reporter(None) as report:
-        device.use_all_cores()
-        with report.stage("loading the model"):
-            opened = open_run(run, device.pick())
+        opened = open_here(run, report)
         parts, kept, config = _chosen(opened, plan["heads"], plan["feed_forward"], report)
         _claim(here)
         _write(opened, parts, kept, config, start, report)

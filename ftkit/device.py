@@ -47,22 +47,17 @@ def has_tf32(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def use_tf32(wanted: bool) -> None:
-    """Take products of float32 matrices in TF32 in this process, or no longer."""
-    import torch
+def use_kernels_for(precision: str | None) -> None:
+    """Let torch compute in this process as runs in a precision do, or, with None, as it does of itself.
 
-    torch.set_float32_matmul_precision("high" if wanted else "highest")
-
-
-def use_cudnn_attention(allowed: bool) -> None:
-    """Let torch take cuDNN's attention in this process, or no longer, on the GPUs where it prefers that.
-
-    For each new shape cuDNN makes a plan, which takes an H200's processor 0.13 s, where FlashAttention has one kernel
-    for all; batches of texts are of many shapes.  Once there is a plan, 4,096 tokens take it 55 % of the time.
+    tf32 takes products of float32 matrices in TF32.  None takes cuDNN's attention, which torch prefers on some GPUs: for each new shape
+    cuDNN makes a plan, which takes an H200's processor 0.13 s, where FlashAttention has one kernel for all; batches of texts are of
+    many shapes.  Once there is a plan, 4,096 tokens take it 55 % of the time.
     """
     import torch
 
-    torch.backends.cuda.enable_cudnn_sdp(allowed)
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cuda.enable_cudnn_sdp(precision is None)
 
 
 def autocast_to(precision: str) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftkit import rundir
 from ftkit.data.types import Limits
+from ftkit.device import pick, use_all_cores, use_kernels_for
 from ftkit.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from ftkit.recipe.spec import Recipe
+    from ftkit.report import Reporter
 
 
 @dataclass
@@ -28,6 +30,14 @@ class Opened:
     model: Any
     tokenizer: Any
     limits: Limits
+
+
+def open_here(target: str | Path, report: Reporter) -> Opened:
+    """`open_run` where this process computes, with all its cores and the kernels of a run."""
+    use_all_cores()
+    use_kernels_for("fp32")
+    with report.stage("loading the model"):
+        return open_run(target, pick())
 
 
 def open_run(target: str | Path, device: torch.device) -> Opened:

@@ -9,12 +9,11 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ftkit import device
 from ftkit.data.ondisk import Spool
 from ftkit.data.rows import load_split
 from ftkit.data.types import Row
 from ftkit.errors import RecipeError
-from ftkit.opened import Opened, open_run
+from ftkit.opened import Opened, open_here
 from ftkit.report import Reporter
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ def predict(target: str, texts: Sequence[str], file: str | None) -> Iterator[dic
     A run on pairs takes the texts two by two.  Answers to a file say the number of their `row`.
     """
     with Reporter(None) as report:
-        run = _open(target, report)
+        run = open_here(target, report)
         if file is not None:
             rows = load_split(file, None, run.recipe.data, run.recipe.task, report.note, answers=False)
             return ({"row": row.number} | answer for row, answer in zip(rows, _answers(run, rows), strict=True))
@@ -69,7 +68,7 @@ def chat(target: str) -> None:
     from transformers import TextStreamer
 
     with Reporter(None) as report:
-        run = _open(target, report)
+        run = open_here(target, report)
     reply = getattr(run.recipe.task, "reply", None)
     if reply is None:
         raise RecipeError(f"--chat: {target} does {run.recipe.task.kind}, which is no conversation; give texts, or --file F")
@@ -89,12 +88,6 @@ def _ask() -> str:
     except EOFError:
         print(file=sys.stderr)
         return ""
-
-
-def _open(target: str, report: Reporter) -> Opened:
-    device.use_all_cores()
-    with report.stage("loading the model"):
-        return open_run(target, device.pick())
 
 
 def _rows(run: Opened, texts: Sequence[str]) -> list[Row]:

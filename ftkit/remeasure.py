@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ftkit import rundir
 from ftkit.errors import MissingDependency, RecipeError
-from ftkit.opened import open_run
+from ftkit.opened import open_here
 from ftkit.signals import StopRequest
 
 if TYPE_CHECKING:
@@ -77,8 +77,8 @@ def _measure_run(target: str, data: str | None, split: str | None, report: Repor
     from ftkit import against
     from ftkit.evaluate import details_of
 
-    run = _opened(target, report)
-    theirs = _opened(other, report) if other else None
+    run = open_here(target, report)
+    theirs = open_here(other, report) if other else None
     if theirs:
         against.check(run.recipe, theirs.recipe, str(other))
     rows = _rows(run.recipe, data, split, report, run.manifest["data"]["sha256"])
@@ -94,14 +94,6 @@ def _measure_run(target: str, data: str | None, split: str | None, report: Repor
     return summary
 
 
-def _opened(target: str, report: Reporter) -> Opened:
-    from ftkit import device
-
-    device.use_all_cores()
-    with report.stage("loading the model"):
-        return open_run(target, device.pick())
-
-
 def _measured(run: Opened, rows: dict[str, RowList], report: Reporter) -> tuple[_Run, dict[str, Measured]]:
     """A run on these rows."""
     from accelerate import Accelerator
@@ -114,8 +106,7 @@ def _measured(run: Opened, rows: dict[str, RowList], report: Reporter) -> tuple[
     here = run.model.device
     recipe, precision = run.recipe, _precision(run, here, report)
     check_packages(recipe)
-    device.use_tf32(precision == "tf32")
-    device.use_cudnn_attention(False)
+    device.use_kernels_for(precision)
     accelerator = Accelerator(mixed_precision=device.autocast_to(precision), cpu=here.type == "cpu")
     base = run.model.get_base_model() if hasattr(run.model, "get_base_model") else run.model
     beside = recipe.task.read_beside(base, run.path / "model") if hasattr(recipe.task, "read_beside") else None

@@ -129,8 +129,7 @@ class Session:
             compiled.undo(self.base.model)
         if self.used is not None:
             self.used.restore()
-        device.use_tf32(False)
-        device.use_cudnn_attention(True)
+        device.use_kernels_for(None)
         if not hasattr(self.recipe.task, "beside"):  # an objective's is of no use without its teacher
             self.beside = self.trainee.beside = None
         self.flat = self.frozen = self.liger = self.used = None
@@ -181,7 +180,7 @@ def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any]
         check_checkpointing(base, train)
     if train.gradient_checkpointing is True:
         recompute.everywhere(base.model)
-    device.use_cudnn_attention(False)
+    device.use_kernels_for("fp32")  # in the trial, which is sharper without TF32
     accelerator = _accelerator(train, precision, here, base)
     asked, otherwise = train.layout, "bucketed"
     if asked == "auto" and "layout" in before:
@@ -196,7 +195,7 @@ def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any]
     sampler = Sampler(prepared.train.lengths, train.batch_size, train.batch_tokens, laid_out, train.seed)
     num_steps = train.steps or sampler.steps(train.epochs or 0)
     accumulate = max(1, -(-train.accumulate // world.size))
-    device.use_tf32(precision == "tf32")  # after the trial, which is sharper without
+    device.use_kernels_for(precision)
     if isinstance(train.gradient_checkpointing, str):
         largest = largest_micro_batch(sampler, accumulate, world.size)
         batch = collate(prepared.train, largest, prepared.tokenizer.pad_token_id).to(here)

@@ -1,10 +1,14 @@
-"""Memory that is freed stays with the process."""
+"""What a process is told: which kernels torch takes, and to keep the memory that is freed."""
 
 import platform
 import subprocess
 import sys
 
 import pytest
+import torch
+
+from ftkit import device, opened
+from ftkit.report import Reporter
 
 FAULTS = """
 import resource, sys
@@ -28,3 +32,30 @@ def test_kept_memory_is_not_asked_for_again():
         done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True)
         found[how] = int(done.stdout)
     assert found["keep"] < found["give back"] / 3
+
+
+@pytest.fixture
+def as_torch_has_it():
+    yield
+    device.use_kernels_for(None)
+
+
+def kernels():
+    return torch.get_float32_matmul_precision(), torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.usefixtures("as_torch_has_it")
+def test_kernels_are_those_of_the_precision_until_they_are_torchs_own():
+    before = kernels()
+    for precision, products in (("tf32", "high"), ("bf16", "highest"), ("tf32", "high"), ("fp32", "highest")):
+        device.use_kernels_for(precision)
+        assert kernels() == (products, False)
+    device.use_kernels_for(None)
+    assert kernels() == before == ("highest", True)
+
+
+@pytest.mark.usefixtures("as_torch_has_it")
+def test_an_opened_run_has_no_plans_of_attention(monkeypatch):
+    monkeypatch.setattr(opened, "open_run", lambda target, device: kernels())
+    with Reporter(None, quiet=True) as report:
+        assert opened.open_here("run", report) == ("highest", False)
