@@ -176,13 +176,14 @@ def choose(
                 return [frozen.states_of(collate(rows, np.array([index]), pad_token_id), compute) for index in range(2)]
 
             alone = torch.cat(apart())
-            limit = within(difference(together, alone), coarsest(trainee, arithmetic), model, apart)
+            off = difference(together, alone)
+            limit = within(off, coarsest(trainee, arithmetic), model, apart)
             expected = torch.cat(logits(trainee, rows, [0, 1], pad_token_id))
             frozen.keep(rows, alone.cpu())
             found = torch.cat(logits(trainee, rows, [0, 1], pad_token_id))
-        if not _close(together, alone, limit):
+        if not off <= limit:
             raise Unsupported("what they give for a row depends on the rows beside it")
-        if not _close(found, expected, limit):
+        if not difference(found, expected) <= limit:
             raise Unsupported("the layers above take more from them than their states")
         needed = sum(int(features.offsets[-1]) for features in sets) * alone[0].nbytes
         frozen.directory = _room(needed, directory)
@@ -237,10 +238,6 @@ def _unchanging(model: PreTrainedModel, trainee: Trainee, batch: Batch, compute:
             break
         found.append(layer)
     return found
-
-
-def _close(found: torch.Tensor, expected: torch.Tensor, limit: float) -> bool:
-    return found.shape == expected.shape and bool((found - expected).abs().max() <= limit * expected.abs().max())
 
 
 def _room(needed: int, directory: Path) -> Path | None:

@@ -137,7 +137,9 @@ def coarsest(trainee: Trainee, arithmetic: torch.dtype) -> torch.dtype:
 
 
 def difference(one: torch.Tensor, other: torch.Tensor) -> float:
-    """The largest one, relative to the largest number of the other."""
+    """The largest one, relative to the largest number of the other; infinite between tensors of different shapes."""
+    if one.shape != other.shape:
+        return float("inf")
     return ((one - other).abs().max() / other.abs().max().clamp(min=1e-12)).item()
 
 

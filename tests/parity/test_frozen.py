@@ -173,6 +173,14 @@ def test_layers_whose_states_change_are_computed_each_time(name, recipe, checkpo
         assert reason is None or [note for note in report.notes if reason in note]
 
 
+def test_states_of_another_shape_are_those_of_other_rows(path, tmp_path, monkeypatch):
+    whole = frozen.Frozen.states_of
+    monkeypatch.setattr(frozen.Frozen, "states_of", lambda self, batch, compute: whole(self, batch, compute)[len(batch.input_ids) - 1 :])
+    with Reporter(None, quiet=True) as report:
+        assert recorded(path("bert-head"), report, tmp_path).frozen is None
+    assert [note for note in report.notes if "what they give for a row depends on the rows beside it" in note]
+
+
 def test_states_keep_their_type(recipe, checkpoint, tmp_path):
     """A base in bfloat16, which float32 states would not fit."""
     method = {"kind": "lora", "r": 4, "targets": r"layers\.1\."}
