@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.measure import Watch
+from ftkit import teachers
 from ftkit.loop import Position, fit
 from ftkit.prepare import Prepared, prepare
 from ftkit.recipe import read
@@ -15,10 +16,12 @@ from ftkit.session import Session, open_session
 
 
 def opened(recipe: str, overrides: list[str]) -> tuple[Prepared, Session]:
-    """A run up to its first step."""
+    """A run up to its first step; a teacher whose answers are kept has given them."""
     with Reporter(None, quiet=True) as report:
         prepared = prepare(read(recipe, overrides), report)
-        return prepared, open_session(prepared, report)
+        session = open_session(prepared, report)
+        teachers.assign(session, report, lambda: None)
+        return prepared, session
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ import time
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -180,3 +181,41 @@ def test_full_rows_are_ftkits_alone_unless_others_are_asked_for(bench: Any, monk
         args = bench.options()
         assert bench.sides(args, {"full_length": True}) == full
         assert bench.sides(args, {"full_length": False}) == chats
+
+
+def test_what_a_teacher_costs_is_told_turn_by_turn(bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A step beside one without a teacher, and answers beside the teacher's, of a student with every other layer."""
+    (tmp_path / "chats" / "model").mkdir(parents=True)
+    (tmp_path / "chats" / "model" / "config.json").write_text('{"num_hidden_layers": 6}')
+    seconds = iter([3.0, 3.3, 6.0, 6.0, 6.6, 9.0])  # of three steps without, with a cached and with a live teacher, twice
+    caches, objectives = set(), []
+
+    def run(arguments: list[str | Path], env: dict[str, str]) -> Any:
+        caches.add(env["FTKIT_CACHE"])
+        given = list(map(str, arguments))
+        if "benchmarks.ftkit_loop" in given:
+            assert "model.layers=[1, 3, 5]" in given
+            objectives.append([option for option in given if option.startswith("objective")])
+            Path(given[-1]).write_text(json.dumps({"seconds": next(seconds), "steps": 4}))
+        return SimpleNamespace(stdout=json.dumps({"against": {"latency_seconds": {"1": {"own": 0.002, "other": 0.004}, "32": {"own": 0.03, "other": 0.05}}}}))
+
+    monkeypatch.setattr(bench, "run", run)
+    rows = bench.distillation(tmp_path, WORKLOAD | {"name": "chats", "steps": 4}, bench.Manner(2, 2, "fp32"))
+    label = "chats: 1,000.0 M, student with 3 of 6 layers"
+    assert rows == [
+        [label, "a step, teacher cached", "1650.0", "without a teacher", "1500.0", "1.10", "at most 1.1"],
+        [label, "a step, teacher live", "2500.0", "teacher cached", "1650.0", "1.59", "at least 2"],
+        [label, "the student's answers, batch of 1", "2.0", "the teacher's", "4.0", "0.50", ""],
+        [label, "the student's answers, batch of 32", "30.0", "the teacher's", "50.0", "0.60", ""],
+    ]
+    assert {len(row) for row in rows} == {len(bench.DISTILLATION_HEAD)}
+    assert len(caches) == 1  # the teacher is asked once in all turns
+    assert [len(given) for given in objectives] == [0, 2, 3, 0, 2, 3]
+
+
+def test_what_needs_no_gpu_is_not_measured_on_one(bench: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    for name in bench.MEASURED_ALONE:
+        monkeypatch.setattr("sys.argv", ["bench", "--gpu", "--only", name])
+        with pytest.raises(SystemExit):
+            bench.options()
+        assert "are measured without it" in capsys.readouterr().err
