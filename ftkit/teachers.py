@@ -116,7 +116,7 @@ def assign(session: Session, report: Reporter, poll: Callable[[], None]) -> None
     lessons = _lessons(session, report, poll)
     whys = {
         "layers are compared": objective.looks_inside and not objective.cache_states,
-        "rows are masked anew in each epoch": features.corruption is not None,
+        "rows are masked anew in each epoch": features.corruption is not None and features.corruption.anew,
         "the student writes answers anew in each epoch": objective.on_policy,
     }
     why = next((reason for reason, holds in whys.items() if holds), None)
@@ -365,6 +365,8 @@ def _most_likely(logits: torch.Tensor, k: int, temperature: float) -> tuple[torc
 
 def _supervised(features: FeatureSet) -> np.ndarray:
     """int64 [n]: supervised targets of each feature."""
+    if features.corruption is not None:
+        return np.array([np.count_nonzero(features.get(index)["weights"]) for index in range(len(features))])
     weighed = np.concatenate([block != 0 for block in _blocks(features.weights)])
     if features.per_row:
         return weighed.astype(np.int64)
@@ -386,6 +388,9 @@ def _check_room(needed: int, what: str, report: Reporter) -> None:
 def _content(features: FeatureSet) -> str:
     """sha256 of what a teacher reads, and of which targets are supervised."""
     digest = hashlib.sha256()
+    if features.corruption is not None:
+        for example in map(features.get, range(len(features))):
+            digest.update(example["input_ids"].tobytes() + (example["weights"] != 0).tobytes())
     for part in (features.input_ids, features.offsets, features.token_type_ids, features.target_offsets, features.targets if features.apart else None):
         for block in _blocks(part) if part is not None else ():
             digest.update(np.ascontiguousarray(block).tobytes())

@@ -236,6 +236,16 @@ def test_rows_masked_anew_are_asked_about_in_each_step(distil):
     assert len(losses(run)) == 4
 
 
+def test_rows_that_are_always_masked_alike_are_asked_about_once(distil):
+    student = distil("bert-masked", "masked", task={"kind": "masked-lm", "masking": "static"})
+    live, _ = student("live", cache=False)
+    cached, told = student("cached", top_k=1000)
+    assert "not in the cache yet" in told
+    assert losses(cached) == pytest.approx(losses(live), rel=1e-5)
+    assert "is in the cache: it is not loaded" in student("again", top_k=1000)[1]
+    assert "not in the cache yet" in student("other", top_k=1000, train={"seed": 5})[1]  # other masks
+
+
 def test_the_datas_own_targets_alone_are_supervised(distil, ftkit, recipe, checkpoint, tmp_path):
     run, _ = distil("bert", "single")("run", alpha=1.0)
     smaller = {"name": checkpoint("bert"), "config": SMALLER["bert"]}
