@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -244,7 +244,7 @@ class Cached(NamedTuple):
     scores: torch.Tensor  # float32 [N, C]: logits; or of the k most likely classes and, in the last place, of each other one, [N, k + 1]
     classes: torch.Tensor | None  # int32 [N, k]: which these are
     num_classes: int  # C
-    states: list[torch.Tensor]  # as those of `Inside`, of all T tokens, [T, H] each; empty where nothing is compared with them
+    states: Sequence[torch.Tensor] = ()  # as those of `Inside`, of all T tokens, [T, H] each; empty where nothing is compared with them
 
     def inside(self, batch: Batch) -> Inside:
         places = _tokens(self.lessons.features, batch.source[1])

@@ -64,6 +64,7 @@ def code(card: str) -> str:
 
 
 def test_a_student_names_its_teacher_but_not_where_it_lies(recipe, tmp_path):
+    (tmp_path / "runs").mkdir()  # else it would be a model on the hub
     card = model_card(recipe(objective="{kind: distill, teacher: runs/large}"), MANIFEST, METRICS, {})
     assert "for 3 epochs, as a student of `large`." in card
     assert str(tmp_path) not in card
