@@ -492,7 +492,7 @@ def load(
             **start,
             **options,
             **placement,
-            **_objects(extra),
+            **as_objects(extra),
         )
     if source.adapter:
         loaded.name_or_path = loaded.config._name_or_path = ""  # nowhere else are these weights: an adapter on them must not name another base
@@ -589,7 +589,7 @@ def _mend(generation: transformers.GenerationConfig) -> None:
                 setattr(generation, name, getattr(plain, name))
 
 
-def _objects(extra: dict[str, Any]) -> dict[str, Any]:
+def as_objects(extra: dict[str, Any]) -> dict[str, Any]:
     """A method's JSON-able load arguments as transformers takes them."""
     if "quantization_config" not in extra:
         return extra
@@ -707,8 +707,8 @@ def share_in_few_bits(model: nn.Module) -> float:
 class hub_errors:
     """Turn what loading from disk or the hub raises into our errors."""
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
+    def __init__(self, source: Source, code: str = "read it, then set model.trust_remote_code: true and model.revision") -> None:
+        self.source, self.code = source, code
 
     def __enter__(self) -> None: ...
 
@@ -727,7 +727,7 @@ class hub_errors:
         if isinstance(error, ImportError):
             raise MissingDependency(f"{name}: {_first_line(error)}") from error
         if "trust_remote_code" in str(error):
-            raise RecipeError(f"{name} needs Python code from its repository; read it, then set model.trust_remote_code: true and model.revision") from error
+            raise RecipeError(f"{name} needs Python code from its repository; {self.code}") from error
         if self.source.local:
             if isinstance(error, json.JSONDecodeError) or "not a valid JSON" in str(error):
                 raise RecipeError(f"{name}: a JSON file is broken ({_first_line(error)})") from error

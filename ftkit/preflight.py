@@ -30,7 +30,7 @@ def check(resolved: Resolved, report: Reporter) -> list[FtkitError]:
     """
     import numpy as np
 
-    from ftkit import compiled, device, kernels, launch, layout, model, optim, prepare, rundir, session, trackers
+    from ftkit import compiled, device, kernels, launch, layout, model, on_policy, optim, prepare, rundir, session, trackers
     from ftkit.data.batches import Sampler
     from ftkit.data.rows import load_rows
     from ftkit.data.types import Limits
@@ -71,6 +71,7 @@ def check(resolved: Resolved, report: Reporter) -> list[FtkitError]:
         attempt(_try_rows, rows, task, tokenizer, limits, recipe.data.on_bad_rows)
         if hasattr(recipe.objective, "check"):
             attempt(recipe.objective.check, task, tokenizer, limits)
+        attempt(on_policy.check, recipe, rows.train[0])
     config = model.load_config(recipe.model, found.source, tokenizer)
     planned = attempt(model.plan, recipe.model, found.source, config, tokenizer, task, recipe.method, recipe.train.precision)
     if planned is not None and attempt(recipe.method.apply, planned) is not None:

@@ -79,6 +79,7 @@ def prepare(resolved: Resolved, report: Reporter, poll: Callable[[], None] = lam
     limits = Limits(max_length(resolved, config, tokenizer, report.note), recipe.data.truncation)
     if hasattr(recipe.objective, "check"):
         recipe.objective.check(task, tokenizer, limits)
+    if hasattr(recipe.objective, "pinned"):
         recipe = recipe.model_copy(update={"objective": recipe.objective.pinned()})
     if decided := reformer.undecided(config, limits.max_length + recipe.method.positions, recipe.train.seed):
         recipe = _with_config(recipe, config, decided)

@@ -138,7 +138,7 @@ def continued(output: Path, prepared: Prepared, resume: bool, warn: Callable[[st
 
 
 def teacher_sha256(recipe: Recipe) -> str | None:
-    """Of the run that the objective learns from its manifest, which no other training writes alike; of a stored model its config and the sizes of its files.
+    """Of the run that the objective learns from its manifest, which no other training writes alike; of a stored model its config and the sizes of its weights.
 
     None where there is no teacher, or one on the hub, of which the recipe names the commit.
     """
@@ -149,7 +149,7 @@ def teacher_sha256(recipe: Recipe) -> str | None:
         return hashlib.sha256((teacher / MANIFEST).read_bytes()).hexdigest()
     if not teacher.is_dir():
         return None
-    sizes = sorted((str(path.relative_to(teacher)), path.stat().st_size) for path in teacher.rglob("*") if path.is_file())
+    sizes = sorted((path.name, path.stat().st_size) for path in teacher.glob("*.safetensors"))
     return hashlib.sha256((teacher / "config.json").read_bytes() + repr(sizes).encode()).hexdigest()
 
 

@@ -156,7 +156,7 @@ def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any]
     precision = device.precision(train.precision, here)
     _check_parallel(train, here, world.size)
     check_attention(recipe)
-    on_policy.check(recipe, prepared.train)
+    on_policy.check(recipe, prepared.rows.train[0])
     if prepared.source and prepared.source.adapter:
         report.note(f"starting from {prepared.source.name} with the adapter {prepared.source.adapter} merged into it")
     with report.stage("loading the model"):
@@ -192,7 +192,8 @@ def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any]
         trainee.to(here)
     with updates.sharing(learner):
         laid_out = layout.tried(asked, otherwise, trainee, prepared.train, prepared.tokenizer.pad_token_id, precision, report)
-    sampler = Sampler(prepared.train.lengths, train.batch_size, train.batch_tokens, laid_out, train.seed)
+    lengths = on_policy.lengths(recipe, prepared.train, prepared.limits.max_length)
+    sampler = Sampler(lengths, train.batch_size, train.batch_tokens, laid_out, train.seed)
     num_steps = train.steps or sampler.steps(train.epochs or 0)
     accumulate = max(1, -(-train.accumulate // world.size))
     device.use_kernels_for(precision)

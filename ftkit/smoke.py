@@ -20,6 +20,7 @@ from ftkit.data import formats, hub
 from ftkit.data.rows import load_rows
 from ftkit.data.types import Row, Rows
 from ftkit.errors import HubError, MissingDependency, RecipeError
+from ftkit.methods.full import Full
 from ftkit.miniature import NARROWEST, POSITIONS, architecture, miniature
 from ftkit.objectives.supervised import Supervised
 from ftkit.recipe import Resolved, dump, read
@@ -104,7 +105,7 @@ def shrink(resolved: Resolved, report: Reporter) -> Resolved:
     if teacher := getattr(recipe.objective, "teacher", None):
         report.note(f"substituted: a tiny model, trained first, stands for the teacher {teacher}")
         whole = small.model.model_copy(update={"layers": None, "convert": None})
-        taught = {"model": whole, "output": str(workshop / "teacher"), "objective": Supervised()}
+        taught = {"model": whole, "output": str(workshop / "teacher"), "objective": Supervised(), "method": Full()}
         rundir.write_text(workshop / "teacher.yaml", dump(small.model_copy(update=taught)))
         small = small.model_copy(update={"objective": recipe.objective.model_copy(update={"teacher": taught["output"], "teacher_revision": None})})
     rundir.write_text(workshop / "recipe.yaml", dump(small))

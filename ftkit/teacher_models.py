@@ -13,6 +13,7 @@ from ftkit.data import cache
 from ftkit.errors import RecipeError
 from ftkit.methods import quantised
 from ftkit.model import Source, hub_errors
+from ftkit.recipe.spec import Model
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from ftkit.objectives.distill import Distill
     from ftkit.recipe.spec import Recipe
     from ftkit.tasks import Task
+
+
+NO_CODE = "a teacher's is not run: fine-tune it first, with model.trust_remote_code and model.revision, then name that run"
 
 
 class Run(NamedTuple):
@@ -41,7 +45,7 @@ class Run(NamedTuple):
         """That of the model, without its weights."""
         artifact = self.manifest["artifact"]
         name = reload.base_name(self.path / "model", artifact) if artifact.get("base") else str(self.path / "model")
-        return Stored(Source(name, artifact.get("revision"))).config()
+        return Stored(Source(name, artifact.get("revision"), artifact["load_kwargs"].get("trust_remote_code", False))).config()
 
     def tokenizer(self) -> Any:
         return reload.load_tokenizer(self.path / "model", self.manifest["artifact"])
@@ -61,13 +65,11 @@ class Run(NamedTuple):
             artifact["load_kwargs"] |= {"quantization_config": quantised.settings(bits, precision, None)}
         return opened.load(self.path / "model", artifact, device)
 
-    def check_bits(self) -> None:
-        """Refuse to round what is rounded, or what no library loads so."""
+    @property
+    def few_bits(self) -> bool:
+        """Whether it is stored in them, or loaded so."""
         artifact = self.manifest["artifact"]
-        if "quantise" in artifact or "quantization_config" in artifact["load_kwargs"]:
-            raise RecipeError(f"objective.teacher_bits: {self.path} is in few bits as it is; leave it out")
-        if artifact["loads_with"] == "ftkit":
-            raise RecipeError(f"objective.teacher_bits: {self.path} is loaded by ftkit alone, which puts no base of it into few bits; leave it out")
+        return "quantise" in artifact or "quantization_config" in artifact["load_kwargs"] or hasattr(self.config(), "quantization_config")
 
 
 class Stored(NamedTuple):
@@ -77,12 +79,14 @@ class Stored(NamedTuple):
 
     def config(self) -> Any:
         """That of the model, without its weights."""
-        with hub_errors(self.source):
-            return transformers.AutoConfig.from_pretrained(self.source.name, revision=self.source.revision)
+        with hub_errors(self.source, NO_CODE):
+            return transformers.AutoConfig.from_pretrained(self.source.name, **self.source.kwargs)
 
     def tokenizer(self) -> Any:
-        with hub_errors(self.source):
-            return transformers.AutoTokenizer.from_pretrained(self.source.name, revision=self.source.revision)
+        try:
+            return model.load_tokenizer(Model(name=self.source.name), self.source, None, ())
+        except RecipeError as error:
+            raise RecipeError(f"objective.teacher: {self.source.name} has no tokenizer that could be compared with the student's") from error
 
     def parameters(self, task: Task) -> int:
         return sum(map(model.num_values, model.skeleton(self.config(), task).parameters()))
@@ -98,20 +102,36 @@ class Stored(NamedTuple):
 
     def open(self, task: Task, bits: int | None, precision: str, device: torch.device) -> Any:
         """The model in eval mode, in the dtype that it is stored in, or with linear modules in `bits`."""
-        kwargs = {"dtype": "auto"} | ({"quantization_config": quantised.settings(bits, precision, None)} if bits else {})
-        artifact = {"auto_class": task.auto_class, "load_kwargs": kwargs, "base": self.source.name, "revision": self.source.revision}
-        with hub_errors(self.source):
-            found = reload.load_base(Path(), artifact, str(device)).eval()
+        few = model.as_objects({"quantization_config": quantised.settings(bits, precision, None)}) | {"device_map": {"": device}} if bits else {}
+        with hub_errors(self.source, NO_CODE):
+            found, info = getattr(transformers, task.auto_class).from_pretrained(
+                self.source.name, dtype="auto", use_safetensors=True, output_loading_info=True, **self.source.kwargs, **few
+            )
+        if missing := sorted(info["missing_keys"]):
+            raise RecipeError(f"objective.teacher: {self.source.name} lacks {', '.join(missing)}, which would be random; train it for {task.kind} first")
+        model.steady_quantised(found)
         model.mend(found)
-        return found
+        return (found if bits else found.to(device)).eval()
 
-    def check_bits(self) -> None:
-        """Refuse to round what is rounded."""
-        if getattr(self.config(), "quantization_config", None):
-            raise RecipeError(f"objective.teacher_bits: {self.source.name} is in few bits as it is; leave it out")
+    @property
+    def few_bits(self) -> bool:
+        """Whether it is stored in them."""
+        return hasattr(self.config(), "quantization_config")
 
 
 Origin: TypeAlias = Run | Stored
+
+
+def check_bits(origin: Origin, bits: int) -> None:
+    """Refuse few bits for a teacher that has them, or cannot have them."""
+    quantised.check_installed(bits)
+    reasons = {
+        "is in few bits as it is": origin.few_bits,
+        "turns what its layers compute into the type of their weights": origin.config().model_type in model.TURNS_STATES_INTO_BYTES,
+        "is loaded by ftkit alone, which puts no base into few bits": isinstance(origin, Run) and origin.manifest["artifact"]["loads_with"] == "ftkit",
+    }
+    if reason := next((reason for reason, holds in reasons.items() if holds), None):
+        raise RecipeError(f"objective.teacher_bits: the teacher {reason}; leave it out")
 
 
 def find(objective: Distill) -> Origin:

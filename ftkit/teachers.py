@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
+import psutil
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -22,7 +23,7 @@ from ftkit.data import cache
 from ftkit.data.batches import by_length, collate
 from ftkit.data.ondisk import Stored
 from ftkit.device import free_memory
-from ftkit.errors import DiskError, RecipeError
+from ftkit.errors import DiskError, OutOfMemory, RecipeError
 from ftkit.intermediate import Inside, Watch
 from ftkit.loop import Trainee
 from ftkit.model import max_positions, model_class, num_values
@@ -68,9 +69,12 @@ def check(objective: Distill, task: Task, tokenizer: Any, limits: Limits) -> Non
         what = "is no run directory" if origin.source.local else "does not exist"
         raise RecipeError(f"{told} {what}; train the teacher with ftkit first, then name its run")
     else:
-        model_class(origin.config(), task)
+        try:
+            model_class(origin.config(), task)
+        except RecipeError as error:
+            raise RecipeError(f"{told}: {error}") from error
     if objective.teacher_bits:
-        origin.check_bits()
+        teacher_models.check_bits(origin, objective.teacher_bits)
     if inside and isinstance(origin, Run) and (method := origin.recipe.method).positions:
         raise RecipeError(f"{told} was trained with {method.kind}, whose virtual tokens the student has not; compare scores alone, not layers")
     if not _reads(origin, tokenizer):
@@ -301,11 +305,21 @@ def _compared(session: Session) -> list[int]:
 
 def _said(session: Session, lessons: Lessons, report: Reporter, poll: Callable[[], None]) -> dict[str, torch.Tensor]:
     """What `Cached` holds, by its names.  Says what disk that takes; raises DiskError where it is not there."""
-    objective: Distill = session.recipe.objective
-    features, device, kept = lessons.features, session.accelerator.device, _compared(session)
-    teacher = _open(session, lessons, report)
+    teacher, kept = _open(session, lessons, report), _compared(session)
     if kept:
-        teacher.watch = watch = Watch(_plain(teacher.model), False)
+        teacher.watch = Watch(_plain(teacher.model), False)
+    found = _answered(teacher, kept, session, lessons, report, poll)
+    for part in (teacher.flat, teacher.watch):  # their hooks hold the model
+        if part is not None:
+            part.remove()
+    del teacher, part
+    free_memory()
+    return found
+
+
+def _answered(teacher: Trainee, kept: list[int], session: Session, lessons: Lessons, report: Reporter, poll: Callable[[], None]) -> dict[str, torch.Tensor]:
+    """What `_said` returns, by a teacher whose states in these places are `kept`."""
+    objective, features, device, watch = session.recipe.objective, lessons.features, session.accelerator.device, teacher.watch
     with torch.no_grad(), session.accelerator.autocast():
         longest = _asked(teacher, lessons.batch(np.argmax(features.lengths, keepdims=True)).to(device))
         width, supervised = longest.num_classes, _supervised(features)
@@ -315,13 +329,13 @@ def _said(session: Session, lessons: Lessons, report: Reporter, poll: Callable[[
         told = f"those of the {k} most likely of {width:,} classes each" if k else f"{width:,} each"
         found, num_states = dict[str, torch.Tensor](), 0
         what, needed = f"the scores that the teacher gives {offsets[-1]:,} items, {told}", int(offsets[-1]) * 4 * (2 * k + 1 if k else width)
-        if kept:
+        if watch is not None:
             states, tokens = watch.seen().states, int(features.offsets[-1])
             num_states = len(states)
             what += f", and {len(kept)} of its states of {tokens:,} tokens"
             needed += sum(tokens * states[place][0].nbytes for place in kept)
         _check_room(needed, what, report)
-        if kept:
+        if watch is not None:
             found = {f"states.{place}": states[place].new_empty(tokens, states[place].shape[1], device="cpu") for place in kept}
         found["scores"] = torch.full((int(offsets[-1]), k + 1 if k else width), -torch.inf)
         if k:
@@ -330,7 +344,7 @@ def _said(session: Session, lessons: Lessons, report: Reporter, poll: Callable[[
             for indices in by_length(features.lengths, session.recipe.eval.batch_size):
                 places = torch.from_numpy(np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in indices]))
                 items = _asked(teacher, lessons.batch(indices).to(device))
-                if kept:
+                if watch is not None:
                     states, real = watch.seen().states, _tokens(features, indices)
                     for place in kept:
                         found[f"states.{place}"][real] = states[place].cpu()
@@ -343,8 +357,6 @@ def _said(session: Session, lessons: Lessons, report: Reporter, poll: Callable[[
                     found["scores"][own, : logits.shape[1]] = logits.cpu()
                 stage.advance(len(indices))
                 poll()
-    del teacher
-    free_memory()
     return found | {"offsets": torch.from_numpy(offsets), "num_classes": torch.tensor(width), "num_states": torch.tensor(num_states)}
 
 
@@ -382,6 +394,8 @@ def _check_room(needed: int, what: str, report: Reporter) -> None:
         raise DiskError(f"{what}, take {size(needed)}, and the cache may hold {size(most)}; set FTKIT_CACHE_LIMIT higher, {otherwise}")
     if needed > free:
         raise DiskError(f"{what}, take {size(needed)}, and {directory} has {size(free)}; set FTKIT_CACHE to another place, {otherwise}")
+    if needed > (available := psutil.virtual_memory().available):
+        raise OutOfMemory(f"{what}, take {size(needed)} of main memory until they are stored, and {size(available)} are left; give fewer rows, {otherwise}")
     report.note(f"not in the cache yet: {what}, take {size(needed)} in {directory}")
 
 

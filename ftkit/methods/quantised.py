@@ -42,17 +42,19 @@ class Quantisable(MethodSpec):
         return {"quantization_config": settings(self.bits, precision, [*head, "pooler"], self.quant_type, self.double_quant)}
 
 
-def settings(bits: int, precision: str, skip: list[str] | None, quant_type: str | None = "nf4", double_quant: bool | None = True) -> dict[str, Any]:
-    """bitsandbytes' for linear modules in `bits`, but those of `skip`, or the output layers that transformers finds.
-
-    Raises MissingDependency where bitsandbytes is not installed.
-    """
+def check_installed(bits: int) -> None:
+    """Refuse `bits` where bitsandbytes is not installed."""
     from importlib.util import find_spec
-
-    from ftkit import device
 
     if find_spec("bitsandbytes") is None:
         raise MissingDependency(f"{bits} bits need bitsandbytes, which is not installed: pip install bitsandbytes")
+
+
+def settings(bits: int, precision: str, skip: list[str] | None, quant_type: str | None = "nf4", double_quant: bool | None = True) -> dict[str, Any]:
+    """bitsandbytes' for linear modules in `bits`, but those of `skip`, or the output layers that transformers finds; MissingDependency without it."""
+    from ftkit import device
+
+    check_installed(bits)
     if bits == 8:
         return {"load_in_8bit": True, "llm_int8_skip_modules": skip}
     compute = {"bf16": "bfloat16", "fp16": "float16", "tf32": "float32", "fp32": "float32"}[device.precision(precision, device.pick())]

@@ -31,7 +31,8 @@ class Objective(Protocol):
     """A loss over supervised items.
 
     One that compares with a teacher has `teacher`, the run that this is: its scores of the items lie beside the model's in training.
-    One that asks something of the task or the rows has `check(task, tokenizer, limits)`, which raises RecipeError before anything is loaded.
+    One that asks something of the task or the rows has `check(task, tokenizer, limits)`, which raises RecipeError before anything is loaded;
+    one that names something on the hub has `pinned()`, which gives it with the very commit.
     """
 
     kind: str

@@ -72,6 +72,12 @@ class Distill(Spec):
             raise ValueError(f"beta has no effect with divergence: {self.divergence}; leave it out, or set divergence: jensen-shannon")
         if self.layer_map != "uniform" and not (self.hidden or self.attention or self.cosine or self.relations):
             raise ValueError("layer_map has no effect without hidden, cosine, attention or relations; leave it out")
+        if not self.on_policy and self.max_new_tokens != 128:
+            raise ValueError("max_new_tokens has no effect without on_policy; leave it out, or set on_policy: 0.5")
+        if self.on_policy and self.alpha == 1:
+            raise ValueError("alpha: 1 asks no teacher, and what on_policy lets the student write is learned from a teacher alone; leave on_policy out")
+        if self.on_policy and self.cache_states:
+            raise ValueError("cache_states has no effect with on_policy, for answers that change; leave it out")
         if self.cache_states and not (self.cache and (self.hidden or self.cosine or self.embeddings)):
             raise ValueError("cache_states has no effect without cache, and hidden, cosine or embeddings; leave it out")
         if self.cache_states and (self.attention or self.relations):

@@ -215,9 +215,12 @@ class CausalLM(Spec):
         return answers
 
     def continuations(
-        self, model: Any, tokenizer: Any, prompts: list[list[int]], allowed: Callable[[list[int]], int], generation: Generation
+        self, model: Any, tokenizer: Any, prompts: list[list[int]], allowed: Callable[[list[int]], int], generation: Generation, **others: Any
     ) -> list[list[int]]:
-        """The tokens that the model, in eval mode, writes after each prompt: at most as many as `allowed`, up to one that ends the answer, that included."""
+        """The tokens that the model, in eval mode, writes after each prompt: at most as many as `allowed`, up to one that ends the answer, that included.
+
+        `others` are settings of transformers' generation.
+        """
         import torch
 
         stops = chat.stop_token_ids(tokenizer)
@@ -226,7 +229,7 @@ class CausalLM(Spec):
         for chosen, most in _batches(order, lambda i: allowed(prompts[i])):
             with torch.inference_mode():
                 cut = generation.model_copy(update={"max_new_tokens": most})
-                written = _generate(model, [prompts[i] for i in chosen], stops, tokenizer, cut)
+                written = _generate(model, [prompts[i] for i in chosen], stops, tokenizer, cut, **others)
             for i, ids in zip(chosen, written, strict=True):
                 end = next((place for place, token in enumerate(ids) if token in stops), len(ids))
                 found[i] = ids[: end + 1]
@@ -313,7 +316,9 @@ def _batches(order: list[int], allowed: Callable[[int], int]) -> Iterator[tuple[
         yield from ((rows[start : start + GENERATED_ROWS], limit) for start in range(0, len(rows), GENERATED_ROWS))
 
 
-def _generate(model: Any, prompts: list[list[int]], stops: list[int], tokenizer: Any, generation: Generation, streamer: Any = None) -> list[list[int]]:
+def _generate(
+    model: Any, prompts: list[list[int]], stops: list[int], tokenizer: Any, generation: Generation, streamer: Any = None, **others: Any
+) -> list[list[int]]:
     """The tokens that the model writes after each prompt, the stop token included, padding after it."""
     import torch
 
@@ -321,8 +326,8 @@ def _generate(model: Any, prompts: list[list[int]], stops: list[int], tokenizer:
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
     input_ids = torch.tensor([[pad] * (length - len(prompt)) + prompt for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
-    config = generation_config(generation, stops, pad)
-    return model.generate(input_ids=input_ids, attention_mask=mask, generation_config=config, streamer=streamer)[:, length:].tolist()
+    config = generation_config(generation, stops, pad, **others)
+    return language_model.generate(model, config, input_ids=input_ids, attention_mask=mask, streamer=streamer)[:, length:].tolist()
 
 
 def _plain_ids(text: str, tokenizer: Any) -> list[int]:

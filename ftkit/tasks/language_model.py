@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, nullcontext
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -238,8 +239,23 @@ def decoder_inputs(model: Any, targets: torch.Tensor) -> torch.Tensor:
 # --- generation -----------------------------------------------------------------------------------------------------
 
 
-def generation_config(generation: Generation, stops: list[int], pad: int) -> Any:
-    """The recipe's settings as transformers takes them; the model's own hold for all others."""
+# What undoes the settings of a model's own that change what it says: samples are of its distribution then, as in training.
+UNCHANGED: Mapping[str, Any] = MappingProxyType(
+    {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "min_new_tokens": 0}
+)
+
+
+def generate(model: Any, config: Any, **given: Any) -> torch.Tensor:
+    """What a model's own `generate` writes, int64; by layers as they are not compiled: each length of a cache would be compiled anew, until torch gives up."""
+    import torch
+
+    uncompiled = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()  # whose import takes a second
+    with uncompiled:
+        return model.generate(generation_config=config, **given)
+
+
+def generation_config(generation: Generation, stops: list[int], pad: int, **others: Any) -> Any:
+    """The recipe's settings, and `others`, as transformers takes them; the model's own hold for the rest."""
     from transformers import GenerationConfig
 
     sampled = generation.temperature > 0
@@ -251,4 +267,5 @@ def generation_config(generation: Generation, stops: list[int], pad: int) -> Any
         eos_token_id=stops,
         pad_token_id=pad,
         use_cache=True,
+        **others,
     )

@@ -203,4 +203,4 @@ def _generate(model: Any, sources: list[list[int]], tokenizer: Any, generation: 
     input_ids = torch.tensor([source + [pad] * (length - len(source)) for source in sources], device=model.device)
     mask = torch.tensor([[1] * len(source) + [0] * (length - len(source)) for source in sources], device=model.device)
     config = language_model.generation_config(generation, [tokenizer.eos_token_id], pad)
-    return model.generate(input_ids=input_ids, attention_mask=mask, generation_config=config)[:, 1:].tolist()
+    return language_model.generate(model, config, input_ids=input_ids, attention_mask=mask)[:, 1:].tolist()

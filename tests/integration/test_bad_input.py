@@ -651,7 +651,7 @@ def a_revision_of_a_directory(scene):
     scene.recipe["objective"] = {"kind": "distill", "teacher": scene.checkpoint("gpt2"), "teacher_revision": "main"}
 
 
-@mistake(2, r"objective\.teacher_bits: .*teacher is in few bits as it is; leave it out")
+@mistake(2, r"objective\.teacher_bits: the teacher is in few bits as it is; leave it out")
 def a_teacher_rounded_twice(scene):
     teach(scene, {"kind": "text-classification", "problem": "single-label", "labels": TOPICS})
     manifest = json.loads((scene.path / "teacher" / "manifest.json").read_text())
@@ -722,6 +722,11 @@ def answers_to_plain_text(scene):
     scene.recipe |= {"model": scene.checkpoint("gpt2"), "task": "causal-lm", "data": {"train": str(scene.data.text / "train.jsonl"), "max_length": 32}}
     teach(scene, {"kind": "causal-lm"}, "gpt2")
     scene.recipe["objective"]["on_policy"] = 0.5
+
+
+@mistake(2, r"alpha: 1 asks no teacher, and what on_policy lets the student write is learned from a teacher alone; leave on_policy out")
+def answers_that_nobody_judges(scene):
+    scene.recipe["objective"] = {"kind": "distill", "teacher": "gone", "alpha": 1, "on_policy": 0.5}
 
 
 @mistake(2, r"beta has no effect with divergence: reverse; leave it out, or set divergence: jensen-shannon")

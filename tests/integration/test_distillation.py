@@ -1,15 +1,18 @@
 """Distillation end to end: a student learns from a teacher that is asked in each step, and the same from what it said once."""
 
+import gc
 import json
 import re
 import shutil
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoTokenizer
 
-from ftkit import teacher_models
+from ftkit import loop, teacher_models
 from ftkit.objectives.distill import Distill
 
 SMALLER = {  # the lower one of the two layers of the tests' models
@@ -152,8 +155,53 @@ def test_a_stored_teacher_is_told_from_another(from_stored, checkpoint, ftkit, t
     assert (done.code, "something else has come under the same names: teacher" in done.err) == (2, True)
 
 
+def test_a_teacher_that_was_asked_is_let_go_of(distil, monkeypatch):
+    """Flat, and with its layers watched: its memory is the student's."""
+    student, opened = distil("gpt2", "prompts"), []
+    whole = teacher_models.Run.open
+
+    def opens(self, *args):
+        model = whole(self, *args)
+        opened.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(teacher_models.Run, "open", opens)
+    learned = loop.fit
+
+    def fits(*args):
+        gc.collect()
+        assert opened[-1]() is None
+        yield from learned(*args)
+
+    monkeypatch.setattr("ftkit.run.fit", fits)
+    student("flat", train={"steps": 1, "layout": "flat"}, top_k=4)
+    student("watched", train={"steps": 1, "layout": "padded"}, cache_states=True, hidden=1.0)
+
+
+def test_a_teacher_without_its_head_is_refused(from_stored, checkpoint, ftkit, recipe, tmp_path):
+    AutoModel.from_pretrained(checkpoint("bert-masked")).save_pretrained(tmp_path / "bare")
+    AutoTokenizer.from_pretrained(checkpoint("bert-masked")).save_pretrained(tmp_path / "bare")
+    objective = {"kind": "distill", "teacher": str(tmp_path / "bare")}
+    outcome = ftkit("train", recipe({"name": checkpoint("bert-masked"), "config": SMALLER["bert-masked"]}, "masked", objective=objective))
+    assert outcome.code == 2
+    assert re.search(r"objective\.teacher: .*bare lacks cls\.predictions\.\S+, .*, which would be random; train it for masked-lm first", outcome.err)
+
+
+def test_a_teachers_own_code_is_not_run(from_stored, checkpoint, ftkit, recipe, tmp_path, monkeypatch):
+    code = tmp_path / "own"
+    shutil.copytree(checkpoint("gpt2"), code)
+    config = json.loads((code / "config.json").read_text()) | {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}
+    (code / "config.json").write_text(json.dumps(config))
+    (code / "own.py").write_text("raise SystemExit('ran')")
+    monkeypatch.setattr("builtins.input", lambda *args: "y")
+    smaller = {"name": checkpoint("gpt2"), "config": SMALLER["gpt2"]}
+    outcome = ftkit("train", recipe(smaller, "prompts", objective={"kind": "distill", "teacher": str(code)}))
+    assert outcome.code == 2, outcome.err
+    assert "needs Python code from its repository; a teacher's is not run: fine-tune it first" in outcome.err
+
+
 def test_a_teacher_on_the_hub_is_held_to_its_commit(monkeypatch):
-    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda name, revision: SimpleNamespace(_commit_hash=f"{name}@{revision}"))
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda name, revision, **others: SimpleNamespace(_commit_hash=f"{name}@{revision}"))
     objective = Distill(teacher="org/name", teacher_revision="v1").pinned()
     assert objective.teacher_revision == "org/name@v1"
     assert teacher_models.find(objective).source == ("org/name", "org/name@v1", False, None)

@@ -8,13 +8,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from ftkit import on_policy
 from ftkit.data.batches import collate
 from ftkit.data.features import FeatureSet
-from ftkit.data.types import Features, Limits
+from ftkit.data.types import Features, Limits, Row
+from ftkit.errors import RecipeError
 from ftkit.objectives.distill import Distill
 from ftkit.on_policy import Author
+from ftkit.recipe.spec import Generation
+from ftkit.tasks import language_model
 
 STOP = 9
 
@@ -26,19 +30,26 @@ def features() -> FeatureSet:
     return FeatureSet.of([[row] for row in rows])
 
 
+class Student(torch.nn.Module):
+    """One whose vocabulary is filled up to 12."""
+
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=12))
+
+
 def author(share: float, answer=lambda prompt: [8, STOP], max_length: int = 16) -> Author:
     """A student that answers at once."""
     asked = []
 
-    def continuations(model, tokenizer, prompts, allowed, generation):
+    def continuations(model, tokenizer, prompts, allowed, generation, **settings):
+        assert (generation.temperature, settings["repetition_penalty"], settings["suppress_tokens"]) == (1.0, 1.0, [10, 11])
         asked.extend(prompts)
         return [answer(prompt)[: allowed(prompt)] for prompt in prompts]
 
     recipe = SimpleNamespace(train=SimpleNamespace(seed=3), objective=Distill(teacher="t", on_policy=share), task=SimpleNamespace(continuations=continuations))
     session = SimpleNamespace(
         recipe=recipe,
-        trainee=SimpleNamespace(model=torch.nn.Identity()),
-        tokenizer=None,
+        trainee=SimpleNamespace(model=Student()),
+        tokenizer=range(10),
         limits=Limits(max_length, "right"),
         pad_token_id=0,
         accelerator=SimpleNamespace(autocast=torch.no_grad),
@@ -69,10 +80,17 @@ def test_an_answer_takes_no_more_than_there_is_room_for():
     assert [len(row(batch, number)[0]) for number in range(2)] == [5, 5]  # and one token that is only a target
 
 
-def test_a_word_may_be_all_of_a_row():
-    rows = FeatureSet.of([[Features([1], [STOP], [1.0])], [Features([1, 2], [2, STOP], [0.0, 1.0])]])
-    batch = author(1.0, lambda prompt: [STOP]).rewritten(collate(rows, np.array([0]), 0), epoch=0)
-    assert (batch.input_ids.tolist(), batch.targets.tolist(), batch.weights.tolist()) == ([[1]], [[STOP]], [[1.0]])
+def test_a_row_whose_prompt_was_cut_off_is_the_datas():
+    rows = FeatureSet.of([[Features([4], [STOP], [1.0])], [Features([4, 4], [4, STOP], [1.0, 1.0])], [Features([1, 2], [2, STOP], [0.0, 1.0])]])
+    batch = author(1.0).rewritten(collate(rows, np.arange(3), 0), epoch=0)
+    assert batch.row_ids[batch.written].tolist() == [2]
+    assert (author(1.0).rewritten(collate(rows, np.arange(2), 0), epoch=0)).written is None
+
+
+def test_batches_of_so_many_tokens_have_room_for_answers():
+    recipe = SimpleNamespace(objective=Distill(teacher="t", on_policy=0.5, max_new_tokens=3))
+    assert on_policy.lengths(recipe, features(), 8).tolist() == [6, 7, 8, 8, 7]
+    assert on_policy.lengths(SimpleNamespace(objective=Distill(teacher="t")), features(), 8).tolist() == [3, 4, 5, 6, 4]
 
 
 def test_rows_lie_by_length_as_before():
@@ -102,12 +120,20 @@ def test_which_rows_these_are_depends_on_seed_epoch_and_row_alone():
     assert not chosen([np.array([], int)], 0)  # a process without rows
 
 
-def test_only_rows_with_prompts_have_answers():
-    text = FeatureSet.of([[Features([1, 2], [2, STOP], [1.0, 1.0])]])
-    recipe = SimpleNamespace(train=SimpleNamespace(parallel="ddp"), objective=Distill(teacher="t", on_policy=0.5))
-    on_policy.check(recipe, FeatureSet.of([[Features([1, 2], [2, STOP], [0.0, 1.0])]]))
-    with pytest.raises(Exception, match="plain text has no prompt that the student could answer"):
-        on_policy.check(recipe, text)
+REFUSED = [
+    ({"text": "x"}, {}, "plain text has no prompt that the student could answer"),
+    ({"prompt": "x"}, {"parallel": "fsdp"}, "the student writes with whole weights"),
+    ({"prompt": "x"}, {"gradient_checkpointing": "2GB"}, "what layers keep is measured on the data's answers"),
+]
+
+
+@pytest.mark.parametrize(("values", "train", "message"), REFUSED)
+def test_what_cannot_be_written_is_refused(values, train, message):
+    recipe = SimpleNamespace(
+        train=SimpleNamespace(**{"parallel": "ddp", "gradient_checkpointing": False} | train), objective=Distill(teacher="t", on_policy=0.5)
+    )
+    with pytest.raises(RecipeError, match=message):
+        on_policy.check(recipe, Row(values, "t.jsonl", 1))
 
 
 @pytest.fixture
@@ -148,7 +174,19 @@ def test_a_run_that_was_cut_off_writes_the_same(distil, assert_same_run):
     assert_same_run(cut, run)
 
 
+def test_answers_are_not_told_by_settings_of_the_model(checkpoint):
+    """Which change what a model says, as those of many chat models do."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint("llama"))
+    model.generation_config.update(repetition_penalty=1.3, min_p=0.2, no_repeat_ngram_size=2, top_k=5)
+    config = language_model.generation_config(Generation(temperature=1.0), [1], 0, **language_model.UNCHANGED)
+    given, _ = model._prepare_generation_config(config)
+    prompt = torch.tensor([[5, 6, 7, 5, 6]])
+    processors = model._get_logits_processor(given, input_ids_seq_length=5, encoder_input_ids=prompt, device="cpu")
+    logits = torch.randn(1, model.config.vocab_size, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(processors(prompt, logits.clone()).softmax(-1), logits.softmax(-1))
+
+
 def test_rows_of_the_data_are_learned_as_ever(distil):
     """A share so small that no row is chosen."""
-    plain, few = (losses(distil(name, on_policy=share, cache=False)[0]) for name, share in (("plain", 0.0), ("few", 1e-9)))
+    plain, few = (losses(distil(name, on_policy=share, max_new_tokens=128, cache=False)[0]) for name, share in (("plain", 0.0), ("few", 1e-9)))
     assert few == pytest.approx(plain, rel=1e-6)

@@ -3,6 +3,7 @@
 import math
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from ftkit.data.features import FeatureSet
 from ftkit.data.types import Limits, Row, RowError
 from ftkit.errors import DataError, RecipeError
 from ftkit.recipe.spec import Generation, TrainedTokenizer
-from ftkit.tasks import chat
+from ftkit.tasks import chat, language_model
 from ftkit.tasks.causal_lm import CausalLM
 from ftkit.tokenizer import train_tokenizer
 
@@ -481,3 +482,13 @@ def test_the_generation_config_that_is_saved_stops_chats(taught, tokenizer):
     prompt = torch.tensor([chat.prompt_ids(rows[0].values["messages"], tokenizer)])
     written = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=16, do_sample=False)[0, prompt.shape[1] :]
     assert tokenizer.decode(written) == "At the front desk.<|im_end|>"
+
+
+def test_compiled_layers_write_uncompiled():
+    """Each length of a cache would be compiled anew."""
+    import torch._dynamo
+
+    stances = []
+    model = SimpleNamespace(generate=lambda **given: stances.append(torch._dynamo.eval_frame._stance.stance))
+    language_model.generate(model, None)
+    assert (stances, torch._dynamo.eval_frame._stance.stance) == (["force_eager"], "default")
