@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -43,6 +44,10 @@ HARMLESS = {
     "token_type_ids",
     "use_cache",
 }
+# Rows from this length on, and the multiple that they are padded to: cuDNN makes a plan for each shape, which takes 0.13 s, so there should be few.
+LONG, PLANNED = 2048, 256
+PLANNED_COST = 0.6  # of a pair of positions by cuDNN, beside FlashAttention-2's on an H200
+PLANNERS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # the first that can
 
 
 class Unsupported(Exception):
@@ -69,6 +74,7 @@ class Flat:
         self._gives_positions = "position_ids" in names
         self._segments: Segments | None = None
         self._at_work = False  # inside `rows`
+        self._placed: tuple[Segments, torch.Tensor] | None = None  # rows, and where their tokens are side by side
         self.fast_dropout, self.fast_attention, self.round_batches = fast_dropout, fast_attention, round_batches
         self.model, self._before = model, model.config._attn_implementation
         use(model)
@@ -89,6 +95,15 @@ class Flat:
             yield
         finally:
             self._segments, self._at_work = None, False
+
+    def places(self, segments: Segments) -> torch.Tensor:
+        """int64 [N]: where the tokens of rows are, once these are side by side in a whole length; worked out once for all layers."""
+        if self._placed is None or self._placed[0] is not segments:
+            lengths, device = segments.bounds.long().diff(), segments.index.device
+            padding = _whole(max(segments.lengths)) - lengths
+            before = (padding.cumsum(0) - padding).repeat_interleave(lengths, output_size=len(segments.index))
+            self._placed = segments, torch.arange(len(segments.index), device=device) + before
+        return self._placed[1]
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -122,7 +137,7 @@ class Flat:
 
     def _gather(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if (segments := self._segments) is None:
-            return None
+            return (args, kwargs | {"flat": self}) if self._at_work else None
 
         def gathered(value: Any) -> Any:
             return segments.gather(value) if isinstance(value, torch.Tensor) and value.shape[:2] == segments.shape else value
@@ -222,6 +237,10 @@ def attend(
             causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
             key, value, attention_mask, position_bias = _behind(prefix(), query, key, value, attention_mask, position_bias, causal)
             is_causal = False
+        elif flat is not None and attention_mask is None and position_bias is None and not dropout and not torch.compiler.is_compiling():
+            causal, (rows, length) = getattr(module, "is_causal", True) if is_causal is None else is_causal, query.shape[0::2]
+            if causal and length == key.shape[2] and _plan_pays(query, [length] * rows, flat):
+                return _planned(query, key, value, scaling), None
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias, sliding_window=sliding_window, **other
         )
@@ -277,7 +296,12 @@ def _apart(
     """`attend`, of segments."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     window = _window(module, sliding_window)
-    if query.is_cuda and query.dtype != torch.float32 and not dropout and position_bias is None and (prefix is None or window is None):
+    of_kernels = not dropout and position_bias is None and (prefix is None or window is None)  # they know nothing else
+    if of_kernels and causal and window is None and prefix is None and _plan_pays(query, segments.lengths, flat):
+        places = flat.places(segments)
+        query, key, value = (_beside(state, places, segments) for state in (query, key, value))
+        return _planned(query, key, value, scaling).flatten(0, 1).index_select(0, places).unsqueeze(0)
+    if of_kernels and query.is_cuda and query.dtype != torch.float32:
         return _varlen(query, key, value, segments, scaling, causal, window, prefix)
     on_cpu, given = query.device.type == "cpu", value.dtype
     arithmetic = torch.get_autocast_dtype("cpu") if on_cpu and torch.is_autocast_enabled("cpu") else given
@@ -409,6 +433,44 @@ def _varlen(
         window_size_right=0 if causal else reach,
     )[0]
     return output.unsqueeze(0)
+
+
+def _plan_pays(query: torch.Tensor, lengths: list[int], flat: Flat) -> bool:
+    """Whether rows that look back only attend sooner by cuDNN, side by side and padded to one of few lengths."""
+    longest = max(lengths)
+    if longest < LONG or not flat.fast_attention or not _has_planner(query):
+        return False
+    return PLANNED_COST * len(lengths) * _whole(longest) ** 2 <= sum(length**2 for length in lengths)
+
+
+def _has_planner(query: torch.Tensor) -> bool:
+    """Whether cuDNN has its attention for GPUs of this kind, from Hopper on, and for this type."""
+    return query.is_cuda and query.dtype != torch.float32 and torch.version.cuda is not None and torch.cuda.get_device_capability(query.device) >= (9, 0)
+
+
+def _whole(length: int) -> int:
+    """The length that rows of this one are padded to."""
+    return -(-length // PLANNED) * PLANNED
+
+
+def _planned(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None) -> torch.Tensor:
+    """Attention by cuDNN of rows that look back only: [B, heads, L, head_dim] -> [B, L, heads, head_dim].
+
+    What is padded behind them nobody sees.
+    """
+    length = query.shape[2]
+    if more := _whole(length) - length:
+        query, key, value = (F.pad(states, (0, 0, 0, more)) for states in (query, key, value))
+    with sdpa_kernel(PLANNERS, set_priority=True):
+        output = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
+    return output[:, :, :length].transpose(1, 2)
+
+
+def _beside(states: torch.Tensor, places: torch.Tensor, segments: Segments) -> torch.Tensor:
+    """[1, heads, N, head_dim] -> [rows, heads, L, head_dim], each row padded to the longest, and that to its whole length."""
+    rows, length = len(segments.lengths), _whole(max(segments.lengths))
+    flat = states.squeeze(0).transpose(0, 1)
+    return flat.new_zeros(rows * length, *flat.shape[1:]).index_copy(0, places, flat).unflatten(0, (rows, length)).transpose(1, 2)
 
 
 def _in_front(prefix: torch.Tensor, states: torch.Tensor, segments: Segments) -> torch.Tensor:

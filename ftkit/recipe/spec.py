@@ -198,7 +198,9 @@ class Train(Spec):
     )
     fast_dropout: bool = option(True, "draw dropout from 16 random bits an element on a CPU, its share rounded to 1/65536; false: by torch's own code")
     fast_attention: bool = option(
-        True, "attention of flat batches in bfloat16 on a CPU by products of bfloat16 matrices, its softmax in float32; false: all of it in float32"
+        True,
+        "attention of flat batches in bfloat16 on a CPU by products of bfloat16 matrices, its softmax in float32, and of long rows on a GPU"
+        " by cuDNN; false: in float32, and by FlashAttention",
     )
     liger: bool | Literal["auto"] = option("auto", "Liger's kernels on a GPU; auto: where they are installed and made for the architecture", "arXiv 2410.10989")
     compile: bool = option(False, "compile layers with torch.compile: faster steps on GPUs, for a minute or more before the first ones")

@@ -33,12 +33,13 @@ CONFIGS = {
     "bert": transformers.BertConfig(**SIZES, is_decoder=True, layer_norm_eps=1e-5),
 }
 LENGTHS = (50, 50, 7, 129)
+LONG = {"unlike": (2100, 2304, 2250), "alike": (2100, 2100)}
 
 
-def rows():
+def rows(lengths):
     rng = torch.Generator().manual_seed(0)
-    mask = torch.zeros(len(LENGTHS), max(LENGTHS), dtype=torch.int64)
-    for row, length in enumerate(LENGTHS):
+    mask = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
+    for row, length in enumerate(lengths):
         mask[row, :length] = 1
     return torch.randint(3, 500, mask.shape, generator=rng) * mask, mask
 
@@ -47,12 +48,25 @@ def rows():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_flat_rows_give_what_they_give_alone(name, dtype):
     """float32 by scaled_dot_product_attention a segment, half precision by the kernel for rows of any length: as near to exact numbers as with padding."""
+    assert_as_exact_as_padded(name, dtype, LENGTHS)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", LONG)
+def test_long_rows_give_by_cudnn_what_they_give_alone(kind, dtype):
+    called = assert_as_exact_as_padded("llama", dtype, LONG[kind])
+    hopper = torch.cuda.get_device_capability() >= (9, 0)
+    assert ("aten::_scaled_dot_product_cudnn_attention" in called) is hopper, called
+
+
+def assert_as_exact_as_padded(name, dtype, lengths):
+    """Returns the names of the operations on flat rows that are attention."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name], dtype=dtype).cuda().eval()
     exact = copy.deepcopy(model).double()
     for each in (model, exact):
         each.set_attn_implementation("eager")
-    ids, mask = rows()
+    ids, mask = rows(lengths)
     ids, device_mask = ids.cuda(), mask.cuda()
 
     def with_gradients(model, outputs):
@@ -62,7 +76,7 @@ def test_flat_rows_give_what_they_give_alone(name, dtype):
 
     def batch():
         logits = model(input_ids=ids, attention_mask=device_mask, use_cache=False).logits
-        return with_gradients(model, [logits[row, :length] for row, length in enumerate(LENGTHS)])
+        return with_gradients(model, [logits[row, :length] for row, length in enumerate(lengths)])
 
     def errors(found):
         """Of all outputs and of all gradients: the norm of the error beside that of what is exact."""
@@ -70,12 +84,13 @@ def test_flat_rows_give_what_they_give_alone(name, dtype):
             wrong = torch.cat([(a.double() - b.double()).flatten() for a, b in zip(ours, theirs, strict=True)])
             yield (wrong.norm() / torch.cat([b.double().flatten() for b in theirs]).norm()).item()
 
-    truth = with_gradients(exact, [exact(input_ids=ids[row : row + 1, :length], use_cache=False).logits[0] for row, length in enumerate(LENGTHS)])
+    truth = with_gradients(exact, [exact(input_ids=ids[row : row + 1, :length], use_cache=False).logits[0] for row, length in enumerate(lengths)])
     usual = batch()
-    with Flat(model).rows(segments(mask.numpy()).to("cuda")):
+    with Flat(model).rows(None if mask.all() else segments(mask.numpy()).to("cuda")), torch.profiler.profile() as profile:
         found = batch()
     for error, limit in zip(errors(found), errors(usual), strict=True):
         assert error <= 1.5 * limit + 1e-6
+    return {event.key for event in profile.key_averages() if "attention" in event.key}
 
 
 def test_ligers_kernels_compute_what_torch_computes():

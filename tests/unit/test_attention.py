@@ -143,6 +143,52 @@ def test_next_tokens_are_those_of_each_row_alone(name, call, batch):
     assert_alike(model, lambda: torch.cat(alone(model, batch[0], use_cache=False)), lambda: torch.cat(flat(model, *batch, use_cache=False)))
 
 
+@pytest.fixture
+def planned(monkeypatch):
+    """Rows of the batch are long enough for cuDNN's attention, in whose place torch's own is here; returns the lengths that it gets."""
+    for name, value in {"LONG": 8, "PLANNED": 5, "PLANNED_COST": 0.1, "_has_planner": lambda query: True}.items():
+        monkeypatch.setattr(attention, name, value)
+    lengths, own = [], attention.F.scaled_dot_product_attention
+
+    def seen(query, *args, **kwargs):
+        lengths.append(query.shape[2])
+        return own(query, *args, **kwargs)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", seen)
+    return lengths
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_long_rows_side_by_side_give_what_they_give_alone(name, planned, batch):
+    """In layers without a sliding window; the others attend as ever."""
+    model = built(transformers.AutoModelForCausalLM, DECODERS[name])
+    assert_alike(model, lambda: torch.cat(alone(model, batch[0], use_cache=False)), lambda: torch.cat(flat(model, *batch, use_cache=False)))
+    windowed = getattr(model.config, "sliding_window", None) is not None
+    assert planned.count(15) == (0 if name == "mistral" else 1 if windowed else 2), "a call a layer, of 11 tokens padded to 15"
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2", "bert-decoder"])
+def test_long_rows_without_padding_give_what_they_give_alone(name, planned, batch):
+    model = built(transformers.AutoModelForCausalLM, DECODERS[name])
+    rows = torch.cat((batch[0][:1], batch[0][:1].flip(1)))
+    own = [model(input_ids=row[None], use_cache=False).logits[0] for row in rows]
+    with Flat(model).rows(None):
+        found = model(input_ids=rows, attention_mask=torch.ones_like(rows), use_cache=False).logits
+    assert difference(found, own) < 1e-5
+    assert 15 in planned
+    planned.clear()
+    with Flat(model, fast_attention=False).rows(None):
+        model(input_ids=rows, attention_mask=torch.ones_like(rows), use_cache=False)
+    assert 15 not in planned
+
+
+def test_short_rows_and_rows_of_unlike_lengths_are_not_laid_side_by_side(planned, batch, monkeypatch):
+    monkeypatch.setattr(attention, "PLANNED_COST", 0.6)
+    model = built(transformers.AutoModelForCausalLM, DECODERS["llama"])
+    flat(model, *batch, use_cache=False)
+    assert 15 not in planned
+
+
 @pytest.mark.parametrize("widened", [False, True])
 @pytest.mark.parametrize("kind", [T5Config, UMT5Config])
 def test_tags_of_the_encoder_of_t5_with_its_position_bias(kind, widened, call, batch, monkeypatch):
