@@ -99,10 +99,10 @@ class Flat:
     def places(self, segments: Segments) -> torch.Tensor:
         """int64 [N]: where the tokens of rows are, once these are side by side in a whole length; worked out once for all layers."""
         if self._placed is None or self._placed[0] is not segments:
-            lengths, device = segments.bounds.long().diff(), segments.index.device
-            padding = _whole(max(segments.lengths)) - lengths
-            before = (padding.cumsum(0) - padding).repeat_interleave(lengths, output_size=len(segments.index))
-            self._placed = segments, torch.arange(len(segments.index), device=device) + before
+            lengths, count = segments.bounds[segments.rows].long().diff(), len(segments.index) - segments.filler
+            padding = _whole(max(segments.lengths[segments.rows])) - lengths
+            before = (padding.cumsum(0) - padding).repeat_interleave(lengths, output_size=count)
+            self._placed = segments, torch.arange(count, device=before.device) + before
         return self._placed[1]
 
     @contextmanager
@@ -297,10 +297,11 @@ def _apart(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     window = _window(module, sliding_window)
     of_kernels = not dropout and position_bias is None and (prefix is None or window is None)  # they know nothing else
-    if of_kernels and causal and window is None and prefix is None and _plan_pays(query, segments.lengths, flat):
+    if of_kernels and causal and window is None and prefix is None and _plan_pays(query, segments.lengths[segments.rows], flat):
         places = flat.places(segments)
         query, key, value = (_beside(state, places, segments) for state in (query, key, value))
-        return _planned(query, key, value, scaling).flatten(0, 1).index_select(0, places).unsqueeze(0)
+        real = _planned(query, key, value, scaling).flatten(0, 1).index_select(0, places)
+        return F.pad(real, (0, 0, 0, 0, segments.filler, 0)).unsqueeze(0)
     if of_kernels and query.is_cuda and query.dtype != torch.float32:
         return _varlen(query, key, value, segments, scaling, causal, window, prefix)
     on_cpu, given = query.device.type == "cpu", value.dtype
@@ -467,9 +468,10 @@ def _planned(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scalin
 
 
 def _beside(states: torch.Tensor, places: torch.Tensor, segments: Segments) -> torch.Tensor:
-    """[1, heads, N, head_dim] -> [rows, heads, L, head_dim], each row padded to the longest, and that to its whole length."""
-    rows, length = len(segments.lengths), _whole(max(segments.lengths))
-    flat = states.squeeze(0).transpose(0, 1)
+    """[1, heads, N, head_dim] -> [rows, heads, L, head_dim], each row padded to the longest, and that to its whole length; without filler."""
+    lengths = segments.lengths[segments.rows]
+    rows, length = len(lengths), _whole(max(lengths))
+    flat = states.squeeze(0).transpose(0, 1)[segments.filler :]
     return flat.new_zeros(rows * length, *flat.shape[1:]).index_copy(0, places, flat).unflatten(0, (rows, length)).transpose(1, 2)
 
 

@@ -97,7 +97,7 @@ class Virtual:
 
         input_ids = longer(batch.input_ids, 0)
         input_ids[:, :n] = self._ids(batch.input_ids.device)
-        changed: dict[str, Any] = {"input_ids": input_ids, "attention_mask": longer(batch.attention_mask, 1)}
+        changed: dict[str, Any] = {"input_ids": input_ids, "attention_mask": longer(batch.attention_mask, 1), "filled": None}
         if batch.token_type_ids is not None:
             changed["token_type_ids"] = longer(batch.token_type_ids, 0)
         if batch.weights.dim() == 2 and not batch.source[0].apart:

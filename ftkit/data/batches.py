@@ -203,6 +203,13 @@ def rounded(batch: Batch, positions: bool, widths: bool) -> Batch:
     return replace(batch, supervised=supervised, segments=_widened(filled) if filled and widths else filled)
 
 
+def filled(batch: Batch) -> Batch:
+    """The batch with `filled` beside its segments; one without padding has real tokens, too."""
+    own = batch.segments or segments(batch.attention_mask.numpy())
+    found = _filled_up(own)
+    return batch if found is own else replace(batch, filled=found)
+
+
 def _missing(count: int) -> int:
     """How many more make a multiple of 32, or of a power of 2 that is at most a thirty-second of them."""
     return -count % max(32, 1 << max(0, count.bit_length() - 6))

@@ -116,6 +116,11 @@ class Segments:
     padding: Padding | None  # that of the groups, if they have any
     filler: int = 0  # the first row is no row: so many tokens that are copies of those after it, to a round N
 
+    @property
+    def rows(self) -> slice:
+        """Where the real rows are, among lengths and bounds."""
+        return slice(bool(self.filler), None)
+
     def to(self, device: Any, non_blocking: bool = False) -> Segments:
         return self._with(lambda part: part.to(device, non_blocking=non_blocking))
 
@@ -162,6 +167,7 @@ class Batch:
     source: tuple[FeatureSet, np.ndarray]  # that the rows come from, and row_ids where no device has to be asked
     token_type_ids: torch.Tensor | None = None  # int64 [B, L]
     segments: Segments | None = None  # None where there is no padding
+    filled: Segments | None = None  # the real tokens again, with filler to a round number; None: not wanted, or the number is round
     written: torch.Tensor | None = None  # bool [B]: rows whose answers the model itself wrote; None: of none
 
     @property

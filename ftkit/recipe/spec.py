@@ -194,7 +194,9 @@ class Train(Spec):
     )
     keep_memory: bool = option(True, "on a CPU, memory that a step frees is kept for the next one; false: given back to the system and asked for again")
     round_batches: bool = option(
-        True, "fill flat batches up to round numbers of tokens in bfloat16 on a CPU, whose kernels are made for each number; the result is the same"
+        True,
+        "fill flat batches up to round numbers of tokens in bfloat16 on a CPU, whose kernels are made for each number, and on a GPU, where"
+        " they are chosen for each; the result is the same",
     )
     fast_dropout: bool = option(True, "draw dropout from 16 random bits an element on a CPU, its share rounded to 1/65536; false: by torch's own code")
     fast_attention: bool = option(

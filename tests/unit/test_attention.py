@@ -95,10 +95,10 @@ def alone(model, ids, **kwargs):
     return [model(input_ids=ids[row : row + 1, :length], **kwargs)[0][0] for row, length in enumerate(LENGTHS)]
 
 
-def flat(model, ids, mask, widened=False, fast_dropout=True, fast_attention=True, **kwargs):
+def flat(model, ids, mask, widened=False, fast_dropout=True, fast_attention=True, filled=False, **kwargs):
     """The same of the batch, without padding; the model stays flat, for the backward pass."""
     pad = getattr(model.config, "pad_token_id", 0) or 0
-    found = segments(mask.numpy())
+    found = batches._filled_up(segments(mask.numpy())) if filled else segments(mask.numpy())
     with Flat(model, fast_dropout, fast_attention).rows(batches._widened(found) if widened else found):
         output = model(input_ids=torch.where(mask > 0, ids, pad), attention_mask=mask, **kwargs)[0]
     return [row[:length] if row.dim() == 2 else row for row, length in zip(output, LENGTHS, strict=True)]
@@ -158,11 +158,13 @@ def planned(monkeypatch):
     return lengths
 
 
+@pytest.mark.parametrize("filled", [False, True])
 @pytest.mark.parametrize("name", DECODERS)
-def test_long_rows_side_by_side_give_what_they_give_alone(name, planned, batch):
+def test_long_rows_side_by_side_give_what_they_give_alone(name, filled, planned, batch):
     """In layers without a sliding window; the others attend as ever."""
     model = built(transformers.AutoModelForCausalLM, DECODERS[name])
-    assert_alike(model, lambda: torch.cat(alone(model, batch[0], use_cache=False)), lambda: torch.cat(flat(model, *batch, use_cache=False)))
+    assert batches._missing(sum(LENGTHS)) == 4
+    assert_alike(model, lambda: torch.cat(alone(model, batch[0], use_cache=False)), lambda: torch.cat(flat(model, *batch, filled=filled, use_cache=False)))
     windowed = getattr(model.config, "sliding_window", None) is not None
     assert planned.count(15) == (0 if name == "mistral" else 1 if windowed else 2), "a call a layer, of 11 tokens padded to 15"
 
