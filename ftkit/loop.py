@@ -337,7 +337,8 @@ def fit(session: Session, position: Position) -> Iterator[Step]:
         tokens = int(features.lengths[rows].sum())
         if writer is not None:
             micro_batches = [writer.rewritten(batch, place.own_epoch) for batch in micro_batches]
-            wrapped.train()
+            if not trainee.learns():
+                wrapped.train()
             tokens = int(accelerator.reduce(torch.stack([batch.attention_mask.sum() for batch in micro_batches]).sum().to(accelerator.device), "sum"))
         with _located(position.step, rows), _frozen(waiting):
             outcome = train_step(accelerator, trainee, wrapped, optimizer, micro_batches, train.max_grad_norm)
