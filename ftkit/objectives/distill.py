@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from ftkit.tasks import Task
 
 PRESETS = {"distilbert": {"alpha": 2 / 7, "cosine": 1 / 7, "temperature": 2.0}}  # its sum of 5, 2 and 1, divided by 7
-IMPOSSIBLE = -1e4  # a logit whose probability float32 cannot tell from 0; with -inf differences are none
 
 
 class Distill(Spec):
@@ -182,6 +180,7 @@ class Distill(Spec):
 
     def loss(self, scores: Scores) -> torch.Tensor:
         """Weighted sum over the n supervised items, in float32; what the student wrote itself is no target, and only compared."""
+        from ftkit.divergences import divergence
         from ftkit.objectives import losses
 
         if len(scores.targets) == 0:  # keep the graph, so that every process has gradients to add up
@@ -205,32 +204,3 @@ def _narrowest(config: Any) -> int:
     """Numbers that the keys of a layer are, which may be fewer than its queries."""
     heads = config.num_attention_heads
     return int((getattr(config, "num_key_value_heads", None) or heads) * (getattr(config, "head_dim", None) or config.hidden_size // heads))
-
-
-def divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float, kind: str, independent: bool = False, beta: float = 0.5) -> torch.Tensor:
-    """float32 [n]: how far the student's distribution over C classes is from the teacher's, both [n, C] logits.
-
-    Jensen-Shannon's is that of GKD (arXiv 2306.13649, eq. 1), with weight `beta` on the teacher's side.
-    `independent`: of C yes-no answers instead, their mean.  A class that cannot be (-inf) counts for nothing, in gradients, too.
-    """
-    import torch
-    from torch.nn import functional as F
-
-    def distribution(logits: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities, [n, C] or [n, C, 2]."""
-        logits = (logits.float() / temperature).clamp(min=IMPOSSIBLE)
-        return torch.stack((F.logsigmoid(logits), F.logsigmoid(-logits)), -1) if independent else logits.log_softmax(-1)
-
-    def kl(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        """KL(one || other)."""
-        return (one.exp() * (one - other)).sum(-1)
-
-    own, given = distribution(student), distribution(teacher)
-    if kind == "forward":
-        found = kl(given, own)
-    elif kind == "reverse":
-        found = kl(own, given)
-    else:
-        middle = torch.logaddexp(own + math.log1p(-beta), given + math.log(beta))
-        found = beta * kl(given, middle) + (1 - beta) * kl(own, middle)
-    return found.mean(-1) if independent else found

@@ -6,7 +6,8 @@ import torch
 from torch.nn import functional as F
 
 from ftkit.data.types import Items, Scores
-from ftkit.objectives.distill import Distill, divergence
+from ftkit.divergences import divergence
+from ftkit.objectives.distill import Distill
 from ftkit.objectives.supervised import Supervised
 from ftkit.teachers import Cached, Lessons, _most_likely
 
@@ -75,6 +76,19 @@ def test_labels_are_answers_of_their_own():
     p, q = given.teacher.sigmoid(), given.logits.sigmoid()
     expected = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean(-1)
     torch.testing.assert_close(divergence(given.logits, given.teacher, 1.0, "forward", independent=True), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_the_forward_divergence_is_that_of_its_definition(dtype):
+    given = scores("positions")
+    logits = given.logits.detach().to(dtype).requires_grad_()
+    weights = torch.linspace(1, 6, len(logits))
+    (divergence(logits, given.teacher, 2.0, "forward") * weights).sum().backward()
+    exact = logits.detach().double().requires_grad_()
+    own, told = ((each.double() / 2).clamp(min=-1e4).log_softmax(-1) for each in (exact, given.teacher))
+    ((told.exp() * (told - own)).sum(-1) * weights.double()).sum().backward()
+    assert logits.grad.dtype == dtype
+    torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", DIVERGENCES)
