@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForMaskedLM, AutoTokenizer, DataCollatorForLanguageModeling, set_seed
+from transformers import AddedToken, AutoModelForMaskedLM, AutoTokenizer, DataCollatorForLanguageModeling, set_seed
 
 from benchmarks.measure import Watch
 from reference import plain
@@ -38,7 +38,8 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForMaskedLM.from_pretrained(args.model, dtype=torch.float32)
     if args.tokens:
-        tokenizer.add_tokens(args.tokens.read_text(encoding="utf-8").split("\n")[:-1])
+        words = args.tokens.read_text(encoding="utf-8").split("\n")[:-1]
+        tokenizer.add_tokens([AddedToken(word, single_word=True) for word in words])  # not within longer words
         model.resize_token_embeddings(len(tokenizer))
     watch = Watch(args.warm_up)
     train = dataset(read(args.train), tokenizer, args.max_length)

@@ -99,3 +99,8 @@ def test_students_come_after_their_teachers_and_are_shown_beside_them(results: A
         "| --- | --- | --- |",
         "| copied | soft | 0.7500 ± 0.0707 (2), 93.8% |",
     ]
+
+
+def test_students_of_masked_words_are_shown_by_their_perplexity(results: Any) -> None:
+    records = [{"dataset": results.MASKED, "lesson": lesson, "value": value} for lesson, value in (("soft", 120.04), (results.TEACHER, 80.0))]
+    assert results.tables(records).split("\n\n")[-1].splitlines() == ["| lesson | perplexity |", "| --- | --- |", "| teacher | 80.0 |", "| soft | 120.0 |"]
