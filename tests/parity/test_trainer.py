@@ -42,6 +42,12 @@ def sentences(count: int) -> list[str]:
 
 CASES = {
     "bert-classification": ("bert", Full(), TextClassification(), {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}),
+    "bert-numbers-of-pairs": (
+        "bert",
+        Full(),
+        TextClassification(problem="regression"),
+        {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    ),
     "bert-tags": ("bert", Full(), TokenClassification(subwords="all"), {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}),
     "bert-answers": ("bert", Full(), QuestionAnswering(), {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}),
     "bert-masks": ("bert-masked", Full(), MaskedLM(masking="static"), {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}),
@@ -53,6 +59,9 @@ CASES = {
 
 def rows(task) -> list[Row]:
     texts = sentences(ROWS)
+    if isinstance(task, TextClassification) and task.problem == "regression":
+        pairs = zip(texts, texts[1:] + texts[:1], strict=True)
+        return [Row({"text": one, "text_pair": other, "score": len(one) / 20}, "rows", i) for i, (one, other) in enumerate(pairs, 1)]
     if isinstance(task, TextClassification):
         return [Row({"text": text, "label": "even" if len(text) % 2 else "odd"}, "rows", i) for i, text in enumerate(texts, 1)]
     if isinstance(task, TokenClassification):
@@ -144,6 +153,8 @@ class InOrder(transformers.Trainer):
 
 def mean_over_the_batch(outputs, labels, num_items_in_batch):
     """Up to transformers 5.23 classification models take `num_items_in_batch` and ignore it: their losses of micro-batches are added up undivided."""
+    if labels.is_floating_point():
+        return F.mse_loss(outputs.logits.squeeze(-1), labels, reduction="sum") / num_items_in_batch
     return F.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
 
 
@@ -158,7 +169,7 @@ def theirs(case, accumulate: int, tmp_path) -> tuple[list[tuple[float, float]], 
         if pairs:
             return {"input_ids": row["input_ids"].tolist(), "labels": row["targets"].tolist()}
         if classification:
-            return {"input_ids": row["input_ids"].tolist(), "token_type_ids": row["token_type_ids"].tolist(), "labels": int(row["targets"][0])}
+            return {"input_ids": row["input_ids"].tolist(), "token_type_ids": row["token_type_ids"].tolist(), "labels": row["targets"][0].item()}
         if answers:
             labels = [*row["targets"].tolist(), len(row["input_ids"])]
             return {"input_ids": row["input_ids"].tolist(), "token_type_ids": row["token_type_ids"].tolist(), "labels": labels}
