@@ -234,12 +234,12 @@ def attend(
             raise Unsupported("its layers do not pass on to attention which tokens belong together")
         if prefix is not None:
             check_known(other)
-            causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+            causal = _looks_back(module, is_causal)
             key, value, attention_mask, position_bias = _behind(prefix(), query, key, value, attention_mask, position_bias, causal)
             is_causal = False
         elif flat is not None and attention_mask is None and position_bias is None and not dropout and not torch.compiler.is_compiling():
-            causal, (rows, length) = getattr(module, "is_causal", True) if is_causal is None else is_causal, query.shape[0::2]
-            if causal and length == key.shape[2] and _plan_pays(query, [length] * rows, flat):
+            rows, length = query.shape[0::2]
+            if _looks_back(module, is_causal) and length == key.shape[2] and _plan_pays(query, [length] * rows, flat):
                 return _planned(query, key, value, scaling), None
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias, sliding_window=sliding_window, **other
@@ -247,6 +247,11 @@ def attend(
     check_known(other)
     given = None if prefix is None else prefix()
     return _apart(module, query, key, value, dropout, scaling, is_causal, position_bias, sliding_window, segments, flat, given), None
+
+
+def _looks_back(module: nn.Module, given: bool | None) -> bool:
+    """Whether positions look at none after their own: as the layer says in the call, or of itself."""
+    return getattr(module, "is_causal", True) if given is None else given
 
 
 def check_known(other: dict[str, Any]) -> None:
@@ -294,7 +299,7 @@ def _apart(
     prefix: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> torch.Tensor:
     """`attend`, of segments."""
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = _looks_back(module, is_causal)
     window = _window(module, sliding_window)
     of_kernels = not dropout and position_bias is None and (prefix is None or window is None)  # they know nothing else
     if of_kernels and causal and window is None and prefix is None and _plan_pays(query, segments.lengths[segments.rows], flat):

@@ -199,8 +199,8 @@ def rounded(batch: Batch, positions: bool, widths: bool) -> Batch:
     supervised = batch.supervised
     if positions and batch.weights.dim() == 2 and len(silent := torch.nonzero(batch.weights.flatten() == 0)):
         supervised = torch.cat((supervised, silent[0].expand(_missing(len(supervised)))))
-    filled = batch.segments and _filled_up(batch.segments)
-    return replace(batch, supervised=supervised, segments=_widened(filled) if filled and widths else filled)
+    found = batch.segments and _filled_up(batch.segments)
+    return replace(batch, supervised=supervised, segments=_widened(found) if found and widths else found)
 
 
 def filled(batch: Batch) -> Batch:
