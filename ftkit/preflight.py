@@ -66,9 +66,11 @@ def check(resolved: Resolved, report: Reporter) -> list[FtkitError]:
     length = attempt(prepare.max_length, resolved, found.config, tokenizer, report.note)
     if rows is None or task is None:
         return problems
+    task = attempt(prepare.labels_as_stored, task, recipe.task, found.source, found.config, report.note) or task
     if length is not None:
         limits = Limits(length, recipe.data.truncation)
         attempt(_try_rows, rows, task, tokenizer, limits, recipe.data.on_bad_rows)
+        attempt(prepare.check_measurable, task, {**rows.validation, "test": rows.test})
         if hasattr(recipe.objective, "check"):
             attempt(recipe.objective.check, task, tokenizer, limits)
         attempt(on_policy.check, recipe, rows.train[0])

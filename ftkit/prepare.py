@@ -5,19 +5,19 @@ It needs no process group and leaves its work in the cache, so that every proces
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftkit.data import files
-from ftkit.data.types import Limits, Rows
+from ftkit.data.types import Limits, RowError, Rows
 from ftkit.errors import DataError, MissingDependency, RecipeError
 from ftkit.recipe.spec import TrainedTokenizer
 
 if TYPE_CHECKING:
     from ftkit.data.features import Encoded, FeatureSet
-    from ftkit.data.types import RowList
+    from ftkit.data.types import Row, RowList
     from ftkit.model import Source
     from ftkit.recipe import Resolved
     from ftkit.recipe.spec import Recipe
@@ -64,7 +64,7 @@ def prepare(resolved: Resolved, report: Reporter, poll: Callable[[], None] = lam
     model.model_class(config, recipe.task)
     with report.stage("reading data"):
         rows = load_rows(recipe.data, recipe.task, recipe.train.seed, report.note, poll)
-    task = recipe.task.resolve(rows.pool)
+    task = labels_as_stored(recipe.task.resolve(rows.pool), recipe.task, source, config, report.note)
     rows = replace(rows, pool=rows.train)  # lets go of what data.limit left out
     recipe = recipe.model_copy(update={"task": task})
     check_metrics(recipe, rows)
@@ -97,6 +97,7 @@ def prepare(resolved: Resolved, report: Reporter, poll: Callable[[], None] = lam
     train = encode("train", rows.train)
     named = {**rows.validation, **({"test": rows.test} if rows.test else {})}
     splits = {name: (split, encode(name, split)) for name, split in named.items()}
+    check_measurable(task, named)
     data = recipe.data.model_copy(update={"max_length": limits.max_length, "columns": rows.columns})
     rate = optim.learning_rate(resolved, config)
     if rate != recipe.train.learning_rate:
@@ -140,6 +141,44 @@ def tokenise(
     corruption = task.corruption(done.features, tokenizer, seed)
     report.note(f"{name}: {corruption.told}")
     return done._replace(features=replace(done.features, corruption=corruption))
+
+
+def labels_as_stored(task: Task, written: Task, source: Source | None, config: Any, note: Callable[[str], None]) -> Task:
+    """The task of a recipe, as written and with the labels of its rows, with these in the order in which stored weights know them.
+
+    A head for the same labels in another order would be taken over and say one for another.  Raises DataError where the
+    recipe asks for such an order.
+    """
+    labels, id2label = getattr(task, "labels", None), getattr(config, "id2label", None) or {}
+    stored = [str(id2label[index]) for index in sorted(id2label)]
+    if source is None or labels is None or labels == stored or sorted(labels) != sorted(stored):
+        return task
+    order = ", ".join(stored)
+    if written.labels is not None:  # type: ignore[attr-defined]
+        told = f"task.labels: {', '.join(labels)}, but {source.name} has learned them in the order {order}"
+        raise DataError(f"{told}, and its head would say one for another; give them in that order, or leave task.labels out")
+    note(f"labels: {order}, in the order of the head of {source.name}")
+    return task.model_copy(update={"labels": stored})  # type: ignore[attr-defined,no-any-return]
+
+
+def check_measurable(task: Task, splits: Mapping[str, Iterable[Row]]) -> None:
+    """Refuse rows to measure on that are all of one class: what says nothing else would be right everywhere."""
+    if not hasattr(task, "classes_of"):
+        return
+    for name, split in splits.items():
+        first: Row | None = None
+        found, number = set[str](), 0
+        for row in split:
+            try:
+                found.update(task.classes_of(row))
+            except RowError:  # left out, by data.on_bad_rows
+                continue
+            first, number = first or row, number + 1
+            if len(found) > 1:
+                break
+        if first and len(found) == 1:
+            only = f"all {number:,} rows of {name} have the one label {found.pop()!r}"
+            raise DataError(f"{first.where}: from this one on, {only}, so no metric can tell anything; measure on rows of two labels or more")
 
 
 def check_metrics(recipe: Recipe, rows: Rows) -> None:

@@ -213,9 +213,11 @@ def _chosen(splits: dict[str, Any], split: str | None) -> dict[str, Any]:
 
 
 def _encoded(rows: dict[str, RowList], recipe: Recipe, tokenizer: Any, limits: Limits, report: Reporter) -> Splits:
-    from ftkit.prepare import tokenise
+    from ftkit.prepare import check_measurable, tokenise
 
-    return {name: (split, tokenise(name, split, recipe.task, tokenizer, limits, recipe.data.on_bad_rows, report).features) for name, split in rows.items()}
+    done = {name: (split, tokenise(name, split, recipe.task, tokenizer, limits, recipe.data.on_bad_rows, report).features) for name, split in rows.items()}
+    check_measurable(recipe.task, rows)
+    return done
 
 
 def _write(directory: Path, name: str, result: Measured, details: dict[str, Any], split: tuple[RowList, FeatureSet]) -> list[list[Any]]:

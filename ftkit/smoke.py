@@ -87,7 +87,7 @@ def shrink(resolved: Resolved, report: Reporter) -> Resolved:
     train: RowList = _few(rows.train, TRAIN_ROWS)
     few: dict[str, RowList] = {name: _few(split, OTHER_ROWS) for name, split in rows.validation.items()}
     rows = Rows(train, few, _few(rows.test, OTHER_ROWS), {}, {}, [], train)
-    spec, config, tokenizer = _model(recipe, task, rows, report)
+    spec, config, tokenizer, task = _model(recipe, task, rows, report)
     _write_base(spec, config, tokenizer, task, recipe.train.seed, workshop / "base")
     method = recipe.method.miniature(NARROWEST)
     positions = (model.max_positions(config, tokenizer) or POSITIONS) - method.positions
@@ -156,7 +156,7 @@ def _rows(recipe: Recipe, report: Reporter) -> Rows:
             absent = [data.train if isinstance(data.train, str) else data.train[0]]
     report.note(f"substituted: {absent[0]} is not on this machine; example rows of {recipe.task.kind} stand for the data")
     examples = _examples(recipe.task, data.columns)
-    others = examples[::3]
+    others = _few(examples, len(examples) // 3)
     return Rows(
         train=[row for row in examples if row not in others],
         validation={name: others for name in (data.validation if isinstance(data.validation, dict) else ["validation"])} if data.validation else {},
@@ -222,8 +222,8 @@ def _data(data: Data, rows: Rows, directory: Path, max_length: int) -> Data:
 # --- model --------------------------------------------------------------------------------------
 
 
-def _model(recipe: Recipe, task: Task, rows: Rows, report: Reporter) -> tuple[Model, Any, Any]:
-    """What the recipe says of the model, without its name; the tiny config; the tokenizer."""
+def _model(recipe: Recipe, task: Task, rows: Rows, report: Reporter) -> tuple[Model, Any, Any, Task]:
+    """What the recipe says of the model, without its name; the tiny config; the tokenizer; the task with its labels in that model's order."""
     spec, method = recipe.model, recipe.method.miniature(NARROWEST)
     stored = spec.model_copy(update={"layers": None, "convert": None})
     source = model.locate(spec)
@@ -235,6 +235,7 @@ def _model(recipe: Recipe, task: Task, rows: Rows, report: Reporter) -> tuple[Mo
             raise HubError(f"{spec.name} is not in the hub's cache, and its name does not tell its architecture: load it once with the network") from error
         report.note(f"substituted: the config of {spec.name} is not in the hub's cache; that of {kind} by default stands for it")
         config = model.load_config(Model(init="random", config={"model_type": kind, **spec.config}), None)
+    task = prepare.labels_as_stored(task, recipe.task, source, config, report.note)
     texts = list(prepare.tokenizer_texts(TrainedTokenizer(train="data"), rows))
     small_tokenizer = None
     if isinstance(spec.tokenizer, TrainedTokenizer):
@@ -264,7 +265,7 @@ def _model(recipe: Recipe, task: Task, rows: Rows, report: Reporter) -> tuple[Mo
                 raise
         else:
             break
-    return spec, small, tokenizer
+    return spec, small, tokenizer, task
 
 
 def _small_tokenizer(kind: Any, texts: list[str], config: Any) -> tuple[TrainedTokenizer, Any]:

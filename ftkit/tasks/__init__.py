@@ -69,6 +69,8 @@ class Task(Protocol):
     `ftkit.data.features.Corruption`).  One whose inputs cross the borders of rows has `packed(features, tokenizer, limits)`,
     which makes them, each with the index of the row that it begins in, of what `encode` gave for each index.
 
+    One whose rows cannot be measured if all are of one class has `classes_of(row)`, their names.
+
     One whose rows are compared with each other in training is `coupled`.  One whose models sentence-transformers loads has
     `lay_out(directory, config, max_length)`, which writes the files that it takes beside the weights, and `read_off(model, rows)`,
     what a fresh process must make of rows by these.

@@ -88,7 +88,7 @@ class TextClassification(TextTask):
         if self.problem == "regression":
             return self
         single = self.problem == "single-label"
-        found = occurring(rows, lambda row: [name_of(row.values["label"])] if single else AnyLabels.named(row.values.get("label", [])))
+        found = occurring(rows, self.classes_of if single else lambda row: AnyLabels.named(row.values.get("label", [])))
         labels = ordered(found, self.labels, at_least=2 if single else 1)
         weights = balanced(found) if self.class_weights == "balanced" else self.class_weights
         if weights is not None and (unknown := sorted(set(weights) - set(labels))):
@@ -108,6 +108,10 @@ class TextClassification(TextTask):
     def _names(self) -> list[str]:
         assert self.labels is not None, "resolve() comes first"
         return self.labels
+
+    def classes_of(self, row: Row) -> list[str]:
+        """The one class of a row; nothing of several labels, or of a number.  Raises RowError."""
+        return [name_of(row.values["label"])] if self.problem == "single-label" else []
 
     def _weight(self, row: Row) -> float:
         if not isinstance(self.class_weights, dict) or "label" not in row.values:

@@ -96,7 +96,7 @@ class TokenClassification(Spec):
         found, flaw = set[str](), ""
         for row in rows:
             try:
-                found.update(self._tags(row))
+                found.update(self.classes_of(row))
             except RowError as error:  # encode() says it of each such row
                 flaw = flaw or f"{row.where}: {error}"
         if flaw and not found:
@@ -116,8 +116,8 @@ class TokenClassification(Spec):
         assert self.labels is not None, "resolve() comes first"
         return self.labels
 
-    def _tags(self, row: Row) -> list[str]:
-        """Their names; whole numbers stand for places among `labels`, where these are words."""
+    def classes_of(self, row: Row) -> list[str]:
+        """The tags of a row; whole numbers stand for places among `labels`, where these are words."""
         if isinstance(row.values["tokens"], str):
             raise RowError("tokens must be a list, but is a string")
         words, tags = row.values["tokens"], [name_of(tag, "tag") for tag in row.values["tags"]]
@@ -135,7 +135,7 @@ class TokenClassification(Spec):
         Each word is learned and measured in one window.  `truncation: drop` and `error` look at whole rows.
         """
         places = {name: i for i, name in enumerate(self._names)}
-        tags = self._tags(row) if "tags" in row.values else [self._names[0]] * len(row.values["tokens"])
+        tags = self.classes_of(row) if "tags" in row.values else [self._names[0]] * len(row.values["tokens"])
         if unknown := [tag for tag in tags if tag not in places]:
             raise RowError(f"tag {unknown[0]!r} does not occur in the training rows (known: {some(self._names)})")
         windows = self._windows(_words(row), tokenizer, limits)

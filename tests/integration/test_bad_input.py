@@ -123,6 +123,26 @@ def label_unseen_in_training(scene):
     scene.recipe["data"]["validation"] = scene.file("validation.csv", "text,label\nroses,garden\nboats,sky\n")
 
 
+@mistake(3, r"validation\.csv:1: .* all 2 rows of validation have the one label 'garden'")
+def one_class_to_measure_on(scene):
+    scene.recipe["data"]["validation"] = scene.file("validation.csv", "text,label\nroses,garden\nboats,garden\n")
+
+
+@mistake(3, r"tags\.jsonl:1: .* all 2 rows of test have the one label 'O'")
+def one_tag_to_measure_on(scene):
+    learned = scene.file("train.jsonl", '{"tokens": ["Ann", "ran"], "tags": ["B-PER", "O"]}\n' * 2)
+    scene.recipe |= {"task": "token-classification", "data": {"train": learned}}
+    scene.recipe["data"]["test"] = scene.file("tags.jsonl", '{"tokens": ["he", "ran"], "tags": ["O", "O"]}\n' * 2)
+
+
+@mistake(3, r"task\.labels: garden, harbour, kitchen, .* in the order kitchen, garden, harbour")
+def labels_in_another_order_than_stored(scene):
+    directory = shutil.copytree(scene.checkpoint("bert"), scene.path / "stored")
+    config = json.loads((directory / "config.json").read_text()) | {"id2label": {"0": "kitchen", "1": "garden", "2": "harbour"}}
+    (directory / "config.json").write_text(json.dumps(config))
+    scene.recipe |= {"model": str(directory), "task": {"kind": "text-classification", "labels": ["garden", "harbour", "kitchen"]}}
+
+
 @mistake(3, r"columns(.|\n)*there are: body, label\n *needed: text")
 def text_column_missing(scene):
     scene.train("t.csv", "body_of_it,label\nroses,a\nbread,b\n".replace("body_of_it", "body"))

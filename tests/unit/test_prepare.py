@@ -60,6 +60,24 @@ def test_a_sample_of_the_rows_has_the_labels_of_all(prepared, data, rare, sample
     assert done.rows.pool is done.rows.train, "what was left out takes no memory"
 
 
+def test_labels_are_in_the_order_of_a_stored_head(recipe, checkpoint, tmp_path):
+    """Else that head would say one class where it has learned another."""
+    stored = ["kitchen", "garden", "harbour"]
+    directory = shutil.copytree(checkpoint("bert"), tmp_path / "stored")
+    config = json.loads((directory / "config.json").read_text())
+
+    def labels(named, task="text-classification"):
+        (directory / "config.json").write_text(json.dumps(config | {"id2label": dict(enumerate(named))}))
+        report = Reporter(None, quiet=True)
+        return prepare(read(recipe({"name": str(directory)}, "single", task=task)), report).recipe.task.labels, report.notes
+
+    found, notes = labels(stored)
+    assert found == stored
+    assert any("labels: kitchen, garden, harbour, in the order of the head" in note for note in notes)
+    assert labels(["kitchen", "garden", "sea"])[0] == sorted(stored), "another head's labels"
+    assert labels(stored, {"kind": "text-classification", "labels": stored})[0] == stored
+
+
 def test_metrics_depend_on_the_labels(prepared):
     with pytest.raises(RecipeError, match=r"eval\.metrics: 'f1_binary' is not a metric .* on these rows; there are accuracy, f1, auroc, mcc, ece, loss"):
         prepared("bert", "single", eval={"metrics": ["f1_binary"]})
