@@ -153,11 +153,11 @@ def labels_as_stored(task: Task, written: Task, source: Source | None, config: A
     stored = [str(id2label[index]) for index in sorted(id2label)]
     if source is None or labels is None or labels == stored or sorted(labels) != sorted(stored):
         return task
-    order = ", ".join(stored)
+    order, name = ", ".join(stored), source.adapter or source.name
     if written.labels is not None:  # type: ignore[attr-defined]
-        told = f"task.labels: {', '.join(labels)}, but {source.name} has learned them in the order {order}"
+        told = f"task.labels: {', '.join(labels)}, but {name} has learned them in the order {order}"
         raise DataError(f"{told}, and its head would say one for another; give them in that order, or leave task.labels out")
-    note(f"labels: {order}, in the order of the head of {source.name}")
+    note(f"labels: {order}, in the order of the head of {name}")
     return task.model_copy(update={"labels": stored})  # type: ignore[attr-defined,no-any-return]
 
 
