@@ -61,6 +61,11 @@ class DataSets(NamedTuple):
     ranked: Path
 
 
+def pytest_addoption(parser):
+    """What takes too long for every change."""
+    parser.addoption("--whole-matrix", action="store_true", help="try every method with every architecture for every task, which takes some minutes more")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """The tests of a file run in one process, since they share fixtures; those of the matrix, which takes longest, a task in each."""

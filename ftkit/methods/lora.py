@@ -166,8 +166,8 @@ def adapter_settings(base: Base) -> dict[str, Any]:
 
 def save_adapter(model: Any, base: Base, directory: Path) -> Artifact:
     """What PEFT added to a model, and new heads, in PEFT's format."""
+    model.create_or_update_model_card = lambda output_dir: None  # a blank form; the run directory has a filled-in card
     model.save_pretrained(directory, save_embedding_layers=False)
-    (directory / "README.md").unlink()  # PEFT's blank form; the run directory has a filled-in card
     return _artifact(base)
 
 
