@@ -150,15 +150,17 @@ def labels_as_stored(task: Task, written: Task, source: Source | None, config: A
     recipe asks for such an order.
     """
     labels, id2label = getattr(task, "labels", None), getattr(config, "id2label", None) or {}
-    stored = [str(id2label[index]) for index in sorted(id2label)]
-    if source is None or labels is None or labels == stored or sorted(labels) != sorted(stored):
+    own = {name.casefold(): name for name in labels or ()}
+    stored = [str(id2label[index]).casefold() for index in sorted(id2label)]
+    if source is None or labels is None or len(own) < len(labels) or list(own) == stored or sorted(own) != sorted(stored):
         return task
-    order, name = ", ".join(stored), source.adapter or source.name
+    ordered, name = [own[each] for each in stored], source.adapter or source.name
+    order = ", ".join(ordered)
     if written.labels is not None:  # type: ignore[attr-defined]
         told = f"task.labels: {', '.join(labels)}, but {name} has learned them in the order {order}"
         raise DataError(f"{told}, and its head would say one for another; give them in that order, or leave task.labels out")
     note(f"labels: {order}, in the order of the head of {name}")
-    return task.model_copy(update={"labels": stored})  # type: ignore[attr-defined,no-any-return]
+    return task.model_copy(update={"labels": ordered})  # type: ignore[attr-defined,no-any-return]
 
 
 def check_measurable(task: Task, splits: Mapping[str, Iterable[Row]]) -> None:

@@ -74,6 +74,7 @@ def test_labels_are_in_the_order_of_a_stored_head(recipe, checkpoint, tmp_path):
     found, notes = labels(stored)
     assert found == stored
     assert any("labels: kitchen, garden, harbour, in the order of the head" in note for note in notes)
+    assert labels(["KITCHEN", "Garden", "harbour"])[0] == stored, "as they are spelled in the rows"
     assert labels(["kitchen", "garden", "sea"])[0] == sorted(stored), "another head's labels"
     assert labels(stored, {"kind": "text-classification", "labels": stored})[0] == stored
 
