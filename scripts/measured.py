@@ -138,6 +138,14 @@ def file_of(folder: Path, split: str) -> Path:
 # --- what came out ------------------------------------------------------------------------------
 
 
+def commit() -> str | None:
+    """Of the code that is measured; `+` where it has been changed since."""
+    git = ["git", "-C", str(ROOT)]
+    found = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+    changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no", "ftkit"], capture_output=True, text=True)
+    return found.stdout.strip() + ("+" if changed.stdout else "") if found.returncode == 0 else None
+
+
 def load(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 

@@ -67,7 +67,7 @@ def test_a_cell_that_fails_is_not_written_and_does_not_stop_the_others(results: 
     out = tmp_path / "results.jsonl"
     place = results.Place(tmp_path, tmp_path / "work", quick=False)
     assert not results.measure([Known("a", None), Known("b", 0.5)], out, place)
-    assert [record["cell"] for record in results.finished(out)] == ["b"]
+    assert [(record["cell"], record["commit"]) for record in results.finished(out)] == [("b", results.commit())]
     assert "code 2" in capsys.readouterr().err
     assert list((tmp_path / "work").iterdir()) == []
 
