@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ftkit import adapters, device, reload, rundir, verify
 from ftkit.errors import DiskError, RecipeError, VerificationFailed
-from ftkit.model import Source, forget_loading_steps, hub_errors, load_tokenizer, max_positions, quiet_libraries
+from ftkit.model import Source, check_whole, forget_loading_steps, hub_errors, load_tokenizer, max_positions, quiet_libraries
 from ftkit.recipe.spec import Model
 from ftkit.tasks import pooling
 
@@ -185,6 +185,7 @@ def find(target: Path) -> Adapter:
     inside = target.name == "model" and rundir.is_run(target.parent)
     run = target.parent if inside else target if rundir.is_run(target) else None
     directory = run / "model" if run else target
+    check_whole(directory)
     if adapters.is_own(directory):
         artifact = adapters.settings(directory)
         return Adapter(directory, artifact, artifact["base_sha256"], None, _read_base_config(directory, artifact))

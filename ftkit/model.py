@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import transformers
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ftkit import big_bird, ends, reformer, rundir, students, vocabulary
-from ftkit.errors import FtkitError, HubError, MissingDependency, RecipeError
+from ftkit.errors import DiskError, FtkitError, HubError, MissingDependency, RecipeError
 from ftkit.exits import DISK_ERRORS
 from ftkit.methods.modules import added, base_prefix, linear_modules, two_stacks
 from ftkit.tasks.language_model import decoder_inputs
@@ -139,6 +140,7 @@ def locate(model: Model) -> Source | None:
             return adapter.source._replace(adapter=str(adapter.directory))
         if not (path / "config.json").is_file():
             raise RecipeError(f"model.name: {model.name} is a directory without config.json, so it holds no model")
+        check_whole(path)
         return Source(str(path), None, model.trust_remote_code)
     if path.is_absolute() or model.name.startswith((".", "~")) or model.name.count("/") > 1 or path.is_file():
         raise RecipeError(f"model.name: there is no directory {model.name}")
@@ -704,6 +706,22 @@ def share_in_few_bits(model: nn.Module) -> float:
     return sum(count for count, is_float in counts if not is_float) / sum(count for count, _ in counts)
 
 
+LFS_POINTER = b"version https://git-lfs"
+
+
+def check_whole(directory: Path) -> None:
+    """Raise DiskError where a file of weights cannot be read or was cut off, or where Git LFS has left a pointer to it.  Reads the headers alone."""
+    for path in sorted(directory.glob("*.safetensors")):
+        try:
+            with path.open("rb") as file:
+                if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                    raise DiskError(f"{path} only points to weights, for Git LFS; fetch them with `git lfs pull`")
+            with safe_open(path, framework="np"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise DiskError(f"{path} is broken ({error}); copy it here or download it once more") from error
+
+
 class hub_errors:
     """Turn what loading from disk or the hub raises into our errors."""
 
@@ -713,6 +731,8 @@ class hub_errors:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, SafetensorError):
+            raise DiskError(f"{self.source.name}: a file of its weights is broken ({error}); copy it here or download it once more") from error
         if error is None or isinstance(error, FtkitError) or not isinstance(error, OSError | ValueError | ImportError):
             return
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:

@@ -68,11 +68,15 @@ def open_run(target: str | Path, device: torch.device) -> Opened:
 
 
 def load(directory: Path, artifact: dict[str, Any], device: torch.device) -> Any:
-    """A run's model exactly as an artifact says, in eval mode; HubError if its base is on the hub and cannot be had."""
+    """A run's model exactly as an artifact says, in eval mode.
+
+    Raises HubError if its base is on the hub and cannot be had, DiskError if a file of weights is broken.
+    """
     from ftkit import reload
-    from ftkit.model import Source, hub_errors, mend
+    from ftkit.model import Source, check_whole, hub_errors, mend
 
     weights = reload.base_name(directory, artifact) if artifact.get("base") else str(directory)
+    check_whole(directory)
     with hub_errors(Source(weights, artifact.get("revision"))):
         model = _load(directory, artifact, str(device))
     mend(model)

@@ -144,7 +144,8 @@ def load_split(source: str, split: str | None, data: Data, task: Task, note: Not
 def report_bad(bad: list[str], on_bad_rows: str, note: Note) -> None:
     """Stop at bad rows (DataError), or say what is left out."""
     if bad and on_bad_rows == "error":
-        raise DataError(_listed(bad, f"{_plural(len(bad), 'row')} cannot be used") + "\nRepair them, or leave them out with data.on_bad_rows: skip")
+        told = _listed(bad, f"{_plural(len(bad), 'row')} cannot be used")
+        raise DataError(f"{told}\nRepair or remove them; a recipe with data.on_bad_rows: skip leaves them out")
     if bad:
         note(_listed(bad, f"{_plural(len(bad), 'bad row')} left out"))
 

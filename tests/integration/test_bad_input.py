@@ -286,6 +286,28 @@ def pickled_weights(scene):
     Path(scene.recipe["model"], "pytorch_model.bin").write_bytes(b"\x80\x04cposix\nsystem\n")
 
 
+@mistake(7, r"model/model\.safetensors is broken \(.*\); copy it here or download it once more")
+def weights_that_were_cut_off(scene):
+    scene.recipe["model"] = scene.model_without()
+    weights = Path(scene.recipe["model"], "model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+@mistake(7, r"model/model\.safetensors only points to weights, for Git LFS; fetch them with `git lfs pull`")
+def weights_that_git_did_not_fetch(scene):
+    scene.recipe["model"] = scene.model_without()
+    Path(scene.recipe["model"], "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 90866404\n")
+
+
+@mistake(7, r"adapter/adapter_model\.safetensors is broken")
+def an_adapter_that_was_cut_off(scene):
+    adapter = scene.path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": scene.checkpoint("bert")}))
+    (adapter / "adapter_model.safetensors").write_bytes(b"\x10")
+    scene.recipe["model"] = str(adapter)
+
+
 @mistake(2, r"'q_project' matches no linear module.*query")
 def lora_targets_that_match_nothing(scene):
     scene.recipe["method"] = {"kind": "lora", "targets": ["q_project"]}
@@ -440,7 +462,7 @@ def early_stopping_on_what_is_measured_at_the_end(scene):
     scene.rewrite(train={"steps": 1, "early_stopping": {"metric": "rouge_l"}})
 
 
-@mistake(3, r"2 rows cannot be used:\n.*t\.jsonl:2: 1 tags for 2 tokens\n.*t\.jsonl:3: token 1 is 5, not text\nRepair them")
+@mistake(3, r"2 rows cannot be used:\n.*t\.jsonl:2: 1 tags for 2 tokens\n.*t\.jsonl:3: token 1 is 5, not text\nRepair or remove them")
 def tags_that_do_not_match(scene):
     scene.recipe["task"] = "token-classification"
     rows = [(["old", "boats"], ["O", "B-X"]), (["old", "boats"], ["O"]), ([5, "boats"], ["O", "B-X"])]

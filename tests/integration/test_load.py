@@ -1,6 +1,7 @@
 """`ftkit.load`: any run in one line, and adapters that only ftkit loads beside the base that they were trained on."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -54,6 +55,16 @@ def test_another_base_is_refused(train, tmp_path, ftkit):
         package.load(run)
     done = ftkit("predict", run, "roses")
     assert (done.code, "is not the base that" in done.err) == (2, True)
+
+
+def test_weights_that_were_cut_off_are_refused(train, tmp_path, ftkit):
+    run = train("bert", "single", {"kind": "adapter"})
+    base, adapter = tmp_path / "base" / "model.safetensors", run / "model" / "adapter.safetensors"
+    for weights, message in ((base, r"base: a file of its weights is broken"), (adapter, r"adapter\.safetensors is broken")):
+        weights.write_bytes(weights.read_bytes()[:-1])
+        done = ftkit("predict", run, "roses")
+        assert done.code == 7, done.err
+        assert re.search(message, done.err)
 
 
 def test_what_is_no_run_is_refused(tmp_path):
