@@ -140,7 +140,6 @@ def locate(model: Model) -> Source | None:
             return adapter.source._replace(adapter=str(adapter.directory))
         if not (path / "config.json").is_file():
             raise RecipeError(f"model.name: {model.name} is a directory without config.json, so it holds no model")
-        check_whole(path)
         return Source(str(path), None, model.trust_remote_code)
     if path.is_absolute() or model.name.startswith((".", "~")) or model.name.count("/") > 1 or path.is_file():
         raise RecipeError(f"model.name: there is no directory {model.name}")
@@ -720,6 +719,12 @@ def check_whole(directory: Path) -> None:
                 pass
         except (OSError, SafetensorError) as error:
             raise DiskError(f"{path} is broken ({error}); copy it here or download it once more") from error
+
+
+def check_weights(model: Model, source: Source | None) -> None:
+    """Raise DiskError where a run would start from weights on this disk that are broken; where only config or tokenizer are read, nothing is asked of them."""
+    if source and model.init == "pretrained":
+        check_whole(Path(source.name))
 
 
 class hub_errors:

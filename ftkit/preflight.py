@@ -58,6 +58,8 @@ def check(resolved: Resolved, report: Reporter) -> list[FtkitError]:
     if rows:
         attempt(prepare.check_metrics, recipe.model_copy(update={"task": task or recipe.task}), rows)
     found = attempt(_architecture, recipe)
+    if found:
+        attempt(model.check_weights, recipe.model, found.source)
     tokenizer = attempt(_tokenizer, recipe, found.source, rows, report) if found else None
     if found is None or tokenizer is None:
         return problems

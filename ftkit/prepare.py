@@ -59,6 +59,7 @@ def prepare(resolved: Resolved, report: Reporter, poll: Callable[[], None] = lam
 
     recipe = resolved.recipe
     source = model.locate(recipe.model)
+    model.check_weights(recipe.model, source)
     config = model.load_config(recipe.model, source)
     source = model.pinned(source, config)
     model.model_class(config, recipe.task)

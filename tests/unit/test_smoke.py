@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 import socket
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -132,6 +133,13 @@ def test_a_part_of_a_model_and_its_teacher_are_tiny(smoke, data):
 
 
 HALF = {"name": "google/flan-t5-small", "dtype": "float16"}  # T5 keeps some of its weights in float32 all the same
+
+
+def test_weights_are_not_asked_for(smoke, data, checkpoint, tmp_path):
+    shutil.copytree(checkpoint("bert"), tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")  # as in a clone for CI
+    done = smoke(classify(str(tmp_path / "model"), data.single / "train.csv"))
+    assert done.code == 0, done.err
 
 
 @pytest.mark.parametrize("model", ["facebook/bart-base", "google/mt5-small", HALF, "google/pegasus-xsum"])
