@@ -10,8 +10,8 @@ import torch
 
 from ftkit.data.batches import by_length, collate
 from ftkit.errors import RecipeError
+from ftkit.few_bits import num_values
 from ftkit.latency import in_turns
-from ftkit.model import num_values
 from ftkit.summary import share_kept
 from ftkit.tasks.classes import other_labels
 

@@ -79,3 +79,8 @@ class Interrupted(FtkitError):
     """SIGINT (Ctrl-C) arrived."""
 
     code = 130
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

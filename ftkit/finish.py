@@ -13,10 +13,11 @@ from ftkit import adapters, checkpoint, compiled, device, plots, reload, rundir,
 from ftkit.card import model_card
 from ftkit.data.ondisk import Records
 from ftkit.evaluate import details_of, measure, predictions, samples, side_by_side
-from ftkit.model import Source, without_pooler
+from ftkit.model import without_pooler
 from ftkit.quantities import duration
 from ftkit.report import peak_memory
 from ftkit.session import load_base
+from ftkit.sources import Source
 
 if TYPE_CHECKING:
     from torch import nn

@@ -21,8 +21,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ftkit import adapters, device, reload, rundir, verify
 from ftkit.errors import DiskError, RecipeError, VerificationFailed
-from ftkit.model import Source, check_whole, forget_loading_steps, hub_errors, load_tokenizer, max_positions, quiet_libraries
+from ftkit.model import forget_loading_steps, load_tokenizer, max_positions, quiet_libraries
 from ftkit.recipe.spec import Model
+from ftkit.sources import Source, check_whole, hub_errors
 from ftkit.tasks import pooling
 
 HEADS = {  # PEFT's task_type -> the Auto class that has the head

@@ -1,27 +1,26 @@
-"""From a name in a recipe to a model and a tokenizer: finding, checking, loading, counting."""
+"""From what a recipe says of a model to the model and its tokenizer: checking, loading, counting."""
 
 from __future__ import annotations
 
 import copy
 import difflib
 import inspect
-import json
 import logging
 from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ftkit import big_bird, ends, reformer, rundir, students, vocabulary
-from ftkit.errors import DiskError, FtkitError, HubError, MissingDependency, RecipeError
-from ftkit.exits import DISK_ERRORS
+from ftkit import big_bird, ends, reformer, students, vocabulary
+from ftkit.errors import MissingDependency, RecipeError, first_line
+from ftkit.few_bits import as_objects, num_values
 from ftkit.methods.modules import added, base_prefix, linear_modules, two_stacks
+from ftkit.sources import Source, hub_errors, locate, pinned
 from ftkit.tasks.language_model import decoder_inputs
 
 if TYPE_CHECKING:
@@ -35,23 +34,6 @@ DECODER_TOKENS = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_t
 # Families that give states the type of the weights they meet, bytes in few bits, and do not keep these in float32 as T5 does (transformers 5.23).
 TURNS_STATES_INTO_BYTES = {"longt5"}
 MAX_TOKENIZER_LENGTH = 1_000_000  # transformers says "no limit" with 1e30
-
-
-class Source(NamedTuple):
-    """Where weights or a tokenizer come from: what `from_pretrained` takes."""
-
-    name: str
-    revision: str | None = None
-    trust_remote_code: bool = False
-    adapter: str | None = None  # directory of one that is merged into these weights first
-
-    @property
-    def kwargs(self) -> dict[str, Any]:
-        return {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
-
-    @property
-    def local(self) -> bool:
-        return Path(self.name).is_dir()
 
 
 @dataclass
@@ -117,35 +99,6 @@ def quiet_libraries() -> None:
     logging.getLogger("accelerate").setLevel(logging.ERROR)
 
 
-def locate(model: Model) -> Source | None:
-    """Where the weights are: a directory, the model of a run directory, or a hub id; None for random ones without a name."""
-    if model.name is None:
-        return None
-    path = Path(model.name)
-    if path.is_dir():
-        if rundir.is_run(path):
-            rundir.finished(path)
-            path = path / "model"
-        if (path / "adapter_config.json").is_file() or (path / "adapter.json").is_file():
-            from ftkit import merge
-
-            adapter = merge.find(path)
-            try:
-                merge.check_mergeable(adapter, "stored")
-            except RecipeError as error:
-                base = adapter.source.name
-                raise RecipeError(
-                    f"model.name: {model.name} holds what cannot become part of its base's weights, so no run can start from it; name its base, {base}"
-                ) from error
-            return adapter.source._replace(adapter=str(adapter.directory))
-        if not (path / "config.json").is_file():
-            raise RecipeError(f"model.name: {model.name} is a directory without config.json, so it holds no model")
-        return Source(str(path), None, model.trust_remote_code)
-    if path.is_absolute() or model.name.startswith((".", "~")) or model.name.count("/") > 1 or path.is_file():
-        raise RecipeError(f"model.name: there is no directory {model.name}")
-    return Source(model.name, model.revision, model.trust_remote_code)
-
-
 def load_config(model: Model, source: Source | None, tokenizer: Any = None) -> transformers.PreTrainedConfig:
     """The model's config with the recipe's overrides; an unknown override is refused with the nearest known key.
 
@@ -194,10 +147,12 @@ def adopt_tokens(config: transformers.PreTrainedConfig, tokenizer: Any, given: C
             setattr(config, key, tokenizer.pad_token_id if same is None and key == "decoder_start_token_id" else same)
 
 
-def pinned(source: Source | None, config: transformers.PreTrainedConfig) -> Source | None:
-    """The source at the very commit that the config came from: a branch of the hub may move while a run lasts, and after it."""
-    commit = getattr(config, "_commit_hash", None)
-    return source._replace(revision=commit) if source and commit else source
+def architecture(model: Model, task: Task) -> tuple[Source | None, transformers.PreTrainedConfig]:
+    """Where the weights of a recipe are, at the commit that they have now, and their config; refused without a head for the task."""
+    source = locate(model)
+    config = load_config(model, source)
+    model_class(config, task)
+    return pinned(source, config), config
 
 
 @contextmanager
@@ -208,7 +163,7 @@ def _config_errors() -> Iterator[None]:
     try:
         yield
     except StrictDataclassError as error:
-        raise RecipeError(f"model.config: {error.__cause__ or _first_line(error)}") from error
+        raise RecipeError(f"model.config: {error.__cause__ or first_line(error)}") from error
 
 
 def load_tokenizer(model: Model, source: Source | None, train: TrainedTokenizer | None, texts: Iterable[str]) -> Any:
@@ -227,7 +182,7 @@ def load_tokenizer(model: Model, source: Source | None, train: TrainedTokenizer 
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(source.name, **source.kwargs)
         except (ValueError, TypeError, KeyError) as error:
-            raise RecipeError(f"{source.name} has no tokenizer that can be loaded ({_first_line(error)}); name one in model.tokenizer") from error
+            raise RecipeError(f"{source.name} has no tokenizer that can be loaded ({first_line(error)}); name one in model.tokenizer") from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise RecipeError(f"{source.name} has no tokenizer files; name a tokenizer in model.tokenizer")
     if tokenizer.pad_token is None:
@@ -283,6 +238,22 @@ def renamed_stack(model: transformers.PreTrainedModel) -> dict[str, Any]:
     return {} if stored == ours else {"key_mapping": {f"^{stored}.": f"{ours}."}}
 
 
+def forget_loading_steps(model: Any) -> None:
+    """Let `save_pretrained` write weights as they are.
+
+    Up to transformers 5.23 a checkpoint that was stored in few bits keeps bitsandbytes' loading steps, which cannot be
+    reversed: saving its model, dequantised or not, raises NotImplementedError.  And what `renamed_stack` told it would
+    be reversed, into names that the model itself does not look for.
+    """
+
+    def lasts(step: Any) -> bool:
+        operations = getattr(step, "operations", [])
+        return step.target_patterns != [f"{model.base_model_prefix}."] and not any("bitsandbytes" in type(each).__module__ for each in operations)
+
+    if steps := getattr(model, "_weight_conversions", None):
+        model._weight_conversions = list(filter(lasts, steps))
+
+
 def skeleton(config: transformers.PreTrainedConfig, task: Task, attention: str | None = None, trust_remote_code: bool = False) -> transformers.PreTrainedModel:
     """The model without weights, on the meta device: names and shapes only.
 
@@ -295,7 +266,7 @@ def skeleton(config: transformers.PreTrainedConfig, task: Task, attention: str |
     except (ValueError, ImportError) as error:
         if attention is None:
             raise
-        raise (MissingDependency if isinstance(error, ImportError) else RecipeError)(f"model.attention: {attention}: {_first_line(error)}") from error
+        raise (MissingDependency if isinstance(error, ImportError) else RecipeError)(f"model.attention: {attention}: {first_line(error)}") from error
     if lack := getattr(task, "lacks", lambda model: None)(model):
         raise RecipeError(f"task {task.kind}: {type(model).__name__} has {lack}")
     if task.auto_class == "AutoModelForCausalLM" and not getattr(model.config, "is_decoder", True) and not _says_causal(model):
@@ -590,84 +561,6 @@ def _mend(generation: transformers.GenerationConfig) -> None:
                 setattr(generation, name, getattr(plain, name))
 
 
-def as_objects(extra: dict[str, Any]) -> dict[str, Any]:
-    """A method's JSON-able load arguments as transformers takes them."""
-    if "quantization_config" not in extra:
-        return extra
-    return extra | {"quantization_config": transformers.BitsAndBytesConfig(**extra["quantization_config"])}
-
-
-def steady_quantised(model: nn.Module) -> None:
-    """Keep the layers of bitsandbytes <= 0.50 from rewriting themselves in a forward pass.
-
-    What later steps, saves or dequantisation see would change: in eval mode, CPUs with avx512_bf16 repack 4-bit weights
-    in place (bitsandbytes issue 2078); and every layer rounds its bias, in place, to the type that it computes in.
-    """
-    module: Any
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-        if _of_bitsandbytes(module) and module.bias is not None:
-            _keep_bias(module)
-
-
-def forget_loading_steps(model: Any) -> None:
-    """Let `save_pretrained` write weights as they are.
-
-    Up to transformers 5.23 a checkpoint that was stored in few bits keeps bitsandbytes' loading steps, which cannot be
-    reversed: saving its model, dequantised or not, raises NotImplementedError.  And what `renamed_stack` told it would
-    be reversed, into names that the model itself does not look for.
-    """
-
-    def lasts(step: Any) -> bool:
-        operations = getattr(step, "operations", [])
-        return step.target_patterns != [f"{model.base_model_prefix}."] and not any("bitsandbytes" in type(each).__module__ for each in operations)
-
-    if steps := getattr(model, "_weight_conversions", None):
-        model._weight_conversions = list(filter(lasts, steps))
-
-
-def _of_bitsandbytes(module: nn.Module) -> bool:
-    return hasattr(module, "compute_type_is_set") or hasattr(module, "init_8bit_state")
-
-
-def _keep_bias(module: Any) -> None:
-    """Give a layer its bias back after each forward pass."""
-    stored: list[tuple[nn.Parameter, torch.Tensor]] = []
-
-    def give_back(*_: Any) -> None:
-        bias, data = stored.pop()
-        bias.data = data
-
-    module.register_forward_pre_hook(lambda *_: stored.append((module.bias, module.bias.data)))
-    module.register_forward_hook(give_back, always_call=True)  # recomputed layers may end early
-
-
-def add_biases_apart(model: nn.Module) -> None:
-    """Let layers of bitsandbytes add their biases to what they give without, so that these can learn in float32.
-
-    A layer that computes in bfloat16 would give them gradients of that type, which no optimizer takes.
-    """
-    for module in model.modules():
-        if _of_bitsandbytes(module) and module.bias is not None:
-            _add_bias_apart(module)
-
-
-def _add_bias_apart(module: Any) -> None:
-    taken: list[nn.Parameter] = []
-
-    def take(*_: Any) -> None:
-        taken.append(module.bias)
-        module.bias = None
-
-    def add(_: Any, args: Any, output: torch.Tensor | None) -> torch.Tensor | None:
-        module.bias = taken.pop()
-        return None if output is None else output + module.bias.to(output.dtype)
-
-    module.register_forward_pre_hook(take)
-    module.register_forward_hook(add, always_call=True)
-
-
 def parameters_by_group(model: nn.Module, head: list[str]) -> dict[str, dict[str, int]]:
     """Trainable and total parameters of embeddings, layers, head and what a method added, counted once each.
 
@@ -691,90 +584,6 @@ def parameters_by_group(model: nn.Module, head: list[str]) -> dict[str, dict[str
         entry["total"] += count
         entry["trainable"] += count if parameter.requires_grad else 0
     return groups
-
-
-def num_values(parameter: torch.Tensor) -> int:
-    """How many numbers a tensor stands for: 4-bit tensors hold two in a byte."""
-    state = getattr(parameter, "quant_state", None)
-    return state.shape.numel() if state is not None else parameter.numel()
-
-
-def share_in_few_bits(model: nn.Module) -> float:
-    """How much of a model's values are in packed or whole bytes, not in float."""
-    counts = [(num_values(parameter), parameter.is_floating_point()) for parameter in model.parameters()]
-    return sum(count for count, is_float in counts if not is_float) / sum(count for count, _ in counts)
-
-
-LFS_POINTER = b"version https://git-lfs"
-
-
-def check_whole(directory: Path) -> None:
-    """Raise DiskError where a file of weights cannot be read or was cut off, or where Git LFS has left a pointer to it.  Reads the headers alone."""
-    for path in sorted(directory.glob("*.safetensors")):
-        try:
-            with path.open("rb") as file:
-                if file.read(len(LFS_POINTER)) == LFS_POINTER:
-                    raise DiskError(f"{path} only points to weights, for Git LFS; fetch them with `git lfs pull`")
-            with safe_open(path, framework="np"):
-                pass
-        except (OSError, SafetensorError) as error:
-            raise DiskError(f"{path} is broken ({error}); copy it here or download it once more") from error
-
-
-def check_weights(model: Model, source: Source | None) -> None:
-    """Raise DiskError where a run would start from weights on this disk that are broken; where only config or tokenizer are read, nothing is asked of them."""
-    if source and model.init == "pretrained":
-        check_whole(Path(source.name))
-
-
-class hub_errors:
-    """Turn what loading from disk or the hub raises into our errors."""
-
-    def __init__(self, source: Source, code: str = "read it, then set model.trust_remote_code: true and model.revision") -> None:
-        self.source, self.code = source, code
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, SafetensorError):
-            raise DiskError(f"{self.source.name}: a file of its weights is broken ({error}); copy it here or download it once more") from error
-        if error is None or isinstance(error, FtkitError) or not isinstance(error, OSError | ValueError | ImportError):
-            return
-        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-            return  # a full disk is no trouble with the hub
-        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-
-        name, chain = self.source.name, []
-        link: BaseException | None = error
-        while link is not None:
-            chain.append(link)
-            link = link.__cause__ or link.__context__
-        if isinstance(error, ImportError):
-            raise MissingDependency(f"{name}: {_first_line(error)}") from error
-        if "trust_remote_code" in str(error):
-            raise RecipeError(f"{name} needs Python code from its repository; {self.code}") from error
-        if self.source.local:
-            if isinstance(error, json.JSONDecodeError) or "not a valid JSON" in str(error):
-                raise RecipeError(f"{name}: a JSON file is broken ({_first_line(error)})") from error
-            if "safetensors" in str(error):
-                raise RecipeError(f"{name} has no safetensors weights; pickled ones (.bin, .pt) are not read: convert them with transformers first") from error
-            if isinstance(error, OSError) and error.errno is None:
-                raise RecipeError(f"{name}: {_first_line(error)}") from error
-            return
-        if any(isinstance(link, GatedRepoError) for link in chain):
-            raise HubError(f"{name} is gated: accept its terms on the hub, then log in with `hf auth login`") from error
-        if any(isinstance(link, RevisionNotFoundError) for link in chain):
-            raise HubError(f"{name} has no revision {self.source.revision!r} on the hub") from error
-        if any(isinstance(link, RepositoryNotFoundError) for link in chain):
-            raise HubError(f"{name} is neither a local directory nor a model on the hub (or it is private: `hf auth login`)") from error
-        if isinstance(error, OSError):
-            if "safetensors" in str(error):
-                raise HubError(f"{name} has no safetensors weights on the hub; pickled ones are not read") from error
-            raise HubError(f"{name} is no local directory, and the hub cannot be reached or lacks it: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _nearest(name: str, known: list[str]) -> str:

@@ -46,8 +46,9 @@ def open_run(target: str | Path, device: torch.device) -> Opened:
     Raises RecipeError if `target` is no finished run, HubError if its base is on the hub and cannot be had.
     """
     from ftkit import reload
-    from ftkit.model import Source, hub_errors, quiet_libraries
+    from ftkit.model import quiet_libraries
     from ftkit.recipe import read
+    from ftkit.sources import Source, hub_errors
 
     path = Path(target)
     if not rundir.is_run(path):
@@ -73,7 +74,8 @@ def load(directory: Path, artifact: dict[str, Any], device: torch.device) -> Any
     Raises HubError if its base is on the hub and cannot be had, DiskError if a file of weights is broken.
     """
     from ftkit import reload
-    from ftkit.model import Source, check_whole, hub_errors, mend
+    from ftkit.model import mend
+    from ftkit.sources import Source, check_whole, hub_errors
 
     weights = reload.base_name(directory, artifact) if artifact.get("base") else str(directory)
     check_whole(directory)

@@ -11,10 +11,10 @@ from ftkit.recipe.spec import TrainedTokenizer
 
 if TYPE_CHECKING:
     from ftkit.data.types import Limits, Row, Rows
-    from ftkit.model import Source
     from ftkit.recipe import Resolved
     from ftkit.recipe.spec import Recipe, Train
     from ftkit.report import Reporter
+    from ftkit.sources import Source
     from ftkit.tasks import Task
 
 T = TypeVar("T")
@@ -34,6 +34,7 @@ def check(resolved: Resolved, report: Reporter) -> list[FtkitError]:
     from ftkit.data.batches import Sampler
     from ftkit.data.rows import load_rows
     from ftkit.data.types import Limits
+    from ftkit.sources import check_weights
 
     model.quiet_libraries()
     recipe = resolved.recipe
@@ -57,18 +58,20 @@ def check(resolved: Resolved, report: Reporter) -> list[FtkitError]:
     task = attempt(recipe.task.resolve, rows.pool) if rows else None
     if rows:
         attempt(prepare.check_metrics, recipe.model_copy(update={"task": task or recipe.task}), rows)
-    found = attempt(_architecture, recipe)
-    if found:
-        attempt(model.check_weights, recipe.model, found.source)
-    tokenizer = attempt(_tokenizer, recipe, found.source, rows, report) if found else None
-    if found is None or tokenizer is None:
+    found = attempt(model.architecture, recipe.model, recipe.task)
+    if found is None:
+        return problems
+    source, config = found
+    attempt(check_weights, recipe.model, source)
+    tokenizer = attempt(_tokenizer, recipe, source, rows, report)
+    if tokenizer is None:
         return problems
     attempt(recipe.task.check, tokenizer)
-    attempt(prepare.check_targets, recipe.task, found.config)
-    length = attempt(prepare.max_length, resolved, found.config, tokenizer, report.note)
+    attempt(prepare.check_targets, recipe.task, config)
+    length = attempt(prepare.max_length, resolved, config, tokenizer, report.note)
     if rows is None or task is None:
         return problems
-    task = attempt(prepare.labels_as_stored, task, recipe.task, found.source, found.config, report.note) or task
+    task = attempt(prepare.labels_as_stored, task, recipe.task, source, config, report.note) or task
     if length is not None:
         limits = Limits(length, recipe.data.truncation)
         attempt(_try_rows, rows, task, tokenizer, limits, recipe.data.on_bad_rows)
@@ -76,8 +79,8 @@ def check(resolved: Resolved, report: Reporter) -> list[FtkitError]:
         if hasattr(recipe.objective, "check"):
             attempt(recipe.objective.check, task, tokenizer, limits)
         attempt(on_policy.check, recipe, rows.train[0])
-    config = model.load_config(recipe.model, found.source, tokenizer)
-    planned = attempt(model.plan, recipe.model, found.source, config, tokenizer, task, recipe.method, recipe.train.precision)
+    config = model.load_config(recipe.model, source, tokenizer)
+    planned = attempt(model.plan, recipe.model, source, config, tokenizer, task, recipe.method, recipe.train.precision)
     if planned is not None and attempt(recipe.method.apply, planned) is not None:
         attempt(model.check_added, planned, recipe.method)
         attempt(session.beside_of, recipe.model_copy(update={"task": task}), planned)
@@ -113,6 +116,7 @@ def forecast(resolved: Resolved) -> Forecast:
     """
     from ftkit import layout, model, optim, session, vocabulary
     from ftkit.data.rows import load_rows
+    from ftkit.sources import locate
 
     recipe = resolved.recipe
 
@@ -120,7 +124,7 @@ def forecast(resolved: Resolved) -> Forecast:
         yield from load_rows(recipe.data, recipe.task, recipe.train.seed, lambda text: None).pool
 
     model.quiet_libraries()
-    source, spec = model.locate(recipe.model), recipe.model
+    source, spec = locate(recipe.model), recipe.model
     tokenizer: Any = None
     if isinstance(spec.tokenizer, TrainedTokenizer):
         size = max(spec.tokenizer.vocab_size, spec.config.get("vocab_size", 0))
@@ -139,21 +143,6 @@ def forecast(resolved: Resolved) -> Forecast:
     beside = session.beside_of(recipe, base)
     parameters = model.parameters_by_group(learner, base.head) | session.parameters_beside(recipe, learner, beside)
     return Forecast(parameters, *layout.foreseen(recipe, plain), optim.learning_rate(resolved, config))
-
-
-class _Architecture(NamedTuple):
-    source: Source | None
-    config: Any
-
-
-def _architecture(recipe: Recipe) -> _Architecture:
-    """Where the model is, and its config, which has a head for the task."""
-    from ftkit import model
-
-    source = model.locate(recipe.model)
-    config = model.load_config(recipe.model, source)
-    model.model_class(config, recipe.task)
-    return _Architecture(source, config)
 
 
 def _check_devices(train: Train) -> None:

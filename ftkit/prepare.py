@@ -18,10 +18,10 @@ from ftkit.recipe.spec import TrainedTokenizer
 if TYPE_CHECKING:
     from ftkit.data.features import Encoded, FeatureSet
     from ftkit.data.types import Row, RowList
-    from ftkit.model import Source
     from ftkit.recipe import Resolved
     from ftkit.recipe.spec import Recipe
     from ftkit.report import Reporter
+    from ftkit.sources import Source
     from ftkit.tasks import Task
 
 
@@ -56,13 +56,11 @@ def prepare(resolved: Resolved, report: Reporter, poll: Callable[[], None] = lam
     """
     from ftkit import model, optim, reformer
     from ftkit.data.rows import load_rows
+    from ftkit.sources import check_weights
 
     recipe = resolved.recipe
-    source = model.locate(recipe.model)
-    model.check_weights(recipe.model, source)
-    config = model.load_config(recipe.model, source)
-    source = model.pinned(source, config)
-    model.model_class(config, recipe.task)
+    source, config = model.architecture(recipe.model, recipe.task)
+    check_weights(recipe.model, source)
     with report.stage("reading data"):
         rows = load_rows(recipe.data, recipe.task, recipe.train.seed, report.note, poll)
     task = labels_as_stored(recipe.task.resolve(rows.pool), recipe.task, source, config, report.note)

@@ -16,9 +16,9 @@ from torch import nn
 from ftkit import compiled, device, dropout, embeddings, frozen, kernels, launch, layout, model, on_policy, optim, prefixes, prompts, recompute, updates
 from ftkit.data.batches import Sampler, collate, largest_micro_batch
 from ftkit.errors import MissingDependency, RecipeError
+from ftkit.few_bits import num_values, share_in_few_bits, steady_quantised
 from ftkit.loop import Trainee
 from ftkit.methods.modules import embedding_of
-from ftkit.model import num_values
 from ftkit.neftune import Noise
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def open_session(prepared: Prepared, report: Reporter, before: Mapping[str, Any]
         if base.new and not recipe.task.new_head:
             report.warn(f"not among the stored weights, so from random ones: {', '.join(base.new_modules)}")
         if "quantization_config" in base.load_kwargs:
-            report.note(f"{model.share_in_few_bits(base.model):.0%} of the base's weights are in few bits, those of its linear modules")
+            report.note(f"{share_in_few_bits(base.model):.0%} of the base's weights are in few bits, those of its linear modules")
         torch.manual_seed(train.seed)
         learner = method.apply(base)
         beside = beside_of(recipe, base)
@@ -385,7 +385,7 @@ def load_base(prepared: Prepared, precision: str, here: torch.device) -> Base:
     base = model.load(
         spec, prepared.source, prepared.config, prepared.tokenizer, recipe.task, recipe.method, dtype, recipe.train.seed, here, recipe.train.precision
     )
-    model.steady_quantised(base.model)
+    steady_quantised(base.model)
     model.check_causal(base.model, recipe.task)
     if recipe.train.fast_dropout:
         dropout.quicken(base.model)

@@ -26,6 +26,7 @@ from ftkit.objectives.supervised import Supervised
 from ftkit.recipe import Resolved, dump, read
 from ftkit.recipe.spec import Model, TrainedTokenizer
 from ftkit.report import Reporter
+from ftkit.sources import locate
 from ftkit.tokenizer import VocabularySize, train_tokenizer
 
 if TYPE_CHECKING:
@@ -226,7 +227,7 @@ def _model(recipe: Recipe, task: Task, rows: Rows, report: Reporter) -> tuple[Mo
     """What the recipe says of the model, without its name; the tiny config; the tokenizer; the task with its labels in that model's order."""
     spec, method = recipe.model, recipe.method.miniature(NARROWEST)
     stored = spec.model_copy(update={"layers": None, "convert": None})
-    source = model.locate(spec)
+    source = locate(spec)
     try:
         config = model.load_config(stored, source)
     except HubError as error:

@@ -11,9 +11,10 @@ import transformers
 from ftkit import model, opened, reload, rundir, verify
 from ftkit.data import cache
 from ftkit.errors import RecipeError
+from ftkit.few_bits import as_objects, num_values, steady_quantised
 from ftkit.methods import quantised
-from ftkit.model import Source, hub_errors
 from ftkit.recipe.spec import Model
+from ftkit.sources import Source, hub_errors
 
 if TYPE_CHECKING:
     import torch
@@ -89,7 +90,7 @@ class Stored(NamedTuple):
             raise RecipeError(f"objective.teacher: {self.source.name} has no tokenizer that could be compared with the student's") from error
 
     def parameters(self, task: Task) -> int:
-        return sum(map(model.num_values, model.skeleton(self.config(), task).parameters()))
+        return sum(map(num_values, model.skeleton(self.config(), task).parameters()))
 
     def key(self) -> str:
         """A hash of the files of a directory; of the hub the commit."""
@@ -102,14 +103,14 @@ class Stored(NamedTuple):
 
     def open(self, task: Task, bits: int | None, precision: str, device: torch.device) -> Any:
         """The model in eval mode, in the dtype that it is stored in, or with linear modules in `bits`."""
-        few = model.as_objects({"quantization_config": quantised.settings(bits, precision, None)}) | {"device_map": {"": device}} if bits else {}
+        few = as_objects({"quantization_config": quantised.settings(bits, precision, None)}) | {"device_map": {"": device}} if bits else {}
         with hub_errors(self.source, NO_CODE):
             found, info = getattr(transformers, task.auto_class).from_pretrained(
                 self.source.name, dtype="auto", use_safetensors=True, output_loading_info=True, **self.source.kwargs, **few
             )
         if missing := sorted(info["missing_keys"]):
             raise RecipeError(f"objective.teacher: {self.source.name} lacks {', '.join(missing)}, which would be random; train it for {task.kind} first")
-        model.steady_quantised(found)
+        steady_quantised(found)
         model.mend(found)
         return (found if bits else found.to(device)).eval()
 

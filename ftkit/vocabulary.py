@@ -37,9 +37,10 @@ def propose(name: str, paths: Sequence[str], size: int, least: int) -> Proposal:
     """
     from ftkit import model
     from ftkit.recipe.spec import AddedTokens, Model
+    from ftkit.sources import locate
 
     spec = Model(name=name)
-    tokenizer = model.load_tokenizer(spec, model.locate(spec), None, ())
+    tokenizer = model.load_tokenizer(spec, locate(spec), None, ())
     for path in paths:
         if not Path(path).is_file():
             raise DataError(f"there is no file {path}")

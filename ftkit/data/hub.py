@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ftkit.data.files import Table, add_batches, format_of
-from ftkit.errors import DataError, DiskError, HubError
+from ftkit.errors import DataError, DiskError, HubError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -101,21 +101,21 @@ def _load_dataset(source: str, name: str, config: str | None, revision: str | No
     except DatasetNotFoundError as error:
         gated = "gated" in str(error)
         advice = f"accept its terms on https://huggingface.co/datasets/{name}, then log in with `hf auth login`" if gated else _check_name(revision)
-        raise HubError(f"{source}: {_first_line(error)} What to do: {advice}.") from error
+        raise HubError(f"{source}: {first_line(error)} What to do: {advice}.") from error
     except DataFilesNotFoundError as error:
         raise HubError(f"{source}: the repository holds no data files that can be read without running its code.") from error
     except (ConnectionError, HTTPError) as error:
         raise HubError(
-            f"{source}: the hub cannot be reached, and the data set is not in its local cache ({_first_line(error)}). "
+            f"{source}: the hub cannot be reached, and the data set is not in its local cache ({first_line(error)}). "
             "What to do: check the network, HF_HUB_OFFLINE and HF_ENDPOINT; or name a local file in the recipe."
         ) from error
     except DatasetGenerationError as error:
         cause = error.__cause__
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskError(f"{source}: the disk of the hub's cache is full; HF_HOME names another place") from error
-        raise DataError(f"{source}: its files cannot be read: {_first_line(cause or error)}") from error
+        raise DataError(f"{source}: its files cannot be read: {first_line(cause or error)}") from error
     except DatasetsError as error:
-        raise DataError(f"{source}: {_first_line(error)}") from error
+        raise DataError(f"{source}: {first_line(error)}") from error
     except ValueError as error:  # unknown or missing config; the message lists those there are
         raise HubError(f"{source}: {' '.join(str(error).split())} What to do: write the data set as {name}:CONFIG.") from error
     except RuntimeError as error:
@@ -129,7 +129,3 @@ def _load_dataset(source: str, name: str, config: str | None, revision: str | No
 def _check_name(revision: str | None) -> str:
     checked = "the name and the revision" if revision else "the name"
     return f"check {checked}; a private data set needs `hf auth login`"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

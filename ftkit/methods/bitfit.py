@@ -48,7 +48,7 @@ class BitFit(Quantisable):
 
     def attach(self, model: nn.Module) -> None:
         """Biases are there; modules in few bits do not let them learn by themselves."""
-        from ftkit.model import add_biases_apart
+        from ftkit.few_bits import add_biases_apart
 
         add_biases_apart(model)
 

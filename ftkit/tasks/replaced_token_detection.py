@@ -82,7 +82,7 @@ class ReplacedTokenDetection(PackedText):
         import transformers
 
         from ftkit import rundir
-        from ftkit.model import Source, hub_errors
+        from ftkit.sources import Source, hub_errors
 
         run = Path(name) / "model"
         if rundir.is_run(name):

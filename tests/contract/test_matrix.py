@@ -15,12 +15,13 @@ from ftkit.data.batches import collate
 from ftkit.data.features import FeatureSet
 from ftkit.data.types import Limits, Row
 from ftkit.errors import RecipeError
+from ftkit.few_bits import steady_quantised
 from ftkit.loop import Trainee
 from ftkit.methods.modules import added
 from ftkit.miniature import miniature
-from ftkit.model import Source
 from ftkit.objectives.supervised import Supervised
 from ftkit.recipe.spec import Model
+from ftkit.sources import Source
 from ftkit.tasks.causal_lm import CausalLM
 from ftkit.tasks.masked_lm import MaskedLM
 from ftkit.tasks.next_sentence import NextSentence
@@ -170,7 +171,7 @@ def test_what_is_possible_learns_and_is_saved(task, name, tokenizers, tmp_path, 
             0,
             torch.device("cpu"),
         )
-        model.steady_quantised(base.model)
+        steady_quantised(base.model)
         torch.manual_seed(1)
         learner = method.apply(base)
         learns(learner, base, batch, kind)

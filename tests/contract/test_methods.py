@@ -11,6 +11,7 @@ import torch
 from ftkit import device, model, plugins
 from ftkit.data.types import Row
 from ftkit.errors import RecipeError, VerificationFailed
+from ftkit.few_bits import steady_quantised
 from ftkit.methods.adapter import Adapter
 from ftkit.methods.bitfit import BitFit
 from ftkit.methods.full import Full
@@ -24,6 +25,7 @@ from ftkit.methods.prompt import PromptTuning
 from ftkit.methods.qlora import QLoRA
 from ftkit.methods.vera import VeRA
 from ftkit.recipe.spec import Model
+from ftkit.sources import locate
 from ftkit.tasks.causal_lm import CausalLM
 from ftkit.tasks.text_classification import TextClassification
 from ftkit.testing import check_method
@@ -84,12 +86,12 @@ def rows(path: Path, count: int) -> list[Row]:
 def base_of(checkpoint: str, task):
     """A factory of bases as a run loads them."""
     spec = Model(name=checkpoint)
-    source = model.locate(spec)
+    source = locate(spec)
     tokenizer = model.load_tokenizer(spec, source, None, ())
 
     def load(method):
         base = model.load(spec, source, model.load_config(spec, source), tokenizer, task, method, torch.float32, 0, device.pick())
-        model.steady_quantised(base.model)
+        steady_quantised(base.model)
         return base
 
     return load

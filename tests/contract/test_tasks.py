@@ -14,6 +14,7 @@ from ftkit.data.formats import checked
 from ftkit.data.types import Features, Row, RowError
 from ftkit.methods.full import Full
 from ftkit.recipe.spec import Model
+from ftkit.sources import locate
 from ftkit.tasks.causal_lm import CausalLM
 from ftkit.tasks.masked_lm import MaskedLM
 from ftkit.tasks.next_sentence import NextSentence
@@ -64,7 +65,7 @@ def rows(directory: Path, columns: dict[str, str], count: int = 8) -> list[Row]:
 def loaded(checkpoint: str):
     """The tokenizer of a checkpoint, and a factory of models with the head of a task."""
     spec = Model(name=checkpoint)
-    source = model.locate(spec)
+    source = locate(spec)
     tokenizer = model.load_tokenizer(spec, source, None, ())
 
     def load(task):

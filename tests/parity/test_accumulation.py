@@ -18,6 +18,7 @@ from ftkit.methods.lora import LoRA
 from ftkit.objectives.supervised import Supervised
 from ftkit.recipe.spec import Model, Train
 from ftkit.session import check_checkpointing
+from ftkit.sources import locate
 from ftkit.tasks.causal_lm import CausalLM
 from ftkit.tasks.sentence_embedding import SentenceEmbedding
 from ftkit.tasks.seq2seq import Seq2Seq
@@ -40,7 +41,7 @@ def case(request, data, checkpoint):
     known = {"bert": TextClassification(labels=["garden", "harbour", "kitchen"]), "t5": Seq2Seq()} | COUPLED
     task = known.get(request.param, known.get(name, CausalLM()))
     spec = Model(name=checkpoint(name), config={"bert": STILL, "t5": {"dropout_rate": 0.0}}.get(name, {}))
-    source = model.locate(spec)
+    source = locate(spec)
     tokenizer = model.load_tokenizer(spec, source, None, ())
     method = LoRA(dropout=0.0) if "lora" in request.param else Full()
     base = model.load(spec, source, model.load_config(spec, source), tokenizer, task, method, torch.float32, 0, torch.device("cpu"))

@@ -17,6 +17,7 @@ from ftkit.loop import Trainee
 from ftkit.methods.full import Full
 from ftkit.objectives.supervised import Supervised
 from ftkit.recipe.spec import Model
+from ftkit.sources import locate
 from ftkit.tasks.next_sentence import NextSentence
 from ftkit.tasks.replaced_token_detection import ReplacedTokenDetection
 from ftkit.tasks.sentence_order import SentenceOrder
@@ -38,7 +39,7 @@ def case(request, data, checkpoint):
     name = request.param.partition("-")[0]
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0} | ({"classifier_dropout_prob": 0.0} if name == "albert" else {})
     spec = Model(name=checkpoint(f"{name}-pretrained"), config=still)
-    source = model.locate(spec)
+    source = locate(spec)
     tokenizer = model.load_tokenizer(spec, source, None, ())
     base = model.load(spec, source, model.load_config(spec, source), tokenizer, task, Full(), torch.float32, 0, torch.device("cpu"))
     torch.manual_seed(0)

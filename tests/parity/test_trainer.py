@@ -20,6 +20,7 @@ from ftkit.methods.full import Full
 from ftkit.methods.lora import LoRA
 from ftkit.objectives.supervised import Supervised
 from ftkit.recipe.spec import Model, Train
+from ftkit.sources import locate
 from ftkit.tasks.causal_lm import CausalLM
 from ftkit.tasks.masked_lm import MaskedLM
 from ftkit.tasks.question_answering import QuestionAnswering
@@ -86,7 +87,7 @@ def case(request, checkpoint):
     """Everything that both sides start from; `learner` makes equal weights each time."""
     name, method, task, overrides = CASES[request.param]
     spec = Model(name=checkpoint(name), config=overrides)
-    source = model.locate(spec)
+    source = locate(spec)
     tokenizer = model.load_tokenizer(spec, source, None, ())
     examples = rows(task)
     task = task.resolve(examples)

@@ -12,6 +12,7 @@ from ftkit import finish, model
 from ftkit.methods.full import Full
 from ftkit.methods.lora import LoRA
 from ftkit.recipe.spec import Model
+from ftkit.sources import locate
 from ftkit.tasks.text_classification import TextClassification
 
 CPU = torch.device("cpu")
@@ -28,7 +29,7 @@ def mesh(tmp_path):
 @pytest.mark.parametrize("method", [Full(), LoRA()], ids=["full", "lora"])
 def test_a_sharded_model_is_whole_again_before_it_is_written(mesh, checkpoint, tokenizers, monkeypatch, method):
     spec, task = Model(name=checkpoint("bert")), TextClassification(labels=("a", "b"))
-    source = model.locate(spec)
+    source = locate(spec)
 
     def load(*_) -> model.Base:
         return model.load(spec, source, model.load_config(spec, source), tokenizers["wordpiece"], task, method, torch.float32, 0, CPU)

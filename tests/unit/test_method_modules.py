@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from ftkit.errors import RecipeError
+from ftkit.few_bits import num_values
 from ftkit.methods.adapter import Adapter
 from ftkit.methods.bitfit import BitFit
 from ftkit.methods.head import Head
@@ -27,8 +28,9 @@ from ftkit.methods.prefix import PrefixTuning
 from ftkit.methods.prompt import PromptTuning
 from ftkit.methods.vera import VeRA
 from ftkit.miniature import miniature
-from ftkit.model import Base, Source, head_of, num_values, parameters_by_group, skeleton
+from ftkit.model import Base, head_of, parameters_by_group, skeleton
 from ftkit.optim import decays
+from ftkit.sources import Source
 from ftkit.tasks.causal_lm import CausalLM
 from ftkit.tasks.text_classification import TextClassification
 

@@ -13,9 +13,9 @@ from ftkit.methods.full import Full
 from ftkit.methods.head import Head
 from ftkit.methods.lora import LoRA
 from ftkit.miniature import miniature
-from ftkit.model import Source
 from ftkit.recipe.spec import Model, Train
 from ftkit.session import check_checkpointing
+from ftkit.sources import Source, locate
 from ftkit.tasks.causal_lm import CausalLM
 from ftkit.tasks.question_answering import QuestionAnswering
 from ftkit.tasks.text_classification import TextClassification
@@ -68,7 +68,7 @@ CPU = torch.device("cpu")
 
 
 def load(spec: Model, task, method, tokenizer) -> model.Base:
-    source = model.locate(spec)
+    source = locate(spec)
     return model.load(spec, source, model.load_config(spec, source), tokenizer, task, method, torch.float32, 0, CPU)
 
 

@@ -11,8 +11,9 @@ from ftkit import attention, prefixes, session
 from ftkit.data.batches import segments
 from ftkit.errors import RecipeError
 from ftkit.methods.prefix import PrefixTuning
-from ftkit.model import Base, Source, head_of
+from ftkit.model import Base, head_of
 from ftkit.recipe import read
+from ftkit.sources import Source
 from ftkit.tasks.causal_lm import CausalLM
 
 N = 3

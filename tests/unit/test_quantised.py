@@ -6,11 +6,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ftkit import plugins
+from ftkit.few_bits import add_biases_apart, share_in_few_bits, steady_quantised
 from ftkit.methods.head import Head
 from ftkit.methods.ia3 import IA3
 from ftkit.methods.qlora import QLoRA
 from ftkit.methods.quantised import Quantisable
-from ftkit.model import add_biases_apart, share_in_few_bits, steady_quantised
 
 bnb = pytest.importorskip("bitsandbytes")
 

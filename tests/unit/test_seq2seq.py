@@ -18,6 +18,7 @@ from ftkit.methods.modules import layers
 from ftkit.methods.partial import Partial, _depths
 from ftkit.objectives.supervised import Supervised
 from ftkit.recipe.spec import Generation, TrainedTokenizer
+from ftkit.sources import Source, locate
 from ftkit.tasks.seq2seq import EXAMPLES, Seq2Seq
 from ftkit.tokenizer import train_tokenizer
 
@@ -245,7 +246,7 @@ def test_all_token_embeddings_learn_in_place(features):
 def base_of(name: str, **overrides) -> model.Base:
     config = type(CONFIGS[name])(**CONFIGS[name].to_dict() | overrides)
     made = model.skeleton(config, TASK)
-    return model.Base(made, None, model.Source("somewhere"), TASK, model.head_of(made))
+    return model.Base(made, None, Source("somewhere"), TASK, model.head_of(made))
 
 
 def test_where_a_decoder_begins_must_be_known():
@@ -301,7 +302,7 @@ def test_a_stored_base_without_a_head_gets_it_back(tmp_path, tokenizer):
     from ftkit.recipe.spec import Model
 
     spec = Model(name=str(tmp_path))
-    source = model.locate(spec)
+    source = locate(spec)
     base = model.load(spec, source, model.load_config(spec, source), tokenizer, TASK, Full(), torch.float32, 0, torch.device("cpu"))
     assert base.new_modules == []
 

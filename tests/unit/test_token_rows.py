@@ -15,12 +15,14 @@ from ftkit.data.batches import collate
 from ftkit.data.features import FeatureSet
 from ftkit.data.types import Limits, Row
 from ftkit.errors import RecipeError
+from ftkit.few_bits import steady_quantised
 from ftkit.loop import Trainee
 from ftkit.methods.lora import LoRA
 from ftkit.methods.qlora import QLoRA
 from ftkit.model import parameters_by_group
 from ftkit.objectives.supervised import Supervised
 from ftkit.recipe.spec import Model
+from ftkit.sources import locate
 from ftkit.tasks.causal_lm import CausalLM
 from ftkit.tasks.text_classification import TextClassification
 from ftkit.testing import check_method
@@ -51,9 +53,9 @@ def load(tokenizers, tmp_path):
         auto = transformers.AutoModel if task.new_head else transformers.AutoModelForCausalLM
         auto.from_config(config).save_pretrained(tmp_path / "base")
         spec = Model(name=str(tmp_path / "base"))
-        source = model.locate(spec)
+        source = locate(spec)
         base = model.load(spec, source, model.load_config(spec, source), tokenizer, task, method, torch.float32, 0, torch.device("cpu"))
-        model.steady_quantised(base.model)
+        steady_quantised(base.model)
         return base
 
     return make

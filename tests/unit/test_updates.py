@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from ftkit import updates
 from ftkit.methods.lora import LoRA
-from ftkit.model import Base, Source
+from ftkit.model import Base
+from ftkit.sources import Source
 from ftkit.tasks.causal_lm import CausalLM
 from ftkit.updates import _Update
 

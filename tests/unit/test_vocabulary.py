@@ -10,6 +10,7 @@ from ftkit import model, vocabulary
 from ftkit.errors import DataError, RecipeError
 from ftkit.methods.full import Full
 from ftkit.recipe.spec import AddedTokens, Model
+from ftkit.sources import locate
 from ftkit.tasks.causal_lm import CausalLM
 from ftkit.tasks.masked_lm import MaskedLM
 
@@ -67,7 +68,7 @@ def test_tokens_that_cannot_be_added_are_named(tokens, message, checkpoint):
 def loaded(checkpoint, task, **added):
     """A model with tokens added, its tokenizer, and the model without."""
     spec = Model(name=checkpoint, add_tokens=AddedTokens(**added))
-    source = model.locate(spec)
+    source = locate(spec)
     tokenizer = model.load_tokenizer(spec, source, None, ())
     base = model.load(spec, source, model.load_config(spec, source), tokenizer, task, Full(), torch.float32, 3, torch.device("cpu"))
     return base, tokenizer, getattr(transformers, task.auto_class).from_pretrained(checkpoint)
