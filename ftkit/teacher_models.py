@@ -14,7 +14,7 @@ from ftkit.errors import RecipeError
 from ftkit.few_bits import as_objects, num_values, steady_quantised
 from ftkit.methods import quantised
 from ftkit.recipe.spec import Model
-from ftkit.sources import Source, hub_errors
+from ftkit.sources import Source, check_whole, hub_errors
 
 if TYPE_CHECKING:
     import torch
@@ -42,11 +42,21 @@ class Run(NamedTuple):
 
         return read(self.path / "recipe.yaml").recipe
 
-    def config(self) -> Any:
-        """That of the model, without its weights."""
+    @property
+    def source(self) -> Source:
+        """Where the model's base is; the model itself where it needs none."""
         artifact = self.manifest["artifact"]
         name = reload.base_name(self.path / "model", artifact) if artifact.get("base") else str(self.path / "model")
-        return Stored(Source(name, artifact.get("revision"), artifact["load_kwargs"].get("trust_remote_code", False))).config()
+        return Source(name, artifact.get("revision"), artifact["load_kwargs"].get("trust_remote_code", False))
+
+    def check_weights(self) -> None:
+        """Raise DiskError where a file of the model, or of its base, is broken."""
+        check_whole(self.path / "model")
+        Stored(self.source).check_weights()
+
+    def config(self) -> Any:
+        """That of the model, without its weights."""
+        return Stored(self.source).config()
 
     def tokenizer(self) -> Any:
         return reload.load_tokenizer(self.path / "model", self.manifest["artifact"])
@@ -77,6 +87,10 @@ class Stored(NamedTuple):
     """A teacher that is a language model of transformers."""
 
     source: Source
+
+    def check_weights(self) -> None:
+        """Raise DiskError where a file of a directory is broken."""
+        check_whole(Path(self.source.name))
 
     def config(self) -> Any:
         """That of the model, without its weights."""

@@ -24,9 +24,10 @@ from ftkit.data.batches import by_length, collate
 from ftkit.data.ondisk import Stored
 from ftkit.device import free_memory
 from ftkit.errors import DiskError, OutOfMemory, RecipeError
+from ftkit.few_bits import num_values
 from ftkit.intermediate import Inside, Watch
 from ftkit.loop import Trainee
-from ftkit.model import max_positions, model_class, num_values
+from ftkit.model import max_positions, model_class
 from ftkit.quantities import size
 from ftkit.tasks.classes import other_labels
 from ftkit.teacher_models import Origin, Run
@@ -59,7 +60,7 @@ class Teacher(Protocol):
 
 
 def check(objective: Distill, task: Task, tokenizer: Any, limits: Limits) -> None:
-    """Refuse a teacher that has not learned the task, or one of other labels, tokens or lengths; without its weights."""
+    """Refuse a teacher that has not learned the task, one of other labels, tokens or lengths, or of broken weights; loads none."""
     if task.targets not in SCORED or getattr(task, "coupled", False) or hasattr(task, "counts"):
         raise RecipeError(f"objective distill: {task.kind} with {task.targets} has no scores of classes that could be softened; use objective: supervised")
     origin, told, inside = teacher_models.find(objective), f"objective.teacher: {objective.teacher}", objective.looks_inside
@@ -73,6 +74,7 @@ def check(objective: Distill, task: Task, tokenizer: Any, limits: Limits) -> Non
             model_class(origin.config(), task)
         except RecipeError as error:
             raise RecipeError(f"{told}: {error}") from error
+    origin.check_weights()
     if objective.teacher_bits:
         teacher_models.check_bits(origin, objective.teacher_bits)
     if inside and isinstance(origin, Run) and (method := origin.recipe.method).positions:

@@ -234,6 +234,20 @@ def test_check_finds_what_keeps_a_teacher_from_teaching(distil, ftkit, tmp_path)
     assert (done.code, "gone does not exist" in done.err) == (2, True)
     done = ftkit("check", tmp_path / "student.yaml", "objective.hidden=1", "objective.layer_map=[4]")
     assert (done.code, "there is no layer 4: the teacher has 2" in done.err) == (2, True)
+    weights = tmp_path / "teacher" / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    done = ftkit("check", tmp_path / "student.yaml")
+    assert (done.code, "teacher/model/model.safetensors is broken" in done.err) == (7, True)
+
+
+def test_check_looks_at_the_weights_that_teach(checkpoint, ftkit, recipe, tmp_path):
+    stored = tmp_path / "stored"
+    shutil.copytree(checkpoint("gpt2"), stored)
+    path = recipe({"name": checkpoint("gpt2"), "config": SMALLER["gpt2"]}, "prompts", objective={"kind": "distill", "teacher": str(stored)})
+    assert ftkit("check", path).code == 0
+    (stored / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    done = ftkit("check", path)
+    assert (done.code, "stored/model.safetensors only points to weights" in done.err) == (7, True)
 
 
 @pytest.mark.parametrize(
