@@ -1,4 +1,4 @@
-"""Weights in few bits, as bitsandbytes holds them: counted, and made to learn, to stay and to be saved as others are."""
+"""Weights in few bits, as bitsandbytes holds them: counted, kept as they were loaded, and with biases that can learn."""
 
 from __future__ import annotations
 

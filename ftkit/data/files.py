@@ -18,7 +18,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-from ftkit.errors import DataError, DiskError, RecipeError
+from ftkit.errors import DataError, DiskError, RecipeError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -408,15 +408,15 @@ def _delimited(file: BinaryIO, table: Table, poll: Poll, **dialect: Any) -> bool
 
     csv.field_size_limit(sys.maxsize)  # a document in a field may well exceed the default of 128 KiB
     reader = csv.reader(lines(), **dialect)
-    for number, first_line, fields in _records(reader):
-        last_line = reader.line_num
-        folded = folded or last_line > first_line
-        reason = next((undecodable[line] for line in range(first_line, last_line + 1) if line in undecodable), None)
+    for number, first, fields in _records(reader):
+        last = reader.line_num
+        folded = folded or last > first
+        reason = next((undecodable[line] for line in range(first, last + 1) if line in undecodable), None)
         if reason is None and isinstance(fields, csv.Error):
             reason = "a quote is opened and never closed" if "end of data" in str(fields) else str(fields)
         elif reason is None and number and len(fields) != len(table.columns):
             reason = f"{len(fields)} fields where the header has {len(table.columns)}"
-        place = f"line {first_line}" if first_line == last_line else f"lines {first_line} to {last_line}"
+        place = f"line {first}" if first == last else f"lines {first} to {last}"
         if number == 0:
             table.columns = [] if reason else [name.strip() for name in fields]
             repeated = sorted({name for name in table.columns if table.columns.count(name) > 1})
@@ -435,7 +435,7 @@ def _records(reader: Any) -> Iterator[tuple[int, int, Any]]:
     """Record number (0 is the header), first physical line, and the fields or the csv.Error in their place."""
     number = 0
     while True:
-        first_line = reader.line_num + 1
+        first = reader.line_num + 1
         try:
             fields = next(reader)
         except StopIteration:
@@ -443,7 +443,7 @@ def _records(reader: Any) -> Iterator[tuple[int, int, Any]]:
         except csv.Error as error:
             fields = error
         if fields:  # a blank line is no record
-            yield number, first_line, fields
+            yield number, first, fields
             number += 1
 
 
@@ -461,7 +461,7 @@ def _read_parquet(path: Path, table: Table, poll: Poll, choose: Choose) -> None:
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # Arrow calls damaged data an OSError, too
             raise
-        raise DataError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
+        raise DataError(f"{path}: not a readable Parquet file ({first_line(error)})") from error
 
 
 def add_batches(
